@@ -1,0 +1,159 @@
+"""The op list: every computation on a device, with its contract.
+
+``reference.py`` is the plain torch truth of each op, ``native.py`` the compiled one. The backend is chosen once, by
+:func:`load`, and handed to the model as an argument; nothing above this package asks which device it runs on.
+
+Notation: T tokens of the step, S sequences of the step, N rows that sample, D model width, H query heads, G key/value
+heads (H is a multiple of G), E head width, V vocabulary, P pages, B tokens per page. Activations are float32 on CPU;
+weights and the KV cache have the engine's dtype (float32 or bfloat16). Every op writes into the ``out`` it is given,
+which is contiguous and may not alias an input unless the op says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding (Su et al. 2021, arXiv:2104.09864), first half against second half of the rotated width.
+
+    ``cos_sin`` float32 [positions, rotary width]: cosines in the first half, sines in the second, already scaled.
+    """
+
+    cos_sin: Tensor
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """RMSNorm of each query and key head before rope (Qwen3): weights [E] in float32."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class AttentionInput:
+    """Which tokens attend to what; the same for every layer of a step. CPU int32 tensors.
+
+    ``q_start`` [S+1]: tokens q_start[i]..q_start[i+1] of the step belong to sequence i, and are its last ones.
+    ``kv_len`` [S]: length of sequence i, this step's tokens included. ``slot`` [S]: its row of ``page_table``
+    [slots, pages per slot], where entry j is the page of positions j*B..(j+1)*B-1.
+    """
+
+    q_start: Tensor
+    kv_len: Tensor
+    slot: Tensor
+    page_table: Tensor
+
+
+@dataclass(frozen=True)
+class SampleInput:
+    """Per sampled row: how to choose. Fields as in ``types.SamplingParams``; all tensors of length N.
+
+    ``seed`` int64 (bits of the unsigned seed of the sample), ``position`` int32: how many tokens the sample has
+    already. ``history_ids`` int32 with ``history_start`` int32 [N+1]: prompt and output tokens of the rows that are
+    penalised (empty for others); the first ``history_prompt`` int32 [N] of each are prompt. ``banned_ids`` int32 with
+    ``banned_start`` int32 [N+1]: tokens that may not be chosen (stop tokens before min_tokens).
+    ``num_logprobs`` int32 [N]: -1 off, else the number of alternatives. Each of the three groups is None if no row
+    needs it.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+    position: Tensor
+    penalties: tuple[Tensor, Tensor, Tensor] | None = None  # repetition, presence, frequency: float32 [N]
+    history_ids: Tensor | None = None
+    history_start: Tensor | None = None
+    history_prompt: Tensor | None = None
+    banned_ids: Tensor | None = None
+    banned_start: Tensor | None = None
+    num_logprobs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SampleOutput:
+    """``tokens`` int32 [N]; with logprobs: ``chosen`` float32 [N], ``top_ids`` int32 and ``top`` float32 [N, K], K the
+    largest ``num_logprobs``, most likely first, ties by smaller id. Log-softmax of the unmodified logits."""
+
+    tokens: Tensor
+    chosen: Tensor | None = None
+    top_ids: Tensor | None = None
+    top: Tensor | None = None
+
+
+class Ops(Protocol):
+    """What a backend provides. Raises ValueError on shapes or dtypes outside the contract."""
+
+    def pack_weight(self, weight: Tensor) -> Any:
+        """[N, K] weight in the engine's dtype -> opaque packed form for ``linear``; done once at load."""
+
+    def linear(self, x: Tensor, weight: Any, out: Tensor, bias: Tensor | None = None) -> None:
+        """out [T, N] = x [T, K] @ weight.T (+ bias float32 [N]). A row's result does not depend on T or on the other
+        rows (same order of additions), which is what makes tokens independent of the batch."""
+
+    def embed(self, ids: Tensor, table: Tensor, out: Tensor, scale: float = 1.0) -> None:
+        """out [T, D] = scale * table[ids]; ids int32 [T], table [V, D] in the engine's dtype. Out-of-range ids raise."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor, residual: Tensor | None = None) -> None:
+        """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467). x, out [T, D], weight float32 [D].
+        With ``residual`` [T, D]: residual += x first, in place, and the sum is normalised. out may be x."""
+
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        kv_index: Tensor,
+        rope: Rope | None,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        q_out: Tensor,
+        norm: HeadNorm | None = None,
+    ) -> None:
+        """Split qkv [T, (H+2G)*E] into q, k, v; normalise heads; rotate q and k by positions int32 [T]; write q to
+        q_out [T, H, E] and k, v to token kv_index int64 [T] (= page*B + offset) of the caches [P, G, B, E]."""
+
+    def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor) -> Any:
+        """Host work of the step's attention (work list), done once and used by every layer."""
+
+    def attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Any, scale: float, out: Tensor, lse: Tensor
+    ) -> None:
+        """Causal attention over pages: out [T, H, E], lse float32 [T, H] (natural log of the sum of exponentials of
+        the scaled scores). Query head h reads key/value head h // (H // G). The order of additions depends on the
+        sequence alone. K/V of this step's tokens are already in the caches."""
+
+    def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
+        """out [T, I] = silu(gate_up[:, :I]) * gate_up[:, I:]."""
+
+    def gather_rows(self, x: Tensor, index: Tensor, out: Tensor) -> None:
+        """out [N, D] = x[index]; index int32 [N]."""
+
+    def sample(self, logits: Tensor, inputs: SampleInput) -> SampleOutput:
+        """Choose one token per row of logits float32 [N, V] (may be overwritten).
+
+        Order: logprobs of the raw logits; penalties (repetition as in Keskar et al. 2019 over prompt and output,
+        presence and frequency over output); banned tokens; temperature; top-k, then top-p, then min-p on the
+        softmax of what is left; Gumbel-max with Philox4x32-10 (Salmon et al. 2011) keyed by seed and counted by
+        (position, token id). Ties in the filters keep all tied tokens; ties in the maximum take the smallest id.
+        Temperature 0 is the arg max after penalties and bans."""
+
+
+def load(device: str, threads: int = 0) -> Ops:
+    """The ops for ``device``: "cpu" (compiled) or "reference" (plain torch, slow). ``threads`` 0: the CPUs that this
+    process may use. Raises RuntimeError naming the rebuild command when the extension lacks the device."""
+    if device == "reference":
+        from batchinfer.ops.reference import ReferenceOps
+
+        return ReferenceOps()
+    from batchinfer.ops.native import NativeOps
+
+    return NativeOps(device, threads)

@@ -1,0 +1,201 @@
+"""The joint between the job half and the engine half: plain data, no torch, no pyarrow, no MPI.
+
+A :class:`Request` goes into the engine, a :class:`Completion` comes out. The job maps rows to requests and
+completions to rows; the engine never learns what a row is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+ROW_BITS = 40
+"""A row's identity is ``file ordinal << 40 | row index``: 2**24 files of 2**40 rows, in one unsigned 64-bit word."""
+
+NEUTRAL_PENALTIES = (1.0, 0.0, 0.0)
+"""Repetition, presence and frequency penalty that change nothing."""
+
+
+class ErrorCode(str, Enum):
+    """Why a row has no completion. A closed list: the value is what stands in the output column."""
+
+    NULL_PROMPT = "NULL_PROMPT"
+    EMPTY_PROMPT = "EMPTY_PROMPT"
+    INVALID_UTF8 = "INVALID_UTF8"
+    PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
+    BAD_MESSAGES = "BAD_MESSAGES"
+    TEMPLATE_ERROR = "TEMPLATE_ERROR"
+    BAD_TOKEN_IDS = "BAD_TOKEN_IDS"
+    BAD_SAMPLING = "BAD_SAMPLING"
+    KV_CAPACITY = "KV_CAPACITY"
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """One row's failure; its neighbours do not notice."""
+
+    code: ErrorCode
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to continue a prompt. The neutral value of every field switches that field off.
+
+    ``temperature`` 0 is greedy. ``logprobs`` is None (off) or the number of most likely alternatives to report
+    beside the chosen token (0: the chosen token alone). ``seed`` is the run's seed; what a sample really draws
+    from is ``Request.seed``.
+    """
+
+    max_tokens: int = 256
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def check(self) -> None:
+        """Raise ValueError naming the first field outside its range, and the range."""
+        ranges = {
+            "max_tokens": (1, 2**20),
+            "min_tokens": (0, self.max_tokens),
+            "temperature": (0.0, 100.0),
+            "top_k": (0, 2**20),
+            "top_p": (math.ulp(0.0), 1.0),
+            "min_p": (0.0, 1.0),
+            "repetition_penalty": (0.01, 100.0),
+            "presence_penalty": (-100.0, 100.0),
+            "frequency_penalty": (-100.0, 100.0),
+            "seed": (0, 2**63 - 1),
+            "n": (1, 1024),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if not low <= value <= high:  # also catches NaN
+                raise ValueError(f"{name}={value!r} is not allowed: {name} must lie in [{low:g}, {high:g}]")
+        if self.logprobs is not None and not 0 <= self.logprobs <= 64:
+            raise ValueError(f"logprobs={self.logprobs!r} is not allowed: give null, or a number from 0 to 64")
+        if any(not s for s in self.stop):
+            raise ValueError("stop holds an empty string, which would stop before the first token: remove it")
+
+    @property
+    def penalised(self) -> bool:
+        """Whether sampling needs the token history."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != NEUTRAL_PENALTIES
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt for the engine.
+
+    ``id`` is opaque to the engine and comes back in the Completion. ``prompt`` is int32 [tokens], at least one.
+    ``seed`` is a 64-bit hash of (run seed, row identity): sample ``i`` draws from hash(seed, i), so that its
+    tokens do not depend on batch, rank or restart.
+    """
+
+    id: int
+    prompt: np.ndarray
+    sampling: SamplingParams
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities (natural log, of the unmodified logits) of one sample's tokens.
+
+    ``chosen`` float32 [tokens]; ``top_ids`` int32 and ``top`` float32 [tokens, k], most likely first.
+    """
+
+    chosen: np.ndarray
+    top_ids: np.ndarray
+    top: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One continuation. ``finish_reason`` is "stop" (stop token or stop string) or "length".
+
+    ``token_ids`` (int32) ends with the stop token where there was one; ``text`` holds neither that nor the
+    stop string.
+    """
+
+    token_ids: np.ndarray
+    text: str
+    finish_reason: str
+    logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What became of a Request: ``samples`` (n of them, in sample order) or ``error``."""
+
+    id: int
+    prompt_tokens: int
+    samples: tuple[Sample, ...] = ()
+    error: RowError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The unit of commit: ``rows`` consecutive rows of one input file, fixed by the plan."""
+
+    index: int
+    file: int
+    start: int
+    rows: int
+
+    def row_id(self, offset: int) -> int:
+        """Identity of the chunk's row number ``offset`` (0-based)."""
+        return self.file << ROW_BITS | (self.start + offset)
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters of one engine since its start; sums unless stated otherwise."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    running: int = 0  # sequences that hold a slot now
+    waiting: int = 0  # sequences admitted later
+    pages_used: int = 0  # now, evictable cached pages not counted
+    pages_total: int = 0
+    step_seconds: dict[str, float] = field(default_factory=dict)  # schedule, forward, sample, output
+
+
+class JobError(Exception):
+    """The job cannot go on. ``exit_code`` follows the table in the README; the message says what to do."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class ExitCode:
+    """Exit codes of every batchinfer command (sysexits.h where it has a fitting one)."""
+
+    COMPLETE = 0
+    TOO_MANY_ERRORS = 3
+    USAGE = 64
+    MISMATCH = 65
+    INPUT = 66
+    UNFIT = 69
+    INTERNAL = 70
+    LOST_RANK = 71
+    OUTPUT = 73
+    IO = 74
+    INCOMPLETE = 75

@@ -1,0 +1,43 @@
+# One function per part of the extension; a new backend is one more function and one more folder under csrc/.
+
+# Which device to build for: what -DBATCHINFER_DEVICE or the environment asks for, else what this tree has kernels for.
+function(batchinfer_choose_device out)
+  set(known cpu cuda rocm xpu none)
+  set(device "${BATCHINFER_DEVICE}")
+  if(NOT device AND DEFINED ENV{BATCHINFER_DEVICE})
+    set(device "$ENV{BATCHINFER_DEVICE}")
+  endif()
+  if(NOT device)
+    set(device cpu)
+  endif()
+  if(NOT device IN_LIST known)
+    message(FATAL_ERROR "BATCHINFER_DEVICE=${device} is not one of: ${known}")
+  endif()
+  set(folder_cuda gpu)
+  set(folder_rocm gpu)
+  set(folder_xpu sycl)
+  if(DEFINED folder_${device} AND NOT EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/${folder_${device}}")
+    message(FATAL_ERROR "BATCHINFER_DEVICE=${device}: this release has no ${device} kernels (csrc/${folder_${device}} "
+                        "is missing). Build for the CPU: BATCHINFER_DEVICE=cpu pip install .")
+  endif()
+  set(${out} "${device}" PARENT_SCOPE)
+endfunction()
+
+function(batchinfer_use_compiler_cache)
+  find_program(cache NAMES ccache sccache)
+  if(cache AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
+    set(CMAKE_CXX_COMPILER_LAUNCHER "${cache}" PARENT_SCOPE)
+    message(STATUS "batchinfer: compiler cache ${cache}")
+  endif()
+endfunction()
+
+# _engine: page allocator, prefix tree, scheduler. No device code.
+function(batchinfer_add_engine)
+  file(GLOB sources CONFIGURE_DEPENDS csrc/engine/*.cpp)
+  add_library(batchinfer_engine STATIC ${sources})
+  target_include_directories(batchinfer_engine PUBLIC csrc)
+  target_compile_options(batchinfer_engine PRIVATE -Wall -Wextra)
+  pybind11_add_module(_engine csrc/bindings/engine.cpp)
+  target_link_libraries(_engine PRIVATE batchinfer_engine)
+  install(TARGETS _engine LIBRARY DESTINATION batchinfer)
+endfunction()
