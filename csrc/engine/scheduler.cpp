@@ -1,0 +1,383 @@
+#include "engine/scheduler.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace batchinfer {
+
+void SchedulerConfig::check() const {
+    const auto require = [](bool ok, const char* name, int64_t value, const std::string& allowed) {
+        if (!ok) throw std::invalid_argument(std::string(name) + "=" + std::to_string(value) + ": must be " + allowed);
+    };
+    require(num_pages >= 1, "num_pages", num_pages, "at least 1");
+    require(page_size >= 1, "page_size", page_size, "at least 1");
+    require(max_slots >= 1, "max_slots", max_slots, "at least 1");
+    require(max_seq_len >= 2, "max_seq_len", max_seq_len, "at least 2: one prompt token and one generated");
+    require(max_step_tokens >= max_slots, "max_step_tokens", max_step_tokens,
+            "at least max_slots=" + std::to_string(max_slots) + ", so that every slot gets its token in every step");
+    require(hash_bits >= 0 && hash_bits <= 64, "hash_bits", hash_bits, "from 0 to 64");
+}
+
+namespace {
+
+SchedulerConfig checked(const SchedulerConfig& config) {
+    config.check();
+    return config;
+}
+
+/// How many tokens a sequence is taken to generate. One that outlives its expectation is expected to go on for as
+/// long again: answer lengths have heavy tails, and assuming max_new_tokens at once would empty the batch.
+int32_t predicted_new_tokens(const Sequence& sequence) {
+    int64_t predicted = sequence.expected_new_tokens;
+    while (predicted <= sequence.sampled()) predicted *= 2;
+    return static_cast<int32_t>(std::min<int64_t>(predicted, sequence.max_new_tokens));
+}
+
+}  // namespace
+
+Scheduler::Scheduler(const SchedulerConfig& config)
+    : config_(checked(config)),
+      pool_(config.num_pages, config.page_size, config.hash_bits),
+      forecast_(config.num_pages, config.page_size, config.max_seq_len),
+      table_(std::make_shared<PageTable>(config.max_slots, pages_for(config.max_seq_len))) {
+    for (int32_t slot = 0; slot < config_.max_slots; ++slot) free_slots_.push(slot);
+}
+
+void Scheduler::add(const NewSequence& request) {
+    const auto require = [&](bool ok, const std::string& problem) {
+        if (!ok) throw std::invalid_argument("sequence " + std::to_string(request.id) + ": " + problem);
+    };
+    require(!open_.contains(request.id), "this id is open already");
+    require(!request.prompt.empty(), "the prompt has no tokens");
+    require(request.max_new_tokens >= 1, "max_new_tokens must be at least 1");
+    require(request.min_new_tokens >= 0, "min_new_tokens must not be negative");
+    require(request.expected_new_tokens >= 0, "expected_new_tokens must not be negative");
+    require(std::ranges::all_of(request.prompt, [](int32_t id) { return id >= 0; }), "the prompt has a negative token");
+    require(std::ssize(request.prompt) < config_.max_seq_len,
+            "its prompt of " + std::to_string(request.prompt.size()) + " tokens and one new token exceed max_seq_len=" +
+                std::to_string(config_.max_seq_len));
+    const auto prompt_length = static_cast<int32_t>(request.prompt.size());
+    const int32_t max_new = std::min(request.max_new_tokens, config_.max_seq_len - prompt_length);
+    const int32_t pages = pages_for(prompt_length + max_new - 1);  // the last token is never computed
+    require(pages <= config_.num_pages,
+            "its prompt of " + std::to_string(prompt_length) + " tokens and " + std::to_string(max_new) +
+                " new ones need " + std::to_string(pages) + " pages, and there are " +
+                std::to_string(config_.num_pages));
+
+    auto sequence = std::make_unique<Sequence>();
+    sequence->tokens.assign(request.prompt.begin(), request.prompt.end());
+    sequence->last_token = sequence->tokens.back();
+    sequence->prompt_length = prompt_length;
+    sequence->max_new_tokens = max_new;
+    sequence->id = request.id;
+    sequence->arrival = num_arrived_++;
+    sequence->min_new_tokens = request.min_new_tokens;
+    sequence->expected_new_tokens =
+        request.expected_new_tokens == 0 ? max_new : std::min(request.expected_new_tokens, max_new);
+    if (stop_token_ids_ == nullptr || !std::ranges::equal(*stop_token_ids_, request.stop_token_ids)) {
+        stop_token_ids_ = std::make_shared<const std::vector<int32_t>>(request.stop_token_ids.begin(),
+                                                                       request.stop_token_ids.end());
+    }
+    sequence->stop_token_ids = stop_token_ids_;
+    waiting_.emplace(sequence->arrival, sequence.get());
+    open_.emplace(request.id, std::move(sequence));
+}
+
+std::shared_ptr<const Step> Scheduler::schedule() {
+    if (num_ahead_ == kMaxStepsAhead) throw std::logic_error("schedule(): two steps wait for their update()");
+    close_gaps();
+    if (running_.empty() && waiting_.empty()) return nullptr;
+    begin_step();
+    schedule_decodes();
+    schedule_prompts();
+    end_step();
+    return steps_[(forecast_.now() - 1) % kMaxStepsAhead];
+}
+
+void Scheduler::close_gaps() {
+    if (!has_gaps_) return;
+    std::erase(running_, nullptr);
+    for (size_t i = 0; i < running_.size(); ++i) running_[i]->position = i;
+    has_gaps_ = false;
+}
+
+void Scheduler::begin_step() {
+    std::shared_ptr<Step>& step = steps_[forecast_.now() % kMaxStepsAhead];
+    if (step.use_count() != 1) {  // none yet, or the caller still reads it
+        step = std::make_shared<Step>(config_.max_step_tokens, config_.max_slots, table_);
+    }
+    step->clear(forecast_.now());
+    step_ = step.get();
+    sampled_[forecast_.now() % kMaxStepsAhead].clear();
+    preempted_ = false;
+}
+
+void Scheduler::schedule_decodes() {
+    // A sequence without a page left takes one from the end of the list, where nobody has been scheduled yet.
+    for (size_t i = 0; i < running_.size() && running_[i]->decoding; ++i) {
+        Sequence& sequence = *running_[i];
+        if (forecast_.now() > sequence.life.last) extend(sequence);
+        publish(sequence, /*adopt=*/true);
+        if (sequence.computed == sequence.num_pages * config_.page_size && !take_page(sequence)) break;
+        const int32_t token = sequence.in_flight > 0 ? Step::kUnknownToken : sequence.last_token;
+        const int32_t offset = sequence.computed - (sequence.num_pages - 1) * config_.page_size;
+        step_->add_token(sequence.id, sequence.slot, sequence.computed, token,
+                         static_cast<int64_t>(sequence.last_page) * config_.page_size + offset);
+        ++sequence.computed;
+        sample(sequence);
+    }
+    step_->num_decode = step_->num_seqs;
+}
+
+void Scheduler::schedule_prompts() {
+    if (!running_.empty() && !running_.back()->decoding) prefill(*running_.back());
+    while (!preempted_ && !waiting_.empty() && !free_slots_.empty() && step_->num_tokens < config_.max_step_tokens &&
+           (running_.empty() || running_.back()->decoding)) {
+        if (!admit(*waiting_.begin()->second)) break;
+        prefill(*running_.back());
+    }
+}
+
+void Scheduler::end_step() {
+    for (Sequence* sequence : draining_) {
+        release(*sequence);
+        sequence->state = SequenceState::kDraining;
+    }
+    draining_.clear();
+    forecast_.advance();
+    ++num_ahead_;
+}
+
+bool Scheduler::admit(Sequence& sequence) {
+    if (forecast_.now() < retry_at_) return false;
+    match_prefix(sequence);
+    const auto matched = static_cast<int32_t>(prefix_.size());
+    const int32_t to_compute = sequence.known() - matched * config_.page_size;
+    const int32_t budget_now = config_.max_step_tokens - step_->num_tokens;
+    const int32_t budget_later = config_.max_step_tokens - static_cast<int32_t>(running_.size());
+    const int32_t prefill_steps = (std::max(to_compute - budget_now, 0) + budget_later - 1) / budget_later;
+    const Lifetime life = predict(sequence, prefill_steps);
+    if (!running_.empty() && !forecast_.fits(prefix_, life, config_.num_pages)) {
+        retry_at_ = forecast_.now() + config_.page_size;
+        return false;
+    }
+    waiting_.erase(sequence.arrival);
+    sequence.state = SequenceState::kRunning;
+    sequence.slot = free_slots_.top();
+    free_slots_.pop();
+    sequence.position = running_.size();
+    running_.push_back(&sequence);
+    step_->new_slots.push_back(sequence.slot);
+    step_->new_seqs.push_back(sequence.id);
+
+    forecast_.add(prefix_, life);
+    sequence.life = life;
+    sequence.num_pages = sequence.published = matched;
+    sequence.computed = matched * config_.page_size;
+    sequence.decoding = false;
+    for (int32_t column = 0; column < matched; ++column) {
+        pool_.hold(prefix_[column]);
+        table_->row(sequence.slot)[column] = prefix_[column];
+        step_->add_page_update(sequence.slot, column, prefix_[column]);
+    }
+    if (!sequence.counted) cached_prompt_tokens_ += sequence.computed;
+    sequence.counted = true;
+    return true;
+}
+
+void Scheduler::match_prefix(const Sequence& sequence) {
+    prefix_.clear();
+    if (!config_.prefix_cache) return;
+    const int32_t limit = (sequence.known() - 1) / config_.page_size;  // the last token gives the logits: compute it
+    PageId page = PrefixTree::kRoot;
+    while (static_cast<int32_t>(prefix_.size()) < limit) {
+        page = pool_.find(page, page_tokens(sequence, static_cast<int32_t>(prefix_.size())));
+        if (page == kNoPage) break;
+        prefix_.push_back(page);
+    }
+}
+
+void Scheduler::prefill(Sequence& sequence) {
+    const int32_t first = sequence.computed;
+    int32_t end = std::min(sequence.known(), first + config_.max_step_tokens - step_->num_tokens);
+    while (sequence.num_pages < pages_for(end)) {
+        // It is the last admitted: as long as there is something it can compute, nobody need be preempted.
+        if (pool_.num_used() == config_.num_pages && sequence.num_pages * config_.page_size > first) {
+            end = sequence.num_pages * config_.page_size;
+        } else if (!take_page(sequence)) {
+            return;
+        }
+    }
+    step_->add_tokens(sequence.id, sequence.slot, first, std::span(sequence.tokens).subspan(first, end - first),
+                      table_->row(sequence.slot), config_.page_size);
+    sequence.computed = end;
+    publish(sequence, /*adopt=*/false);
+    if (end < sequence.known()) return;
+    sequence.decoding = true;
+    forecast_.cancel_growth(sequence.num_pages, sequence.life);  // the steps that the prompt took are known now
+    sequence.life = predict(sequence, 0);
+    forecast_.add(pages(sequence), sequence.life);
+    sample(sequence);
+}
+
+void Scheduler::sample(Sequence& sequence) {
+    step_->add_sample(sequence.id, sequence.slot, sequence.sampled());
+    sampled_[forecast_.now() % kMaxStepsAhead].push_back(&sequence);
+    ++sequence.in_flight;
+    if (sequence.sampled() == sequence.max_new_tokens) draining_.push_back(&sequence);
+}
+
+bool Scheduler::take_page(Sequence& sequence) {
+    PageId page = pool_.take();
+    while (page == kNoPage) {
+        Sequence& victim = *running_.back();
+        preempt(victim);
+        if (&victim == &sequence) return false;
+        page = pool_.take();
+    }
+    forecast_.take(page, sequence.life);
+    table_->row(sequence.slot)[sequence.num_pages] = page;
+    step_->add_page_update(sequence.slot, sequence.num_pages, page);
+    ++sequence.num_pages;
+    sequence.last_page = page;
+    return true;
+}
+
+void Scheduler::preempt(Sequence& sequence) {
+    release(sequence);
+    running_.pop_back();
+    sequence.state = SequenceState::kWaiting;
+    waiting_.emplace(sequence.arrival, &sequence);
+    preempted_ = true;
+    ++preemptions_;
+}
+
+/// Puts the sequence's full pages of known tokens into the tree. Where another page is there for the same tokens,
+/// stops, or, with `adopt`, holds that one in place of its own. To adopt is right only where no step under
+/// construction writes to the own page, because it becomes free.
+void Scheduler::publish(Sequence& sequence, bool adopt) {
+    if (!config_.prefix_cache) return;
+    const int32_t ready = std::min(sequence.computed, sequence.known());
+    while ((sequence.published + 1) * config_.page_size <= ready) {
+        const int32_t column = sequence.published;
+        PageId* row = table_->row(sequence.slot);
+        const PageId own = row[column];
+        const PageId parent = column == 0 ? PrefixTree::kRoot : row[column - 1];
+        const PageId page = pool_.publish(parent, page_tokens(sequence, column), own);
+        if (page != own) {
+            if (!adopt) return;
+            pool_.hold(page);
+            row[column] = page;
+            step_->add_page_update(sequence.slot, column, page);
+            pool_.drop(own);
+            forecast_.release({&own, 1});
+            forecast_.hold(page, sequence.life);
+            sequence.last_page = row[sequence.num_pages - 1];
+        }
+        ++sequence.published;
+    }
+}
+
+Lifetime Scheduler::predict(const Sequence& sequence, int64_t prefill_steps) const {
+    const int32_t length = sequence.length();
+    const int32_t computed_at_end = sequence.prompt_length + predicted_new_tokens(sequence) - 1;
+    const int64_t origin = forecast_.now() - length;
+    return {
+        .origin = origin,
+        .last = std::min(origin + computed_at_end + prefill_steps, forecast_.farthest()),
+        .min_pages = pages_for(length),
+        .max_pages = pages_for(computed_at_end),
+    };
+}
+
+void Scheduler::extend(Sequence& sequence) {
+    forecast_.cancel_growth(sequence.num_pages, sequence.life);
+    sequence.life = predict(sequence, 0);
+    forecast_.add(pages(sequence), sequence.life);
+}
+
+void Scheduler::release(Sequence& sequence) {
+    publish(sequence, /*adopt=*/false);
+    const std::span<const PageId> held = pages(sequence);
+    dropped_.clear();
+    for (auto page = held.rbegin(); page != held.rend(); ++page) {  // deepest first, as PrefixTree wants it
+        if (pool_.drop(*page)) dropped_.push_back(*page);
+    }
+    forecast_.release(dropped_);
+    forecast_.cancel_growth(sequence.num_pages, sequence.life);
+    free_slots_.push(sequence.slot);
+    running_[sequence.position] = nullptr;
+    has_gaps_ = true;
+    sequence.slot = -1;
+    sequence.computed = sequence.num_pages = sequence.published = 0;
+    retry_at_ = 0;
+}
+
+std::vector<Finished> Scheduler::update(std::span<const int32_t> tokens) {
+    if (num_ahead_ == 0) throw std::logic_error("update(): every step has been updated");
+    const auto& sequences = sampled_[(forecast_.now() - num_ahead_) % kMaxStepsAhead];
+    if (tokens.size() != sequences.size()) {
+        throw std::invalid_argument("update(): " + std::to_string(tokens.size()) + " tokens for a step that samples " +
+                                    std::to_string(sequences.size()));
+    }
+    if (!std::ranges::all_of(tokens, [](int32_t id) { return id >= 0; })) {
+        throw std::invalid_argument("update(): a token is negative");
+    }
+    --num_ahead_;
+    std::vector<Finished> finished;
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        Sequence& sequence = *sequences[i];
+        --sequence.in_flight;
+        if (sequence.state == SequenceState::kFinished) {
+            if (sequence.in_flight == 0) leaving_.erase(&sequence);
+            continue;
+        }
+        const bool may_stop = sequence.generated() >= sequence.min_new_tokens;
+        sequence.tokens.push_back(tokens[i]);
+        sequence.last_token = tokens[i];
+        const auto& stop_ids = *sequence.stop_token_ids;
+        const bool stops = may_stop && std::ranges::find(stop_ids, tokens[i]) != stop_ids.end();
+        if (!stops && sequence.generated() < sequence.max_new_tokens) continue;
+        finished.push_back({
+            .seq_id = sequence.id,
+            .reason = stops ? FinishReason::kStop : FinishReason::kLength,
+            .tokens = {sequence.tokens.begin() + sequence.prompt_length, sequence.tokens.end()},
+        });
+        close(sequence);
+    }
+    return finished;
+}
+
+bool Scheduler::finish(int64_t seq_id) {
+    const auto found = open_.find(seq_id);
+    if (found == open_.end()) return false;
+    close(*found->second);
+    return true;
+}
+
+void Scheduler::close(Sequence& sequence) {
+    if (sequence.state == SequenceState::kRunning) release(sequence);
+    if (sequence.state == SequenceState::kWaiting) {
+        waiting_.erase(sequence.arrival);
+        retry_at_ = 0;
+    }
+    sequence.state = SequenceState::kFinished;
+    auto node = open_.extract(sequence.id);
+    if (sequence.in_flight > 0) leaving_.emplace(&sequence, std::move(node.mapped()));
+}
+
+std::span<const int32_t> Scheduler::tokens(int64_t seq_id) const {
+    const Sequence& sequence = *open_.at(seq_id);
+    return std::span(sequence.tokens).subspan(sequence.prompt_length);
+}
+
+std::span<const PageId> Scheduler::pages(const Sequence& sequence) const {
+    return {table_->row(sequence.slot), static_cast<size_t>(sequence.num_pages)};
+}
+
+std::span<const int32_t> Scheduler::page_tokens(const Sequence& sequence, int32_t index) const {
+    return std::span(sequence.tokens).subspan(static_cast<size_t>(index) * config_.page_size, config_.page_size);
+}
+
+}  // namespace batchinfer
