@@ -1,0 +1,296 @@
+"""The compiled backend: checks tensors, then hands addresses and sizes to ``batchinfer._ops``.
+
+A check costs well under a microsecond; an op is called a few hundred times per step. What a check cannot see without
+reading the data (token ids, positions, cache indices) is checked by the extension. Both raise ValueError.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from batchinfer.ops import AttentionInput, HeadNorm, Rope, SampleInput, SampleOutput
+
+if TYPE_CHECKING:
+    from batchinfer._ops import AttentionPlan, PackedWeight
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Of weights and caches, with their number in csrc/include/batchinfer/ops.h."""
+
+
+class NativeOps:
+    """All ops of :class:`batchinfer.ops.Ops` on ``device`` "cpu".
+
+    ``threads`` 0 uses the CPUs of this process's affinity mask. ``isa`` names an instruction set ("avx2", "avx512",
+    "avx512bf16", "generic"); "" is $BATCHINFER_ISA, or the best one. Calls must not overlap in time: one thread pool
+    works on one op. Raises RuntimeError where the extension lacks the device, ValueError for an unusable ``isa``.
+    """
+
+    def __init__(self, device: str = "cpu", threads: int = 0, isa: str = ""):
+        self._cpu = _extension(device).Cpu(threads, isa)
+        self.device = device
+        self.isa: str = self._cpu.isa
+        self.threads: int = self._cpu.threads
+
+    def pack_weight(self, weight: Tensor) -> PackedWeight:
+        outputs, depth = _shape("weight", weight, 2)
+        _check("weight", weight, None, (outputs, depth))
+        return self._cpu.pack_weight(weight.data_ptr(), DTYPES[weight.dtype], outputs, depth)
+
+    def linear(self, x: Tensor, weight: PackedWeight, out: Tensor, bias: Tensor | None = None) -> None:
+        rows = _shape("x", x, 2)[0]
+        _check("x", x, torch.float32, (rows, weight.depth))
+        _check("out", out, torch.float32, (rows, weight.outputs))
+        if bias is not None:
+            _check("bias", bias, torch.float32, (weight.outputs,))
+        self._cpu.linear(x.data_ptr(), weight, _address(bias), out.data_ptr(), rows)
+
+    def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor) -> AttentionPlan:
+        pages, kv_heads, page_size, width = _shape("k_cache", k_cache, 4)
+        slots, slot_pages = _shape("page_table", inputs.page_table, 2)
+        (sequences,) = _shape("kv_len", inputs.kv_len, 1)
+        _check("q_start", inputs.q_start, torch.int32, (sequences + 1,))
+        _check("kv_len", inputs.kv_len, torch.int32, (sequences,))
+        _check("slot", inputs.slot, torch.int32, (sequences,))
+        _check("page_table", inputs.page_table, torch.int32, (slots, slot_pages))
+        if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(f"num_heads={num_heads} must be a positive multiple of the cache's heads, {kv_heads}")
+        if page_size < 1 or width < 8 or width % 8 or width > 256:
+            raise ValueError(
+                f"k_cache has shape {tuple(k_cache.shape)}: pages must hold at least one token, and the head width "
+                "must be a multiple of 8 up to 256"
+            )
+        return self._cpu.plan_attention(
+            inputs.q_start.data_ptr(),
+            inputs.kv_len.data_ptr(),
+            inputs.slot.data_ptr(),
+            inputs.page_table.data_ptr(),
+            sequences,
+            slots,
+            slot_pages,
+            num_heads,
+            kv_heads,
+            width,
+            pages,
+            page_size,
+        )
+
+    def attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float, out: Tensor, lse: Tensor
+    ) -> None:
+        _check("q", q, torch.float32, plan.query_shape)
+        _check("k_cache", k_cache, None, plan.cache_shape)
+        _check("v_cache", v_cache, k_cache.dtype, plan.cache_shape)
+        _check("out", out, torch.float32, plan.query_shape)
+        _check("lse", lse, torch.float32, plan.query_shape[:2])
+        self._cpu.attention(
+            plan,
+            q.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            DTYPES[k_cache.dtype],
+            scale,
+            out.data_ptr(),
+            lse.data_ptr(),
+        )
+
+    def embed(self, ids: Tensor, table: Tensor, out: Tensor, scale: float = 1.0) -> None:
+        tokens, width = _shape("out", out, 2)
+        vocab = _shape("table", table, 2)[0]
+        _check("ids", ids, torch.int32, (tokens,))
+        _check("table", table, None, (vocab, width))
+        _check("out", out, torch.float32, (tokens, width))
+        self._cpu.embed(
+            ids.data_ptr(), table.data_ptr(), DTYPES[table.dtype], out.data_ptr(), tokens, width, vocab, scale
+        )
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor, residual: Tensor | None = None) -> None:
+        tokens, width = _shape("x", x, 2)
+        _check("x", x, torch.float32, (tokens, width))
+        _check("weight", weight, torch.float32, (width,))
+        _check("out", out, torch.float32, (tokens, width))
+        if residual is not None:
+            _check("residual", residual, torch.float32, (tokens, width))
+        self._cpu.rms_norm(x.data_ptr(), weight.data_ptr(), _address(residual), out.data_ptr(), tokens, width, eps)
+
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        kv_index: Tensor,
+        rope: Rope | None,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        q_out: Tensor,
+        norm: HeadNorm | None = None,
+    ) -> None:
+        tokens, heads, width = _shape("q_out", q_out, 3)
+        pages, kv_heads, page_size, _ = _shape("k_cache", k_cache, 4)
+        _check("q_out", q_out, torch.float32, (tokens, heads, width))
+        _check("qkv", qkv, torch.float32, (tokens, (heads + 2 * kv_heads) * width))
+        _check("positions", positions, torch.int32, (tokens,))
+        _check("kv_index", kv_index, torch.int64, (tokens,))
+        _check("k_cache", k_cache, None, (pages, kv_heads, page_size, width))
+        _check("v_cache", v_cache, k_cache.dtype, (pages, kv_heads, page_size, width))
+        cos_sin, max_positions, rotary = None, 0, 0
+        if rope is not None:
+            cos_sin = rope.cos_sin
+            max_positions, rotary = _shape("rope.cos_sin", cos_sin, 2)
+            _check("rope.cos_sin", cos_sin, torch.float32, (max_positions, rotary))
+            if rotary > width or rotary % 2:
+                raise ValueError(
+                    f"rope.cos_sin has width {rotary}: it must be even and at most the head width, {width}"
+                )
+        q_norm = k_norm = None
+        if norm is not None:
+            q_norm, k_norm = norm.q, norm.k
+            _check("norm.q", q_norm, torch.float32, (width,))
+            _check("norm.k", k_norm, torch.float32, (width,))
+        self._cpu.rope_and_cache(
+            qkv.data_ptr(),
+            positions.data_ptr(),
+            kv_index.data_ptr(),
+            _address(cos_sin),
+            _address(q_norm),
+            _address(k_norm),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            DTYPES[k_cache.dtype],
+            q_out.data_ptr(),
+            tokens,
+            heads,
+            kv_heads,
+            width,
+            max_positions,
+            rotary,
+            pages,
+            page_size,
+            0.0 if norm is None else norm.eps,
+        )
+
+    def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
+        tokens, width = _shape("out", out, 2)
+        _check("gate_up", gate_up, torch.float32, (tokens, 2 * width))
+        _check("out", out, torch.float32, (tokens, width))
+        self._cpu.silu_mul(gate_up.data_ptr(), out.data_ptr(), tokens, width)
+
+    def gather_rows(self, x: Tensor, index: Tensor, out: Tensor) -> None:
+        x_rows, width = _shape("x", x, 2)
+        (rows,) = _shape("index", index, 1)
+        _check("x", x, torch.float32, (x_rows, width))
+        _check("index", index, torch.int32, (rows,))
+        _check("out", out, torch.float32, (rows, width))
+        self._cpu.gather_rows(x.data_ptr(), index.data_ptr(), out.data_ptr(), x_rows, rows, width)
+
+    def sample(self, logits: Tensor, inputs: SampleInput) -> SampleOutput:
+        rows, vocab = _shape("logits", logits, 2)
+        _check("logits", logits, torch.float32, (rows, vocab))
+        if rows and not 0 < vocab <= 2**19:
+            raise ValueError(f"logits has {vocab} columns: the sampler takes vocabularies of 1 to {2**19}")
+        for name, dtype in _SAMPLING.items():
+            _check(name, getattr(inputs, name), dtype, (rows,))
+        penalties, history, history_size = (0, 0, 0), (0, 0, 0), 0
+        if inputs.penalties is not None:
+            for name, t in zip(("repetition", "presence", "frequency"), inputs.penalties, strict=True):
+                _check(name, t, torch.float32, (rows,))
+            history_size = _check_segments("history", inputs.history_ids, inputs.history_start, rows)
+            _check("history_prompt", inputs.history_prompt, torch.int32, (rows,))
+            penalties = tuple(t.data_ptr() for t in inputs.penalties)
+            history = (
+                inputs.history_ids.data_ptr(),
+                inputs.history_start.data_ptr(),
+                inputs.history_prompt.data_ptr(),
+            )
+        banned, banned_size = (0, 0), 0
+        if inputs.banned_ids is not None:
+            banned_size = _check_segments("banned", inputs.banned_ids, inputs.banned_start, rows)
+            banned = (inputs.banned_ids.data_ptr(), inputs.banned_start.data_ptr())
+
+        out = SampleOutput(torch.empty(rows, dtype=torch.int32))
+        top_width = 0
+        if inputs.num_logprobs is not None:
+            _check("num_logprobs", inputs.num_logprobs, torch.int32, (rows,))
+            top_width = max(0, int(inputs.num_logprobs.max())) if rows else 0
+            out = SampleOutput(
+                out.tokens,
+                torch.empty(rows, dtype=torch.float32),
+                torch.empty(rows, top_width, dtype=torch.int32),
+                torch.empty(rows, top_width, dtype=torch.float32),
+            )
+        self._cpu.sample(
+            logits.data_ptr(),
+            rows,
+            vocab,
+            *(getattr(inputs, name).data_ptr() for name in _SAMPLING),
+            *penalties,
+            *history,
+            history_size,
+            *banned,
+            banned_size,
+            out.tokens.data_ptr(),
+            _address(inputs.num_logprobs),
+            _address(out.chosen),
+            _address(out.top_ids),
+            _address(out.top),
+            top_width,
+        )
+        return out
+
+
+_SAMPLING = {
+    "temperature": torch.float32,
+    "top_k": torch.int32,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "seed": torch.int64,
+    "position": torch.int32,
+}
+
+
+def _extension(device: str):  # noqa: ANN202  a module
+    try:
+        module = importlib.import_module("batchinfer._ops")
+        compiled = ", ".join(module.compiled_for)
+    except ImportError as e:
+        module, compiled = None, f"nothing ({e})"
+    if module is None or device not in module.compiled_for:
+        raise RuntimeError(
+            f"batchinfer is not compiled for {device}; it is compiled for: {compiled}. "
+            f"Rebuild with: BATCHINFER_DEVICE={device} pip install ."
+        )
+    return module
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _shape(name: str, t: Tensor, dims: int) -> torch.Size:
+    if t.dim() != dims:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}: {dims} dimensions are needed")
+    return t.shape
+
+
+def _check(name: str, t: Tensor | None, dtype: torch.dtype | None, shape: tuple[int, ...]) -> None:
+    """``dtype`` None: one of DTYPES."""
+    if t is None:
+        raise ValueError(f"{name} is missing")
+    if t.dtype is not dtype and (dtype is not None or t.dtype not in DTYPES):
+        wanted = dtype if dtype is not None else " or ".join(map(str, DTYPES))
+        raise ValueError(f"{name} has dtype {t.dtype}: {wanted} is needed")
+    if t.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}: {shape} is needed")
+    if not (t.is_contiguous() and t.is_cpu):
+        raise ValueError(f"{name} must be contiguous and on the CPU")
+
+
+def _check_segments(name: str, ids: Tensor | None, start: Tensor | None, rows: int) -> int:
+    """The number of ids. That ``start`` rises and stays inside is checked by the extension."""
+    if ids is None:
+        raise ValueError(f"{name}_ids is missing")
+    _check(f"{name}_ids", ids, torch.int32, (ids.numel(),))
+    _check(f"{name}_start", start, torch.int32, (rows + 1,))
+    return ids.numel()

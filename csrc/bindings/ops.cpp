@@ -1,0 +1,143 @@
+// Python's view of the ops: addresses and sizes as integers, so that no torch header is needed and one build works with
+// every torch. batchinfer/ops/native.py checks the tensors; every op releases the GIL.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/attention.h"
+#include "cpu/backend.h"
+#include "cpu/gemm.h"
+
+namespace py = pybind11;
+using namespace batchinfer;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Binds f(Cpu&, ...) as a method that runs without the GIL.
+template <class F>
+void def_op(py::class_<Cpu>& cls, const char* name, F f) {
+    cls.def(name, f, py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_elementwise(py::class_<Cpu>& cls) {
+    def_op(cls, "embed", [](Cpu& cpu, uintptr_t ids, uintptr_t table, int table_dtype, uintptr_t out, int64_t tokens,
+                            int64_t width, int64_t vocab, float scale) {
+        embed(cpu, {at<int32_t>(ids), at<void>(table), Dtype(table_dtype), at<float>(out), tokens, width, vocab, scale});
+    });
+    def_op(cls, "rms_norm", [](Cpu& cpu, uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t out,
+                               int64_t tokens, int64_t width, float eps) {
+        rms_norm(cpu, {at<float>(x), at<float>(weight), at<float>(residual), at<float>(out), tokens, width, eps});
+    });
+    def_op(cls, "rope_and_cache",
+           [](Cpu& cpu, uintptr_t qkv, uintptr_t positions, uintptr_t kv_index, uintptr_t cos_sin, uintptr_t q_norm,
+              uintptr_t k_norm, uintptr_t k_cache, uintptr_t v_cache, int cache_dtype, uintptr_t q_out, int64_t tokens,
+              int64_t heads, int64_t kv_heads, int64_t head_width, int64_t max_positions, int64_t rotary_width,
+              int64_t pages, int64_t page_size, float norm_eps) {
+               rope_and_cache(cpu, {at<float>(qkv), at<int32_t>(positions), at<int64_t>(kv_index), at<float>(cos_sin),
+                                    at<float>(q_norm), at<float>(k_norm), at<void>(k_cache), at<void>(v_cache),
+                                    Dtype(cache_dtype), at<float>(q_out), tokens, heads, kv_heads, head_width,
+                                    max_positions, rotary_width, pages, page_size, norm_eps});
+           });
+    def_op(cls, "silu_mul", [](Cpu& cpu, uintptr_t gate_up, uintptr_t out, int64_t tokens, int64_t width) {
+        silu_mul(cpu, {at<float>(gate_up), at<float>(out), tokens, width});
+    });
+    def_op(cls, "gather_rows", [](Cpu& cpu, uintptr_t x, uintptr_t index, uintptr_t out, int64_t x_rows, int64_t rows,
+                                  int64_t width) {
+        gather_rows(cpu, {at<float>(x), at<int32_t>(index), at<float>(out), x_rows, rows, width});
+    });
+}
+
+void bind_linear(py::module_& m, py::class_<Cpu>& cls) {
+    py::class_<PackedWeight>(m, "PackedWeight")
+        .def_property_readonly("outputs", &PackedWeight::outputs)
+        .def_property_readonly("depth", &PackedWeight::depth)
+        .def_property_readonly("bytes", &PackedWeight::bytes);
+    def_op(cls, "pack_weight", [](Cpu& cpu, uintptr_t weight, int dtype, int64_t outputs, int64_t depth) {
+        return std::make_unique<PackedWeight>(*cpu.kernels.gemm, Dtype(dtype), at<void>(weight), outputs, depth, cpu.pool);
+    });
+    def_op(cls, "linear", [](Cpu& cpu, uintptr_t x, const PackedWeight& weight, uintptr_t bias, uintptr_t out,
+                             int64_t rows) { weight.multiply(at<float>(x), rows, at<float>(bias), at<float>(out), cpu.pool); });
+}
+
+void bind_attention(py::module_& m, py::class_<Cpu>& cls) {
+    py::class_<AttentionPlan>(m, "AttentionPlan")
+        .def_property_readonly("tokens", &AttentionPlan::tokens)
+        .def_property_readonly("num_items", &AttentionPlan::num_items)
+        .def_property_readonly("query_shape",
+                               [](const AttentionPlan& plan) {
+                                   const AttentionPlanArgs& a = plan.shape();
+                                   return py::make_tuple(plan.tokens(), a.heads, a.head_width);
+                               })
+        .def_property_readonly("cache_shape", [](const AttentionPlan& plan) {
+            const AttentionPlanArgs& a = plan.shape();
+            return py::make_tuple(a.pages, a.kv_heads, a.page_size, a.head_width);
+        });
+    def_op(cls, "plan_attention",
+           [](Cpu& cpu, uintptr_t q_start, uintptr_t kv_len, uintptr_t slot, uintptr_t page_table, int64_t sequences,
+              int64_t slots, int64_t slot_pages, int64_t heads, int64_t kv_heads, int64_t head_width, int64_t pages,
+              int64_t page_size) {
+               const AttentionPlanArgs args = {at<int32_t>(q_start), at<int32_t>(kv_len), at<int32_t>(slot),
+                                               at<int32_t>(page_table), sequences, slots, slot_pages, heads, kv_heads,
+                                               head_width, pages, page_size};
+               return std::make_unique<AttentionPlan>(args, *cpu.kernels.attention, cpu.pool.size());
+           });
+    def_op(cls, "attention",
+           [](Cpu& cpu, AttentionPlan& plan, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, int cache_dtype,
+              float scale, uintptr_t out, uintptr_t lse) {
+               const AttentionPlanArgs& a = plan.shape();
+               plan.run({at<float>(q), at<void>(k_cache), at<void>(v_cache), Dtype(cache_dtype), at<float>(out),
+                         at<float>(lse), a.heads, a.kv_heads, a.head_width, a.page_size, scale},
+                        *cpu.kernels.attention, cpu.pool);
+           });
+}
+
+void bind_sample(py::class_<Cpu>& cls) {
+    def_op(cls, "sample",
+           [](Cpu& cpu, uintptr_t logits, int64_t rows, int64_t vocab, uintptr_t temperature, uintptr_t top_k,
+              uintptr_t top_p, uintptr_t min_p, uintptr_t seed, uintptr_t position, uintptr_t repetition,
+              uintptr_t presence, uintptr_t frequency, uintptr_t history_ids, uintptr_t history_start,
+              uintptr_t history_prompt, int64_t history_size, uintptr_t banned_ids, uintptr_t banned_start,
+              int64_t banned_size, uintptr_t tokens, uintptr_t num_logprobs, uintptr_t chosen, uintptr_t top_ids,
+              uintptr_t top, int64_t top_width) {
+               sample(cpu, {at<float>(logits), rows, vocab, at<float>(temperature), at<int32_t>(top_k), at<float>(top_p),
+                            at<float>(min_p), at<int64_t>(seed), at<int32_t>(position), at<float>(repetition),
+                            at<float>(presence), at<float>(frequency), at<int32_t>(history_ids),
+                            at<int32_t>(history_start), at<int32_t>(history_prompt), history_size,
+                            at<int32_t>(banned_ids), at<int32_t>(banned_start), banned_size, at<int32_t>(tokens),
+                            at<int32_t>(num_logprobs), at<float>(chosen), at<int32_t>(top_ids), at<float>(top),
+                            top_width});
+           });
+}
+
+py::dict build_info() {
+    py::dict info;
+#if defined(__clang__)
+    info["compiler"] = "clang " __clang_version__;
+#else
+    info["compiler"] = "gcc " __VERSION__;
+#endif
+    info["isas"] = py::tuple(py::cast(compiled_isas()));
+    info["usable_isas"] = py::tuple(py::cast(usable_isas()));
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_ops, m) {
+    m.doc() = "Compiled ops; batchinfer.ops.native is the door.";
+    m.attr("compiled_for") = py::make_tuple("cpu");
+    m.attr("build_info") = build_info();
+
+    py::class_<Cpu> cls(m, "Cpu");
+    cls.def(py::init<int, const std::string&>(), py::arg("threads") = 0, py::arg("isa") = "");
+    cls.def_property_readonly("isa", [](const Cpu& cpu) { return cpu.kernels.isa; });
+    cls.def_property_readonly("threads", [](const Cpu& cpu) { return cpu.pool.size(); });
+    bind_elementwise(cls);
+    bind_sample(cls);
+    bind_linear(m, cls);
+    bind_attention(m, cls);
+}

@@ -1,0 +1,71 @@
+// Splits the fused projection of a token, normalises and rotates its heads, and writes keys and values straight to their
+// page: no separate k and v tensors exist.
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/rms_norm_row.h"
+
+namespace batchinfer::BATCHINFER_ISA {
+namespace {
+
+template <class T>
+void copy(const float* x, int64_t n, T* out) {
+    for_vectors(n, [&](int64_t i, auto count) { Vec::load(x + i, count).store(out + i, count); });
+}
+
+// Rotates the first `rotary` elements, pairing i with rotary/2 + i, and copies the rest. x may be out.
+template <class T>
+void rotate(const float* x, const float* cos_sin, int64_t rotary, int64_t width, T* out) {
+    const int64_t half = rotary / 2;
+    for_vectors(half, [&](int64_t i, auto count) {
+        const Vec cosine = Vec::load(cos_sin + i, count), sine = Vec::load(cos_sin + half + i, count);
+        const Vec a = Vec::load(x + i, count), b = Vec::load(x + half + i, count);
+        (a * cosine - b * sine).store(out + i, count);
+        (b * cosine + a * sine).store(out + half + i, count);
+    });
+    copy(x + rotary, width - rotary, out + rotary);
+}
+
+// One query or key head: norm, rotation, conversion. `norm` and `cos_sin` may be null.
+template <class T>
+void write_head(const RopeAndCacheArgs& a, const float* x, const float* norm, const float* cos_sin, float* scratch, T* out) {
+    if (norm) {
+        rms_norm_row(x, norm, a.head_width, a.norm_eps, scratch);
+        x = scratch;
+    }
+    if (cos_sin) {
+        rotate(x, cos_sin, a.rotary_width, a.head_width, out);
+    } else {
+        copy(x, a.head_width, out);
+    }
+}
+
+template <class T>
+void rope_and_cache_as(const RopeAndCacheArgs& a, int64_t begin, int64_t end) {
+    const int64_t width = a.head_width, head_stride = a.page_size * width;
+    for (int64_t t = begin; t < end; ++t) {
+        const float* q = a.qkv + t * (a.heads + 2 * a.kv_heads) * width;
+        const float* k = q + a.heads * width;
+        const float* v = k + a.kv_heads * width;
+        const float* cos_sin = a.cos_sin ? a.cos_sin + a.positions[t] * a.rotary_width : nullptr;
+        float* q_out = a.q_out + t * a.heads * width;
+        const int64_t page = a.kv_index[t] / a.page_size, offset = a.kv_index[t] % a.page_size;
+        const int64_t slot = page * a.kv_heads * head_stride + offset * width;
+        T* k_out = static_cast<T*>(a.k_cache) + slot;
+        T* v_out = static_cast<T*>(a.v_cache) + slot;
+        // q_out's first head, not yet written, holds the normalised key heads for a moment.
+        for (int64_t g = 0; g < a.kv_heads; ++g) {
+            write_head(a, k + g * width, a.k_norm, cos_sin, q_out, k_out + g * head_stride);
+            copy(v + g * width, width, v_out + g * head_stride);
+        }
+        for (int64_t h = 0; h < a.heads; ++h) {
+            write_head(a, q + h * width, a.q_norm, cos_sin, q_out + h * width, q_out + h * width);
+        }
+    }
+}
+
+}  // namespace
+
+void rope_and_cache(const RopeAndCacheArgs& a, int64_t begin, int64_t end) {
+    a.cache_dtype == Dtype::bfloat16 ? rope_and_cache_as<bf16>(a, begin, end) : rope_and_cache_as<float>(a, begin, end);
+}
+
+}  // namespace batchinfer::BATCHINFER_ISA

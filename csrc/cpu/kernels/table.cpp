@@ -1,0 +1,24 @@
+#include "cpu/kernels/kernels.h"
+
+#define BATCHINFER_QUOTED(x) #x
+#define BATCHINFER_NAME(x) BATCHINFER_QUOTED(x)
+
+namespace batchinfer::BATCHINFER_ISA {
+
+extern const KernelTable table = {
+    .isa = BATCHINFER_NAME(BATCHINFER_ISA),
+    .embed = embed,
+    .rms_norm = rms_norm,
+    .rope_and_cache = rope_and_cache,
+    .silu_mul = silu_mul,
+    .gather_rows = gather_rows,
+    .gemm = &gemm_kernel,
+    .attention = &attention_kernel,
+    .block_maxima = block_maxima,
+    .probability_mass = probability_mass,
+    .gumbel_max = gumbel_max,
+    .gumbel_noise = gumbel_noise,
+    .exp = exp_of,
+};
+
+}  // namespace batchinfer::BATCHINFER_ISA

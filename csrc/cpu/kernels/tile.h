@@ -1,0 +1,74 @@
+// The inner loop of every matrix product on the CPU: a tile of R rows times C vectors of columns, held in registers.
+//
+// The tile is as large as the register file allows, because a weight vector is used R times per load and an
+// activation C times: then the multiply-add units are the limit. Measured on one core of a Cascade Lake Xeon with weights
+// in L2: 14 rows x 2 vectors reach 135 of 160 GFLOP/s, with bfloat16 weights as with float ones.
+#pragma once
+
+#include "cpu/kernels/gemm.h"
+#include "cpu/vec.h"
+
+namespace batchinfer::BATCHINFER_ISA {
+
+// Rows of a tile two vectors wide, and of one four wide (for few rows). Both leave registers for the weights of
+// a step and one activation.
+#if BATCHINFER_VEC_AVX512
+inline constexpr int kTileRows = 14, kWideTileRows = 6;
+#else
+inline constexpr int kTileRows = 6, kWideTileRows = 2;  // 16 registers
+#endif
+
+// A weight format says what one step along K takes: kParts activations per row, each for kDepth values of k, and as
+// many operands made from one loaded weight vector.
+
+struct F32Weights {
+    using Word = float;
+    using Activation = float;
+    using Operand = Vec;
+    static constexpr int kParts = 1, kDepth = 1;
+    static Vec load(const Word* w) { return Vec::load(w); }
+    static Operand part(Vec w, int) { return w; }
+    static Operand broadcast(Activation x) { return Vec::broadcast(x); }
+    static Vec add(Operand x, Operand w, Vec sum) { return fma(x, w, sum); }
+};
+
+inline Words load_words(const uint32_t* p) {
+    Words r;
+    __builtin_memcpy(&r, p, sizeof(r));
+    return r;
+}
+
+// Words of two bfloat16, k in the lower half and k + 1 in the upper one.
+struct Bf16Weights : F32Weights {
+    using Word = uint32_t;
+    static constexpr int kParts = 2;
+    static Words load(const Word* w) { return load_words(w); }
+    static Operand part(Words w, int i) { return {bits_as<Floats>(i == 0 ? w << 16 : w & 0xffff0000u)}; }
+};
+
+// Adds `steps` steps to the tile. Rows of x are kDepthBlock values of k apart. The weights of a step are `step` words after
+// the previous one's; every two vectors of columns stand together, pairs are `pair` words apart.
+template <class Format, int R, int C>
+inline void accumulate(Vec (&sum)[R][C], int64_t steps, const typename Format::Activation* x,
+                       const typename Format::Word* w, int64_t step, int64_t pair) {
+    constexpr int64_t row = kDepthBlock / Format::kDepth;
+    for (; steps > 0; --steps, x += Format::kParts, w += step) {
+        decltype(Format::load(w)) loaded[C];
+#pragma GCC unroll 16
+        for (int c = 0; c < C; ++c) loaded[c] = Format::load(w + c / 2 * pair + c % 2 * Vec::W);
+#pragma GCC unroll 2
+        for (int i = 0; i < Format::kParts; ++i) {
+            typename Format::Operand part[C];
+#pragma GCC unroll 16
+            for (int c = 0; c < C; ++c) part[c] = Format::part(loaded[c], i);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                const typename Format::Operand a = Format::broadcast(x[r * row + i]);
+#pragma GCC unroll 16
+                for (int c = 0; c < C; ++c) sum[r][c] = Format::add(a, part[c], sum[r][c]);
+            }
+        }
+    }
+}
+
+}  // namespace batchinfer::BATCHINFER_ISA

@@ -1,0 +1,70 @@
+// Transposes a square of 32-bit words: row i of the result holds word i of every input.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace batchinfer::BATCHINFER_ISA {
+
+#if BATCHINFER_VEC_AVX512
+
+inline void transpose(Words (&w)[16]) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = (__m512i)w[i];
+    for (int i = 0; i < 16; i += 2) {  // words of neighbours
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {  // pairs of words: a[i + j] has column j of each 128-bit lane of rows i .. i+3
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int j = 0; j < 4; ++j) {  // lanes
+        const __m512i low_even = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);       // lanes 0, 2 of rows 0-3 and 4-7
+        const __m512i low_odd = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);        // lanes 1, 3
+        const __m512i high_even = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);  // of rows 8-11 and 12-15
+        const __m512i high_odd = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+        w[j] = (Words)_mm512_shuffle_i32x4(low_even, high_even, 0x88);
+        w[4 + j] = (Words)_mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
+        w[8 + j] = (Words)_mm512_shuffle_i32x4(low_even, high_even, 0xdd);
+        w[12 + j] = (Words)_mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
+    }
+}
+
+#elif BATCHINFER_VEC_AVX2
+
+inline void transpose(Words (&w)[8]) {
+    __m256i a[8], b[8];
+    for (int i = 0; i < 8; ++i) a[i] = (__m256i)w[i];
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int j = 0; j < 4; ++j) {
+        w[j] = (Words)_mm256_permute2x128_si256(a[j], a[4 + j], 0x20);
+        w[4 + j] = (Words)_mm256_permute2x128_si256(a[j], a[4 + j], 0x31);
+    }
+}
+
+#else
+
+inline void transpose(Words (&w)[Vec::W]) {
+    for (int i = 0; i < Vec::W; ++i) {
+        for (int j = 0; j < i; ++j) {
+            const uint32_t t = w[i][j];
+            w[i][j] = w[j][i];
+            w[j][i] = t;
+        }
+    }
+}
+
+#endif
+
+}  // namespace batchinfer::BATCHINFER_ISA

@@ -1,0 +1,120 @@
+// Arguments of the ops: raw pointers, shapes and strides, the same for every device. The contract of each op (order of
+// the arithmetic, what may alias) is in batchinfer/ops/__init__.py, with the same names and notation.
+//
+// Sizes and strides count elements. Tensors are contiguous except for the strides named here.
+#pragma once
+
+#include <cstdint>
+
+namespace batchinfer {
+
+// Of weights and caches; activations are float32 on the CPU.
+enum class Dtype : int32_t { float32 = 0, bfloat16 = 1 };
+
+struct EmbedArgs {
+    const int32_t* ids;  // [tokens]
+    const void* table;   // [vocab, width]
+    Dtype table_dtype;
+    float* out;  // [tokens, width]
+    int64_t tokens, width, vocab;
+    float scale;
+};
+
+struct RmsNormArgs {
+    const float* x;       // [tokens, width]
+    const float* weight;  // [width]
+    float* residual;      // [tokens, width] or null
+    float* out;           // [tokens, width], may be x
+    int64_t tokens, width;
+    float eps;
+};
+
+struct RopeAndCacheArgs {
+    const float* qkv;          // [tokens, heads + 2 * kv_heads, head_width]
+    const int32_t* positions;  // [tokens]
+    const int64_t* kv_index;   // [tokens], page * page_size + offset
+    const float* cos_sin;      // [max_positions, rotary_width] or null: no rotation
+    const float* q_norm;       // [head_width] or null: no norm of the heads
+    const float* k_norm;       // [head_width], null together with q_norm
+    void* k_cache;             // [pages, kv_heads, page_size, head_width]
+    void* v_cache;
+    Dtype cache_dtype;
+    float* q_out;  // [tokens, heads, head_width]
+    int64_t tokens, heads, kv_heads, head_width;
+    int64_t max_positions, rotary_width;
+    int64_t pages, page_size;
+    float norm_eps;
+};
+
+struct SiluMulArgs {
+    const float* gate_up;  // [tokens, 2 * width]
+    float* out;            // [tokens, width]
+    int64_t tokens, width;
+};
+
+struct GatherRowsArgs {
+    const float* x;        // [x_rows, width]
+    const int32_t* index;  // [rows]
+    float* out;            // [rows, width]
+    int64_t x_rows, rows, width;
+};
+
+struct SampleArgs {
+    float* logits;  // [rows, vocab], overwritten
+    int64_t rows, vocab;
+
+    // Each [rows].
+    const float* temperature;
+    const int32_t* top_k;
+    const float* top_p;
+    const float* min_p;
+    const int64_t* seed;
+    const int32_t* position;
+
+    // All null if no row is penalised. history_start [rows + 1] cuts history_ids [history_size]; the rest [rows].
+    const float* repetition;
+    const float* presence;
+    const float* frequency;
+    const int32_t* history_ids;
+    const int32_t* history_start;
+    const int32_t* history_prompt;
+    int64_t history_size;
+
+    // Null if no token is banned. banned_start [rows + 1] cuts banned_ids [banned_size].
+    const int32_t* banned_ids;
+    const int32_t* banned_start;
+    int64_t banned_size;
+
+    int32_t* tokens;  // [rows]
+
+    // Null if no row wants log-probabilities. NaN, -1 and -inf stand where a row has nothing to report.
+    const int32_t* num_logprobs;  // [rows]
+    float* chosen;                // [rows]
+    int32_t* top_ids;             // [rows, top_width]
+    float* top;                   // [rows, top_width]
+    int64_t top_width;
+};
+
+// Which tokens of a step attend to what.
+struct AttentionPlanArgs {
+    const int32_t* q_start;     // [sequences + 1]
+    const int32_t* kv_len;      // [sequences]
+    const int32_t* slot;        // [sequences]
+    const int32_t* page_table;  // [slots, slot_pages]
+    int64_t sequences, slots, slot_pages;
+    int64_t heads, kv_heads, head_width;
+    int64_t pages, page_size;
+};
+
+struct AttentionArgs {
+    const float* q;       // [tokens, heads, head_width]
+    const void* k_cache;  // [pages, kv_heads, page_size, head_width]
+    const void* v_cache;
+    Dtype cache_dtype;
+    float* out;  // [tokens, heads, head_width]
+    float* lse;  // [tokens, heads]
+    int64_t heads, kv_heads, head_width, page_size;
+    float scale;
+};
+
+}  // namespace batchinfer
