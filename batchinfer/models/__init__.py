@@ -1,0 +1,12 @@
+"""Models: from files to logits.
+
+files.py          reading files: errors, JSON, blocks at an offset
+safetensors.py    the safetensors container          gguf.py             the GGUF container
+spec.py           ModelSpec: what kind of decoder    rope.py             rotary embedding: parameters to table
+weights.py        stream of (name, tensor)           layers.py           attention and MLP of a layer
+decoder.py        the one decoder                    identity.py         fingerprint of a model for the plan
+tokenizer.py      text <-> ids                       gguf_tokenizer.py   the same from GGUF metadata
+chat.py           chat templates in a sandbox
+
+Only weights.py, layers.py and decoder.py need torch.
+"""

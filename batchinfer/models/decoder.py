@@ -1,0 +1,124 @@
+"""The one decoder of the Llama family, driven by ModelSpec: a step of tokens in, logits of the sampled rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from batchinfer.models.layers import ACTIVATIONS, Attention, Layer, Linear, Workspace, attend, mlp
+from batchinfer.models.spec import ModelSpec
+from batchinfer.ops import AttentionInput, HeadNorm, Ops, Rope
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One step: T tokens of S sequences, N of which are sampled from.
+
+    ``token_ids``, ``positions`` int32 [T]; ``kv_index`` int64 [T], the token's place in the cache (page * page size +
+    offset); ``sample_row`` int32 [N], which of the T tokens.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    kv_index: Tensor
+    attention: AttentionInput
+    sample_row: Tensor
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all pages: per layer one tensor [P, G, B, E] each, in the engine's dtype."""
+
+    k: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
+
+    @staticmethod
+    def bytes_per_page(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
+        """Memory of one page over all layers."""
+        return 2 * spec.layers * spec.kv_heads * page_size * spec.head_dim * dtype.itemsize
+
+
+class Decoder:
+    """Holds packed weights, the rope table and the workspace; the cache is the caller's.
+
+    ``weights`` yields (name, tensor) as :func:`batchinfer.models.weights.load_weights` does and is used up tensor by
+    tensor. A step has at most ``max_step_tokens`` tokens at positions below ``max_positions``, and samples from at most
+    ``max_samples``.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Iterable[tuple[str, Tensor]],
+        ops: Ops,
+        dtype: torch.dtype,
+        max_positions: int,
+        max_step_tokens: int,
+        max_samples: int,
+    ):
+        self.spec, self.ops, self.dtype = spec, ops, dtype
+        self.layers, self.embed, self.norm, self.head = _assemble(spec, weights, ops)
+        self.rope = Rope(torch.from_numpy(spec.rope.table(max_positions)))
+        self.workspace = Workspace.allocate(spec, max_step_tokens)
+        self.sampled = torch.empty(2, max_samples, spec.width, dtype=ACTIVATIONS)
+        self.logits = torch.empty(max_samples, spec.vocab_size, dtype=torch.float32)
+
+    def new_cache(self, num_pages: int, page_size: int) -> KVCache:
+        """A cache of zeros: a page is never read before it is written, and zeros show it if it were."""
+        shape = (num_pages, self.spec.kv_heads, page_size, self.spec.head_dim)
+        k, v = (tuple(torch.zeros(shape, dtype=self.dtype) for _ in range(self.spec.layers)) for _ in "kv")
+        return KVCache(k, v)
+
+    def forward(self, step: StepInput, cache: KVCache) -> Tensor:
+        """Logits float32 [N, V] of the sampled rows: a view that the next call overwrites. Writes the step's keys and
+        values to ``cache``."""
+        ops, spec, w = self.ops, self.spec, self.workspace.first(len(step.token_ids))
+        plan = ops.plan_attention(step.attention, spec.heads, cache.k[0])
+        attention = Attention(step.positions, step.kv_index, plan, self.rope, spec.head_dim**-0.5)
+        ops.embed(step.token_ids, self.embed, w.residual)
+        for i, layer in enumerate(self.layers):
+            # Each norm first adds what the half before it left in w.x; the first layer follows the embedding.
+            ops.rms_norm(w.x if i else w.residual, layer.attn_norm, spec.norm_eps, w.x, w.residual if i else None)
+            attend(ops, layer, w, attention, cache.k[i], cache.v[i])
+            ops.rms_norm(w.x, layer.mlp_norm, spec.norm_eps, w.x, w.residual)
+            mlp(ops, layer, w)
+        return self._head(w, step.sample_row)
+
+    def _head(self, w: Workspace, sample_row: Tensor) -> Tensor:
+        """Final norm and LM head of the sampled rows alone: [T, V] never exists."""
+        count = len(sample_row)
+        x, residual, logits = self.sampled[0, :count], self.sampled[1, :count], self.logits[:count]
+        if count:
+            self.ops.gather_rows(w.x, sample_row, x)
+            self.ops.gather_rows(w.residual, sample_row, residual)
+            self.ops.rms_norm(x, self.norm, self.spec.norm_eps, x, residual)
+            self.ops.linear(x, self.head, logits)
+        return logits
+
+
+def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops) -> tuple:
+    """(layers, embedding [V, D], final norm, packed LM head). A matrix is packed as it comes."""
+    got = {name: ops.pack_weight(t) if t.ndim == 2 and name != "embed" else t for name, t in weights}
+    head = got.get("lm_head") if not spec.tied_embeddings else ops.pack_weight(got["embed"])
+
+    def linear(name: str) -> Linear:
+        return Linear(got[name], got.get(f"{name}_bias"))
+
+    layers = []
+    for prefix in (f"layers.{i}." for i in range(spec.layers)):
+        norm = HeadNorm(got[prefix + "q_norm"], got[prefix + "k_norm"], spec.norm_eps) if spec.qk_norm else None
+        layers.append(
+            Layer(
+                attn_norm=got[prefix + "attn_norm"],
+                qkv=linear(prefix + "qkv"),
+                head_norm=norm,
+                o=linear(prefix + "o"),
+                mlp_norm=got[prefix + "mlp_norm"],
+                gate_up=linear(prefix + "gate_up"),
+                down=linear(prefix + "down"),
+            )
+        )
+    return tuple(layers), got["embed"], got["norm"], head

@@ -1,0 +1,147 @@
+"""Reading a model's files: one error type, JSON with the checks that matter, blocks read at an offset."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from batchinfer.types import ExitCode, JobError
+
+MAX_JSON_BYTES = 256 << 20
+"""No known tokenizer.json is above 40 MB; a larger file is not one of ours."""
+
+
+class ModelError(JobError):
+    """The model's files cannot be used. The message names the file, what is wrong and what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(message, ExitCode.USAGE)
+
+
+def read_json(path: str, *, required: bool = True) -> dict[str, Any]:
+    """The JSON object in ``path``; {} when it is absent and not ``required``. Raises ModelError."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except FileNotFoundError:
+        if not required:
+            return {}
+        raise ModelError(f"{path} is missing") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    if len(data) > MAX_JSON_BYTES:
+        raise ModelError(
+            f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB, which no model needs: is it the right file?"
+        )
+    return parse_json(data, path)
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object without duplicate keys, from UTF-8 bytes. ``where`` names it in the ModelError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = dict(pairs)
+        if len(keys) < len(pairs):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise ModelError(f"{where} holds the key {twice!r} twice")
+        return keys
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{where} is not valid JSON ({error}): copy or download the model again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{where} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a file: ``nbytes`` bytes from byte ``offset`` (of the file) on, row-major. ``dtype`` is the
+    container's own name for the element type."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Keys:
+    """Typed access to a config: a wrong or missing value names its key and file."""
+
+    def __init__(self, config: Mapping[str, Any], where: str):
+        self.config, self.where = config, where
+
+    def value(self, key: str, default: Any = None) -> Any:
+        value = self.config.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise ModelError(f"{self.where} has no {key!r}, which the architecture needs: the file is incomplete")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.value(key, default)
+        if type(value) is not int or value < 1:
+            raise ModelError(f"{self.where}: {key}={value!r} must be a whole number above 0")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.value(key, default)
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            raise ModelError(f"{self.where}: {key}={value!r} must be a number above 0")
+        return float(value)
+
+    def flag(self, key: bool | str) -> bool:
+        """A fixed flag, or the boolean under the key (absent: false)."""
+        value = key if isinstance(key, bool) else self.value(key, False)
+        if not isinstance(value, bool):
+            raise ModelError(f"{self.where}: {key}={value!r} must be true or false")
+        return value
+
+    def numbers(self, key: str, length: int) -> tuple[float, ...]:
+        value = self.value(key)
+        if not isinstance(value, list) or len(value) != length or any(type(x) not in (int, float) for x in value):
+            raise ModelError(f"{self.where}: {key} must be a list of {length} numbers")
+        if min(value) <= 0:
+            raise ModelError(f"{self.where}: {key} holds {min(value)}; its numbers must be above 0")
+        return tuple(float(item) for item in value)
+
+
+@contextmanager
+def open_for_reading(path: str) -> Iterator[tuple[int, int]]:
+    """(file descriptor, size in bytes) of ``path``; an error of opening it is a ModelError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        yield fd, os.fstat(fd).st_size
+    finally:
+        os.close(fd)
+
+
+def read_at(fd: int, offset: int, out: memoryview, path: str) -> None:
+    """Fill ``out`` from ``offset`` on.
+
+    Plain reads of large blocks, not mmap: page faults on a parallel file system are small random reads, tens of times
+    slower, and a file cut short meanwhile would be SIGBUS and not an error.
+    """
+    done = 0
+    while done < len(out):
+        try:
+            got = os.preadv(fd, [out[done:]], offset + done)
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read at byte {offset + done}: {error.strerror}") from None
+        if got == 0:
+            raise ModelError(
+                f"{path} ends at byte {offset + done}, {len(out) - done} bytes early: it changed while being read"
+            )
+        done += got

@@ -1,0 +1,97 @@
+"""The two halves of a decoder layer as functions of weights, workspace and ops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchinfer.models.spec import ModelSpec
+from batchinfer.ops import HeadNorm, Ops, Rope
+
+ACTIVATIONS = torch.float32
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``weight`` as packed by the ops; ``bias`` float32 [N] or None."""
+
+    weight: Any
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one layer. Norms float32 [D]; qkv and gate_up are merged, in the order of their names."""
+
+    attn_norm: Tensor
+    qkv: Linear
+    head_norm: HeadNorm | None
+    o: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Activations of a step, shared by all layers: for T tokens the first T rows of each.
+
+    ``residual`` is the running sum; ``x`` [T, D] what a half reads (normalised) and then writes (its contribution).
+    """
+
+    residual: Tensor
+    x: Tensor
+    qkv: Tensor  # [T, (H+2G)*E]
+    q: Tensor  # [T, H, E]
+    attn: Tensor  # [T, H, E]
+    lse: Tensor  # [T, H]
+    gate_up: Tensor  # [T, 2*I]
+    gated: Tensor  # [T, I]
+
+    @staticmethod
+    def allocate(spec: ModelSpec, tokens: int) -> Workspace:
+        h, g, e = spec.heads, spec.kv_heads, spec.head_dim
+        shapes = {
+            "residual": (spec.width,),
+            "x": (spec.width,),
+            "qkv": ((h + 2 * g) * e,),
+            "q": (h, e),
+            "attn": (h, e),
+            "lse": (h,),
+            "gate_up": (2 * spec.mlp_width,),
+            "gated": (spec.mlp_width,),
+        }
+        return Workspace(**{name: torch.empty(tokens, *shape, dtype=ACTIVATIONS) for name, shape in shapes.items()})
+
+    def first(self, tokens: int) -> Workspace:
+        """The same buffers, for a step of ``tokens`` tokens."""
+        return Workspace(**{name: buffer[:tokens] for name, buffer in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What attention needs besides the layer's weights; the same for every layer of a step."""
+
+    positions: Tensor
+    kv_index: Tensor
+    plan: Any
+    rope: Rope
+    scale: float
+
+
+def attend(ops: Ops, layer: Layer, w: Workspace, step: Attention, k_cache: Tensor, v_cache: Tensor) -> None:
+    """w.x = attention of the normalised w.x; writes this step's keys and values to the caches."""
+    ops.linear(w.x, layer.qkv.weight, w.qkv, layer.qkv.bias)
+    ops.rope_and_cache(w.qkv, step.positions, step.kv_index, step.rope, k_cache, v_cache, w.q, layer.head_norm)
+    ops.attention(w.q, k_cache, v_cache, step.plan, step.scale, w.attn, w.lse)
+    ops.linear(w.attn.flatten(1), layer.o.weight, w.x, layer.o.bias)
+
+
+def mlp(ops: Ops, layer: Layer, w: Workspace) -> None:
+    """w.x = down(silu(gate(w.x)) * up(w.x))."""
+    ops.linear(w.x, layer.gate_up.weight, w.gate_up, layer.gate_up.bias)
+    ops.silu_mul(w.gate_up, w.gated)
+    ops.linear(w.gated, layer.down.weight, w.x, layer.down.bias)

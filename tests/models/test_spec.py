@@ -1,0 +1,255 @@
+"""ModelSpec from configs and GGUF metadata; every way in which they can be unusable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models.tiny_models import TINY, TinyModel
+
+from batchinfer.models.files import ModelError
+from batchinfer.models.gguf import GgufFile
+from batchinfer.models.spec import ARCHITECTURES, ModelSpec, load_spec, spec_from_config, spec_from_gguf
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "eos_token_id": [2, 5],
+    "bos_token_id": 1,
+}
+
+
+def spec(**changes: Any) -> ModelSpec:
+    config = {key: value for key, value in (LLAMA | changes).items() if value is not None}
+    return spec_from_config(config, "config.json")
+
+
+def test_plain_llama() -> None:
+    got = spec()
+    assert (got.layers, got.width, got.heads, got.kv_heads, got.head_dim, got.mlp_width) == (3, 64, 8, 2, 8, 96)
+    assert (got.vocab_size, got.norm_eps, got.max_positions) == (100, 1e-6, 4096)
+    assert (got.qkv_bias, got.o_bias, got.mlp_bias, got.qk_norm, got.tied_embeddings) == (False,) * 5
+    assert (got.bos_id, got.eos_ids, got.sliding_window) == (1, (2, 5), None)
+    assert (got.rope.type, got.rope.theta, got.rope.width) == ("default", 10000.0, 8)
+
+
+def test_llama_1_has_as_many_kv_heads_as_heads() -> None:
+    assert spec(num_key_value_heads=None).kv_heads == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [  # qkv_bias, o_bias, mlp_bias, qk_norm
+        ("LlamaForCausalLM", {"attention_bias": True}, (True, True, False, False)),
+        ("LlamaForCausalLM", {"mlp_bias": True}, (False, False, True, False)),
+        ("MistralForCausalLM", {"attention_bias": True}, (False, False, False, False)),
+        ("Qwen2ForCausalLM", {}, (True, False, False, False)),
+        ("Qwen3ForCausalLM", {}, (False, False, False, True)),
+        ("Qwen3ForCausalLM", {"attention_bias": True}, (True, True, False, True)),
+    ],
+)
+def test_flags_of_architectures(name: str, changes: dict[str, Any], expected: tuple[bool, ...]) -> None:
+    got = spec(architectures=[name], **changes)
+    assert (got.qkv_bias, got.o_bias, got.mlp_bias, got.qk_norm) == expected
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_parameters_are_counted_as_transformers_does(name: str, tiny: Callable[[str], TinyModel]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny(name).folder
+    assert load_spec(str(folder)).num_parameters == AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+
+
+def test_rope_in_the_old_spelling_is_that_in_the_new() -> None:
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+    new = spec(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **scaling})
+    assert new == spec(rope_theta=5e5, rope_scaling={"rope_type": "llama3", **scaling})
+    assert new == spec(rope_theta=5e5, rope_scaling={"type": "llama3", **scaling})
+    assert (new.rope.type, new.rope.theta, new.rope.trained_positions) == ("llama3", 5e5, 512)
+
+
+def test_yarn_reaches_as_far_as_its_factor_says() -> None:
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    assert spec(rope_scaling=scaling).max_positions == 16384
+    assert spec(rope_scaling=scaling, max_position_embeddings=20000).max_positions == 20000
+
+
+def test_resolve_length() -> None:
+    assert spec().resolve_length() == 4096
+    assert spec().resolve_length(100) == 100
+    with pytest.raises(ModelError, match=r"engine\.max_model_len=4097 .* 4096 positions"):
+        spec().resolve_length(4097)
+    dynamic = spec(rope_scaling={"type": "dynamic", "factor": 2.0})
+    assert dynamic.resolve_length() == 4096
+    assert dynamic.resolve_length(8192) == 8192
+    with pytest.raises(ModelError, match="8192 positions"):
+        dynamic.resolve_length(8193)
+
+
+def test_sliding_window_is_fine_where_it_changes_nothing() -> None:
+    mistral = spec(architectures=["MistralForCausalLM"], sliding_window=1024)
+    assert mistral.resolve_length(1024) == 1024
+    for length in (0, 1025):
+        with pytest.raises(ModelError, match=r"sliding_window=1024 .* engine\.max_model_len=1024"):
+            mistral.resolve_length(length)
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({}, None),
+        ({"sliding_window": 512}, None),
+        ({"sliding_window": 512, "use_sliding_window": False}, None),
+        ({"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 3}, None),
+        ({"sliding_window": 512, "use_sliding_window": True, "layer_types": ["full_attention"] * 3}, None),
+        ({"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 2}, 512),
+        ({"sliding_window": 512, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 3}, 512),
+    ],
+)
+def test_when_qwen_has_a_window(changes: dict[str, Any], window: int | None) -> None:
+    assert spec(architectures=["Qwen2ForCausalLM"], **changes).sliding_window == window
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": None}, "does not name its architecture .* LlamaForCausalLM, MistralForCausalLM"),
+        ({"architectures": ["GPTBigCode"]}, "'GPTBigCode' is not supported; supported are LlamaForCausalLM"),
+        ({"architectures": ["LLaMAForCausalLM"]}, "nearest is LlamaForCausalLM"),
+        ({"architectures": ["MyModel"], "auto_map": {"AutoModel": "x.Y"}}, "auto_map.* never run"),
+        ({"hidden_size": None}, "no 'hidden_size'"),
+        ({"rms_norm_eps": None}, "no 'rms_norm_eps'"),
+        ({"vocab_size": "100"}, "vocab_size='100' must be a whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be a whole number above 0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=True must be a whole number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be a number above 0"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes' must be true or false"),
+        ({"num_attention_heads": 7}, "hidden_size=64 is not a multiple of num_attention_heads=7"),
+        ({"num_key_value_heads": 3}, "8 attention heads cannot share 3 key/value heads"),
+        ({"head_dim": 7}, "head_dim=7 is odd"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; it must be 'silu'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\) is not supported: use"),
+        ({"rope_scaling": {"type": "mrope"}}, "rope_type='mrope' is not supported; supported are default, linear"),
+        ({"rope_scaling": {"type": "linear"}}, r"config.json \(rope_scaling\) has no 'factor'"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
+        ({"rope_theta": -1}, "rope_theta=-1 must be a number above 0"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 4}},
+            "short_factor must be a list of 4 numbers",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [0.0] * 4}},
+            "long_factor holds 0.0; its numbers must be above 0",
+        ),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
+            "low_freq_factor must be below high_freq_factor",
+        ),
+    ],
+)
+def test_unusable_configs_name_the_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        spec(**changes)
+    assert caught.value.exit_code == 64
+    assert "config.json" in str(caught.value)
+
+
+def test_folders_without_a_usable_config(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="neither a folder nor a .gguf file"):
+        load_spec(str(tmp_path / "nowhere"))
+    with pytest.raises(ModelError, match=r"config\.json is missing: model\.path must be a Hugging Face model folder"):
+        load_spec(str(tmp_path))
+    config = tmp_path / "config.json"
+    for text, message in [
+        ("{", "is not valid JSON"),
+        ("[]", "must hold a JSON object, not list"),
+        ('{"a": 1, "a": 2}', "the key 'a' twice"),
+        ("[" * 100_000, "is not valid JSON"),
+    ]:
+        config.write_text(text)
+        with pytest.raises(ModelError, match=message):
+            load_spec(str(tmp_path))
+    config.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ModelError, match="is not valid JSON"):
+        load_spec(str(tmp_path))
+
+
+def test_every_architecture_is_tested_against_transformers(tiny: Callable[[str], TinyModel]) -> None:
+    saved = {json.loads((tiny(name).folder / "config.json").read_text())["architectures"][0] for name in TINY}
+    assert saved == set(ARCHITECTURES)
+
+
+QWEN_GGUF = {
+    "general.architecture": "qwen2",
+    "qwen2.block_count": 3,
+    "qwen2.context_length": 4096,
+    "qwen2.embedding_length": 64,
+    "qwen2.feed_forward_length": 96,
+    "qwen2.attention.head_count": 8,
+    "qwen2.attention.head_count_kv": 2,
+    "qwen2.attention.layer_norm_rms_epsilon": 1e-6,
+    "qwen2.vocab_size": 100,
+    "qwen2.rope.freq_base": 1e6,
+    "tokenizer.ggml.eos_token_id": 2,
+}
+
+
+def gguf(**changes: Any) -> GgufFile:
+    keys = {key.replace("__", "."): value for key, value in changes.items()}
+    metadata = {key: value for key, value in (QWEN_GGUF | keys).items() if value is not None}
+    return GgufFile("model.gguf", 0, metadata, (), 0)
+
+
+def test_gguf_metadata_says_the_same() -> None:
+    got = spec_from_gguf(gguf())
+    want = spec(architectures=["Qwen2ForCausalLM"], rope_theta=1e6, eos_token_id=2, bos_token_id=None)
+    # A file without tensors has neither biases nor an output matrix; tests of weights cover those.
+    assert (want.qkv_bias, got.qkv_bias, want.tied_embeddings, got.tied_embeddings) == (True, False, False, True)
+    assert got == spec_from_gguf(gguf(qwen2__attention__key_length=8))
+    for name in ("architecture", "layers", "width", "heads", "kv_heads", "head_dim", "mlp_width", "vocab_size", "rope"):
+        assert getattr(got, name) == getattr(want, name), name
+    assert (got.max_positions, got.eos_ids, got.bos_id) == (4096, (2,), None)
+
+
+def test_gguf_rope_scaling() -> None:
+    scaling = {"qwen2__rope__scaling__type": "yarn", "qwen2__rope__scaling__factor": 4.0}
+    got = spec_from_gguf(gguf(**scaling, qwen2__rope__scaling__original_context_length=1024)).rope
+    want = spec(
+        rope_theta=1e6, rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    ).rope
+    assert got == want
+    linear = spec_from_gguf(gguf(**scaling | {"qwen2__rope__scaling__type": "linear"})).rope
+    assert (linear.type, linear.factor) == ("linear", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"general__architecture": None}, "no metadata key 'general.architecture'"),
+        ({"general__architecture": "qwen2moe"}, "'qwen2moe' is not supported; .* nearest is qwen2"),
+        ({"qwen2__block_count": None}, "no metadata key 'qwen2.block_count'"),
+        ({"qwen2__block_count": "3"}, "'qwen2.block_count' must be int, not str"),
+        ({"qwen2__expert_count": 8}, "mixtures of experts are not supported"),
+        ({"qwen2__rope__dimension_count": 4}, "rope.dimension_count must be the head's width 8"),
+        ({"qwen2__attention__value_length": 4}, "value_length differs from key_length"),
+        ({"qwen2__rope__scaling__type": "longrope"}, "'longrope' is not supported; supported are none, linear, yarn"),
+        ({"qwen2__rope__scaling__type": "linear"}, "no metadata key 'qwen2.rope.scaling.factor'"),
+        ({"qwen2__attention__head_count_kv": 3}, "8 attention heads cannot share 3"),
+    ],
+)
+def test_unusable_gguf_metadata_names_the_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        spec_from_gguf(gguf(**changes))
+    assert "model.gguf" in str(caught.value)

@@ -1,0 +1,114 @@
+"""Tiny random models of every supported architecture, and the means to spoil their files."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+ROPE = {"rope_theta": 10000.0}
+TRAINED = {"original_max_position_embeddings": 32}
+
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-biased-tied": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama-one-kv-head": ("Llama", {"num_key_value_heads": 1}),
+    "llama-linear": ("Llama", {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 4.0}}),
+    "llama-dynamic": (
+        "Llama",
+        {"max_position_embeddings": 32, "rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 2.0}},
+    ),
+    "llama-llama3": (
+        "Llama",
+        {
+            "rope_parameters": {
+                **ROPE,
+                **TRAINED,
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            }
+        },
+    ),
+    "llama-longrope": (
+        "Llama",
+        {
+            "rope_parameters": {
+                **ROPE,
+                **TRAINED,
+                "rope_type": "longrope",
+                "short_factor": [1.0 + i / 8 for i in range(8)],
+                "long_factor": [1.0 + i / 2 for i in range(8)],
+            }
+        },
+    ),
+    "mistral-wide-heads": ("Mistral", {"head_dim": 32, "sliding_window": 48, "rope_parameters": {"rope_theta": 1e6}}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": {**ROPE, **TRAINED, "rope_type": "yarn", "factor": 2.0}}),
+    "qwen3": ("Qwen3", {"head_dim": 32, "rope_parameters": {"rope_theta": 1e6}}),
+    "qwen3-biased": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+}
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A saved model and transformers' float32 logits [2, 45, V] for ``ids`` [2, 45]."""
+
+    folder: Path
+    ids: torch.Tensor
+    logits: torch.Tensor
+
+
+def build_model(name: str, folder: Path) -> TinyModel:
+    """Save the model of that name in TINY, and compute what transformers makes of it."""
+    import transformers
+
+    family, settings = TINY[name]
+    torch.manual_seed(len(name))
+    config = getattr(transformers, f"{family}Config")(**{**COMMON, **settings})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for key, weight in model.named_parameters():  # biases and norms come as zeros and ones, which hide mistakes
+        weight.data.normal_(1.0 if "norm" in key else 0.0, 0.2)
+    model.save_pretrained(folder)
+    ids = torch.randint(3, config.vocab_size, (2, 45))
+    with torch.inference_mode():
+        return TinyModel(folder, ids, model(ids).logits)
+
+
+def write_safetensors(path: Path, entries: dict[str, Any], data: bytes = b"") -> Path:
+    """A file with exactly this header, right or wrong."""
+    header = json.dumps(entries).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    return path
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON file; None removes one."""
+    value = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: item for key, item in value.items() if item is not None}))
+
+
+def assert_relative(got: Any, want: Any, bound: float) -> None:
+    """Largest difference against the largest value."""
+    got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
+    assert got.shape == want.shape
+    assert np.abs(got - want).max() <= bound * np.abs(want).max()
