@@ -1,0 +1,255 @@
+"""The engine: requests in, completions out, one step at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from batchinfer._engine import Scheduler, Step
+from batchinfer.engine.lengths import LengthPredictor
+from batchinfer.engine.runner import Runner
+from batchinfer.engine.seeds import sample_seed
+from batchinfer.engine.slots import History
+from batchinfer.engine.stopping import completes_stop, cut_text
+from batchinfer.models.tokenizer import Tokenizer
+from batchinfer.ops import SampleOutput
+from batchinfer.types import Completion, EngineStats, ErrorCode, Logprobs, Request, RowError, Sample, SamplingParams
+
+
+@dataclass(slots=True)
+class _OpenRequest:
+    """A request some of whose samples are still being generated."""
+
+    request: Request
+    samples: list[Sample | None]
+    missing: int
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """One sample of a request, as the scheduler knows it."""
+
+    owner: _OpenRequest
+    index: int
+    logprobs: list[tuple[float, np.ndarray, np.ndarray]] = field(default_factory=list)
+
+
+class Engine:
+    """Continuous batching over one scheduler and one runner. Not thread-safe: one thread adds and steps."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        lengths: LengthPredictor,
+        *,
+        max_seq_len: int,
+        max_slots: int,
+        num_pages: int,
+    ):
+        self._lengths = lengths
+        self.tokenizer = tokenizer
+        self.max_seq_len = max_seq_len
+        self._max_slots = max_slots
+        self._scheduler = scheduler
+        self._runner = runner
+        self._sequences: dict[int, _Sequence] = {}
+        self._watched: dict[int, _Sequence] = {}  # those with stop strings or logprobs: host work for every token
+        self._refused: list[Completion] = []
+        self._next_id = 0
+        self._open = 0
+        self._stats = EngineStats(pages_total=num_pages)
+        self._seconds = {"schedule": 0.0, "output": 0.0}
+
+    @property
+    def num_open(self) -> int:
+        """Requests added and not yet returned."""
+        return self._open
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether another request would help to keep the batch full: half a batch waits beside the running one."""
+        return self._scheduler.num_open < self._max_slots + self._max_slots // 2 + 1
+
+    def add(self, request: Request) -> None:
+        """Take a request. One that can't run comes back from the next :meth:`step` as a Completion with an error."""
+        self._open += 1
+        error = self._refusal(request)
+        if error is None:
+            try:
+                self._add_samples(request)
+            except ValueError as reason:  # of the first sample already: all are alike
+                error = RowError(
+                    ErrorCode.KV_CAPACITY,
+                    f"{reason}: raise engine.kv_cache_gb, or lower sampling.max_tokens or engine.max_model_len",
+                )
+        if error is None:
+            self._stats.prompt_tokens += len(request.prompt)
+        else:
+            self._refused.append(Completion(request.id, len(request.prompt), error=error))
+
+    def _add_samples(self, request: Request) -> None:
+        params = request.sampling
+        owner = _OpenRequest(request, [None] * params.n, params.n)
+        for index in range(params.n):
+            seq_id = self._next_id
+            self._scheduler.add(
+                seq_id,
+                request.prompt,
+                max_new_tokens=params.max_tokens,
+                min_new_tokens=params.min_tokens,
+                expected_new_tokens=self._lengths.expected(params.max_tokens),
+                stop_token_ids=self._stop_ids(request),
+            )
+            self._next_id += 1
+            self._sequences[seq_id] = _Sequence(owner, index)
+            if params.stop or params.logprobs is not None:
+                self._watched[seq_id] = self._sequences[seq_id]
+
+    def step(self) -> list[Completion]:
+        """Run one step; return the requests that it completed. [] at once when nothing is open."""
+        done, self._refused = self._refused, []
+        start = time.perf_counter()
+        step = self._scheduler.schedule()
+        if step is not None:
+            for slot, seq_id in zip(step.new_slots.tolist(), step.new_seqs.tolist(), strict=True):
+                self._assign(slot, seq_id)
+            scheduled = time.perf_counter()
+            self._seconds["schedule"] += scheduled - start
+            out = self._runner.run(step, lambda row: self._history(step, row))
+            start = time.perf_counter()
+            done += self._take(step, out)
+            self._stats.steps += 1
+            self._stats.output_tokens += step.num_samples
+        self._seconds["output"] += time.perf_counter() - start
+        self._open -= len(done)
+        return done
+
+    def stats(self) -> EngineStats:
+        """Counters so far."""
+        scheduler, stats = self._scheduler, self._stats
+        stats.cached_prompt_tokens = scheduler.cached_prompt_tokens
+        stats.preemptions = scheduler.preemptions
+        stats.running, stats.waiting = scheduler.num_running, scheduler.num_waiting
+        stats.pages_used = scheduler.pages_used
+        stats.step_seconds = self._seconds | self._runner.seconds
+        return stats
+
+    def close(self) -> None:
+        """Drop what is open; the engine can't be used afterwards."""
+        for seq_id in list(self._sequences):
+            self._scheduler.finish(seq_id)
+        self._sequences.clear()
+        self._watched.clear()
+
+    def _refusal(self, request: Request) -> RowError | None:
+        length = len(request.prompt)
+        if length == 0:
+            return RowError(ErrorCode.EMPTY_PROMPT, "the prompt has no tokens")
+        if length + 1 > self.max_seq_len:
+            return RowError(
+                ErrorCode.PROMPT_TOO_LONG,
+                f"the prompt has {length} tokens and needs room for one more; engine.max_model_len is "
+                f"{self.max_seq_len}",
+            )
+        if int(request.prompt.min()) < 0 or int(request.prompt.max()) >= self.tokenizer.vocab_size:
+            return RowError(ErrorCode.BAD_TOKEN_IDS, f"token ids must lie in [0, {self.tokenizer.vocab_size - 1}]")
+        try:
+            request.sampling.check()
+        except ValueError as error:
+            return RowError(ErrorCode.BAD_SAMPLING, str(error))
+        return None
+
+    def _stop_ids(self, request: Request) -> np.ndarray:
+        params = request.sampling
+        ids = params.stop_token_ids if params.ignore_eos else self.tokenizer.eos_ids + params.stop_token_ids
+        return np.array(ids, np.int32)
+
+    def _assign(self, slot: int, seq_id: int) -> None:
+        sequence = self._sequences[seq_id]
+        request = sequence.owner.request
+        seed = sample_seed(request.seed, sequence.index)
+        self._runner.slots.assign(slot, request.sampling, seed, self._stop_ids(request))
+
+    def _history(self, step: Step, row: int) -> History:
+        seq_id = int(step.sample_seq[row])
+        return self._sequences[seq_id].owner.request.prompt, self._scheduler.tokens(seq_id)
+
+    def _take(self, step: Step, out: SampleOutput) -> list[Completion]:
+        """Record the step's tokens; completions of the requests whose last sample ended."""
+        if self._watched:
+            self._record_logprobs(step, out)
+        ended = {f.seq_id: (f.tokens, f.reason) for f in self._scheduler.update(out.tokens.numpy())}
+        texts = {}
+        if self._watched:
+            for seq_id, tokens in self._hit_stop_string(step, ended):
+                ended[seq_id] = tokens, "stop"
+                texts[seq_id] = cut_text(tokens, self._params(seq_id).stop, self.tokenizer.decode_batch)
+        plain = [seq_id for seq_id in ended if seq_id not in texts]
+        visible = [self._visible(seq_id, ended[seq_id][0]) for seq_id in plain]
+        texts |= zip(plain, self.tokenizer.decode_batch(visible), strict=True)
+        done = []
+        for seq_id, (tokens, reason) in ended.items():
+            completion = self._end_sample(seq_id, tokens, texts[seq_id], reason)
+            if completion is not None:
+                done.append(completion)
+        return done
+
+    def _record_logprobs(self, step: Step, out: SampleOutput) -> None:
+        if out.chosen is None:
+            return
+        chosen, top_ids, top = out.chosen.numpy(), out.top_ids.numpy(), out.top.numpy()
+        for row, seq_id in enumerate(step.sample_seq.tolist()):
+            sequence = self._watched.get(seq_id)
+            wanted = None if sequence is None else sequence.owner.request.sampling.logprobs
+            if wanted is not None:
+                sequence.logprobs.append((float(chosen[row]), top_ids[row, :wanted], top[row, :wanted]))
+
+    def _hit_stop_string(
+        self, step: Step, ended: dict[int, tuple[np.ndarray, str]]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Stop the sequences whose newest token completed a stop string: their ids and tokens."""
+        for seq_id in step.sample_seq.tolist():
+            params = self._params(seq_id)
+            if not params.stop or ended.get(seq_id, (None, ""))[1] == "stop":
+                continue
+            tokens = ended[seq_id][0] if seq_id in ended else self._scheduler.tokens(seq_id)
+            if len(tokens) >= params.min_tokens and completes_stop(tokens, params.stop, self.tokenizer.decode_batch):
+                if seq_id not in ended:
+                    self._scheduler.finish(seq_id)
+                yield seq_id, tokens
+
+    def _params(self, seq_id: int) -> SamplingParams:
+        return self._sequences[seq_id].owner.request.sampling
+
+    def _visible(self, seq_id: int, tokens: np.ndarray) -> np.ndarray:
+        """The tokens that make up the text: without the stop token that ended them."""
+        ends = self._stop_ids(self._sequences[seq_id].owner.request)
+        return tokens[:-1] if len(tokens) and tokens[-1] in ends else tokens
+
+    def _end_sample(self, seq_id: int, tokens: np.ndarray, text: str, reason: str) -> Completion | None:
+        """Record a sample; the request's completion if it was the last one."""
+        self._watched.pop(seq_id, None)
+        sequence = self._sequences.pop(seq_id)
+        owner = sequence.owner
+        self._lengths.finished(len(tokens), owner.request.sampling.max_tokens)
+        logprobs = _stack(sequence.logprobs, owner.request.sampling.logprobs)
+        owner.samples[sequence.index] = Sample(tokens, text, reason, logprobs)
+        owner.missing -= 1
+        if owner.missing:
+            return None
+        return Completion(owner.request.id, len(owner.request.prompt), tuple(s for s in owner.samples if s is not None))
+
+
+def _stack(rows: list[tuple[float, np.ndarray, np.ndarray]], wanted: int | None) -> Logprobs | None:
+    if wanted is None:
+        return None
+    return Logprobs(
+        chosen=np.array([chosen for chosen, _, _ in rows], np.float32),
+        top_ids=np.array([ids for _, ids, _ in rows], np.int32).reshape(len(rows), wanted),
+        top=np.array([top for _, _, top in rows], np.float32).reshape(len(rows), wanted),
+    )

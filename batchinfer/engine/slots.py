@@ -1,0 +1,91 @@
+"""Per-slot sampling parameters: written once when a sequence gets its slot, gathered for the rows of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from batchinfer.ops import SampleInput
+from batchinfer.types import SamplingParams
+
+_FIELDS = {
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "min_p": np.float32,
+    "repetition_penalty": np.float32,
+    "presence_penalty": np.float32,
+    "frequency_penalty": np.float32,
+    "min_tokens": np.int32,
+}
+
+History = tuple[np.ndarray, np.ndarray]
+"""Prompt and generated tokens of a sequence, int32."""
+
+
+class SlotTable:
+    """Sampling parameters of the sequences that hold a slot, one numpy array per parameter."""
+
+    def __init__(self, max_slots: int):
+        self._columns = {name: np.zeros(max_slots, dtype) for name, dtype in _FIELDS.items()}
+        self._seed = np.zeros(max_slots, np.int64)
+        self._logprobs = np.full(max_slots, -1, np.int32)
+        self._penalised = np.zeros(max_slots, bool)
+        self._stop_ids: list[np.ndarray] = [np.zeros(0, np.int32)] * max_slots
+
+    def assign(self, slot: int, params: SamplingParams, seed: int, stop_ids: np.ndarray) -> None:
+        """The sequence that takes ``slot`` samples by ``params``; ``stop_ids`` int32 are banned before min_tokens."""
+        for name, column in self._columns.items():
+            column[slot] = getattr(params, name)
+        self._seed[slot] = np.uint64(seed).astype(np.int64)
+        self._logprobs[slot] = -1 if params.logprobs is None else params.logprobs
+        self._penalised[slot] = params.penalised
+        self._stop_ids[slot] = stop_ids
+
+    def gather(self, slots: np.ndarray, counts: np.ndarray, history: Callable[[int], History]) -> SampleInput:
+        """The sampler's input for rows whose sequences hold ``slots`` and have ``counts`` tokens each, int32 [N].
+
+        ``history(row)`` is asked only for rows with penalties.
+        """
+        column = {name: torch.from_numpy(values[slots]) for name, values in self._columns.items()}
+        extra: dict[str, object] = {}
+        penalised = self._penalised[slots]
+        if penalised.any():
+            extra |= _history_arrays(penalised, history)
+            extra["penalties"] = tuple(
+                column[name] for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
+            )
+        too_short = counts < self._columns["min_tokens"][slots]
+        if too_short.any():
+            none = np.zeros(0, np.int32)
+            banned = [self._stop_ids[slot] if short else none for slot, short in zip(slots, too_short, strict=True)]
+            extra["banned_ids"], extra["banned_start"] = _ragged(banned)
+        logprobs = self._logprobs[slots]
+        if (logprobs >= 0).any():
+            extra["num_logprobs"] = torch.from_numpy(logprobs)
+        return SampleInput(
+            temperature=column["temperature"],
+            top_k=column["top_k"],
+            top_p=column["top_p"],
+            min_p=column["min_p"],
+            seed=torch.from_numpy(self._seed[slots]),
+            position=torch.from_numpy(np.ascontiguousarray(counts)),
+            **extra,
+        )
+
+
+def _history_arrays(penalised: np.ndarray, history: Callable[[int], History]) -> dict[str, object]:
+    none = np.zeros(0, np.int32)
+    pairs = [history(row) if wanted else (none, none) for row, wanted in enumerate(penalised)]
+    ids, start = _ragged([np.concatenate(pair) for pair in pairs])
+    prompt = torch.tensor([len(prompt) for prompt, _ in pairs], dtype=torch.int32)
+    return {"history_ids": ids, "history_start": start, "history_prompt": prompt}
+
+
+def _ragged(rows: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Concatenated int32 values and the int32 [N+1] offsets of each row."""
+    start = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum([len(row) for row in rows], out=start[1:])
+    return torch.from_numpy(np.concatenate(rows).astype(np.int32, copy=False)), torch.from_numpy(start)

@@ -1,0 +1,96 @@
+"""The whole engine against transformers in float32: the same tokens, however the work is cut and shared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+NEW_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm_dir: Path, prompts_path: Path) -> list[list[int]]:
+    """Token ids of the 64 prompts, rendered by transformers."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm_dir)
+    rows = pq.read_table(prompts_path, columns=["messages"])["messages"].to_pylist()
+    render = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    return [tokenizer.apply_chat_template(row, **render)["input_ids"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def expected(smollm_dir: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """What transformers generates greedily in float32, each prompt without padding beside prompts of its length."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(smollm_dir, dtype=torch.float32).eval()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    out: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), 16):
+        group = order[start : start + 16]
+        width = max(len(prompts[i]) for i in group)
+        ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in group])
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group])
+        with torch.inference_mode():
+            new = model.generate(
+                ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
+            )[:, width:]
+        for i, row in zip(group, new.tolist(), strict=True):
+            out[i] = row
+    return out
+
+
+def generate(gguf: Path, prompts: list[list[int]], **options: Any) -> tuple[list[np.ndarray], Any]:
+    from batchinfer import LLM, SamplingParams
+
+    llm = LLM(str(gguf), max_model_len=1024, **options)
+    done = llm.generate(prompts, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True))
+    stats = llm.stats()
+    llm.close()
+    return [c.samples[0].token_ids for c in done], stats
+
+
+@pytest.fixture(scope="module")
+def whole(smollm_gguf: Path, prompts: list[list[int]]) -> list[np.ndarray]:
+    """Our tokens in float32 with nothing in the way: room for everything."""
+    tokens, stats = generate(smollm_gguf, prompts, dtype="fp32")
+    assert stats.preemptions == 0
+    return tokens
+
+
+def test_greedy_tokens_are_those_of_transformers(whole: list[np.ndarray], expected: list[list[int]]) -> None:
+    different = [i for i, (ours, theirs) in enumerate(zip(whole, expected, strict=True)) if ours.tolist() != theirs]
+    assert different == []
+
+
+def test_chunked_prefill_prefix_cache_and_preemption_change_nothing(
+    smollm_gguf: Path, prompts: list[list[int]], whole: list[np.ndarray]
+) -> None:
+    """A pool of 60 pages holds about four of the 64 sequences, and no prompt's prefill fits into one step."""
+    tokens, stats = generate(
+        smollm_gguf,
+        prompts,
+        dtype="fp32",
+        num_pages=60,
+        max_slots=16,
+        max_step_tokens=48,
+        page_size=8,
+        expected_share=0.05,
+    )
+    assert stats.preemptions > 0
+    assert stats.cached_prompt_tokens > 0
+    assert [t.tolist() for t in tokens] == [t.tolist() for t in whole]
+
+
+def test_tokens_do_not_depend_on_the_batch_in_bf16(smollm_gguf: Path, prompts: list[list[int]]) -> None:
+    wide, _ = generate(smollm_gguf, prompts[:16])
+    narrow, _ = generate(smollm_gguf, prompts[:16], max_slots=3, max_step_tokens=100, prefix_cache=False, threads=1)
+    assert [t.tolist() for t in narrow] == [t.tolist() for t in wide]

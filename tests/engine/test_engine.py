@@ -1,0 +1,272 @@
+"""The engine on a tiny random model, against a loop that recomputes the whole sequence for every token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from batchinfer import ops as op_list
+from batchinfer._engine import Scheduler
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.lengths import LengthPredictor
+from batchinfer.engine.runner import Runner
+from batchinfer.models.decoder import Decoder, StepInput
+from batchinfer.models.rope import RopeSpec
+from batchinfer.models.spec import ModelSpec
+from batchinfer.ops import AttentionInput
+from batchinfer.types import Completion, ErrorCode, Request, SamplingParams
+
+VOCAB, EOS = 64, 1
+SPEC = ModelSpec(
+    architecture="LlamaForCausalLM",
+    layers=2,
+    width=32,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp_width=48,
+    vocab_size=VOCAB,
+    norm_eps=1e-5,
+    tied_embeddings=True,
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    rope=RopeSpec("default", theta=10000.0, width=8, trained_positions=128),
+    max_positions=128,
+)
+
+
+class LetterTokenizer:
+    """Token i is the character chr(33 + i); the end-of-sequence token is invisible, as special tokens are."""
+
+    vocab_size = VOCAB
+    eos_ids = (EOS,)
+
+    def decode_batch(self, ids: list[np.ndarray]) -> list[str]:
+        return ["".join(chr(33 + t) for t in row.tolist() if t != EOS) for row in ids]
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.3
+
+    weights: dict[str, torch.Tensor] = {"embed": random(VOCAB, 32) * 3, "norm": torch.ones(32)}
+    for layer in range(SPEC.layers):
+        weights |= {
+            f"layers.{layer}.attn_norm": torch.ones(32),
+            f"layers.{layer}.qkv": random(64, 32),
+            f"layers.{layer}.o": random(32, 32),
+            f"layers.{layer}.mlp_norm": torch.ones(32),
+            f"layers.{layer}.gate_up": random(96, 32),
+            f"layers.{layer}.down": random(32, 48),
+        }
+    ops = op_list.load("cpu", 1)
+    return Decoder(
+        SPEC, iter(weights.items()), ops, torch.float32, max_positions=128, max_step_tokens=128, max_samples=32
+    )
+
+
+def make_engine(decoder: Decoder, expected_share: float = 0.0, **options: Any) -> Engine:
+    given = {"num_pages": 200, "page_size": 4, "max_slots": 8, "max_step_tokens": 64, "prefix_cache": True} | options
+    scheduler = Scheduler(max_seq_len=128, **given)
+    runner = Runner(decoder, decoder.ops, given["num_pages"], given["page_size"], given["max_slots"])
+    return Engine(
+        scheduler,
+        runner,
+        LetterTokenizer(),  # type: ignore[arg-type]
+        LengthPredictor(expected_share),
+        max_seq_len=128,
+        max_slots=given["max_slots"],
+        num_pages=given["num_pages"],
+    )
+
+
+def run(engine: Engine, requests: list[Request]) -> dict[int, Completion]:
+    for request in requests:
+        engine.add(request)
+    done: dict[int, Completion] = {}
+    for _ in range(10_000):
+        if not engine.num_open:
+            return done
+        done |= {completion.id: completion for completion in engine.step()}
+    raise AssertionError("the engine does not come to an end")
+
+
+def all_logits(decoder: Decoder, tokens: list[int]) -> np.ndarray:
+    """Logits float32 [len(tokens), V] of one forward pass over the whole sequence, on one large page."""
+    count = len(tokens)
+    index = torch.arange(count, dtype=torch.int32)
+    attention = AttentionInput(
+        q_start=torch.tensor([0, count], dtype=torch.int32),
+        kv_len=torch.tensor([count], dtype=torch.int32),
+        slot=torch.tensor([0], dtype=torch.int32),
+        page_table=torch.tensor([[0]], dtype=torch.int32),
+    )
+    rows = []
+    for start in range(0, count, 32):  # the decoder samples from 32 rows at most
+        step = StepInput(
+            torch.tensor(tokens, dtype=torch.int32), index, index.long(), attention, index[start : start + 32]
+        )
+        rows.append(decoder.forward(step, decoder.new_cache(1, 128)).numpy().copy())
+    return np.concatenate(rows)
+
+
+def best_next(decoder: Decoder, prompt: list[int], generated: list[int]) -> list[int]:
+    """The most likely token at the place of each generated one, given all tokens before it."""
+    logits = all_logits(decoder, prompt + generated)
+    return logits[len(prompt) - 1 : -1].argmax(axis=1).tolist()
+
+
+def greedy(decoder: Decoder, prompt: np.ndarray) -> list[int]:
+    """Twelve tokens, each from a pass over the whole sequence."""
+    tokens = prompt.tolist()
+    for _ in range(12):
+        tokens.append(int(all_logits(decoder, tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def random_prompts(count: int, seed: int = 1) -> list[np.ndarray]:
+    """Half of them begin alike, so that pages are shared."""
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(2, VOCAB, 13)
+    prompts = []
+    for i in range(count):
+        own = rng.integers(2, VOCAB, rng.integers(1, 40))
+        prompts.append(np.concatenate([shared, own] if i % 2 else [own]).astype(np.int32))
+    return prompts
+
+
+PLAIN = SamplingParams(max_tokens=12, ignore_eos=True)
+TIGHT = {"num_pages": 24, "max_slots": 6, "max_step_tokens": 7, "expected_share": 0.01}
+
+
+@pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, TIGHT, {"max_slots": 1}], ids=str)
+def test_greedy_tokens_are_those_of_full_recomputation(decoder: Decoder, options: dict[str, Any]) -> None:
+    prompts = random_prompts(12)
+    engine = make_engine(decoder, **options)
+    done = run(engine, [Request(i, prompt, PLAIN) for i, prompt in enumerate(prompts)])
+    for i, prompt in enumerate(prompts):
+        tokens = done[i].samples[0].token_ids.tolist()
+        assert len(tokens) == 12
+        assert tokens == best_next(decoder, prompt.tolist(), tokens)
+        assert done[i].samples[0].finish_reason == "length"
+        assert done[i].prompt_tokens == len(prompt)
+    assert options is not TIGHT or engine.stats().preemptions > 0
+
+
+def test_samples_depend_on_their_seed_alone(decoder: Decoder) -> None:
+    params = replace(PLAIN, temperature=1.0, n=3, top_p=0.95)
+    prompts = random_prompts(6)
+    requests = [Request(i, prompt, params, seed=100 + i) for i, prompt in enumerate(prompts)]
+    together = run(make_engine(decoder, **TIGHT), requests)
+    for request in requests:
+        alone = run(make_engine(decoder), [request])[request.id]
+        texts = [sample.text for sample in alone.samples]
+        assert texts == [sample.text for sample in together[request.id].samples]
+        assert len(set(texts)) == 3
+    other = run(make_engine(decoder), [replace(requests[0], seed=7)])[0]
+    assert other.samples[0].text != together[0].samples[0].text
+
+
+def test_end_of_sequence_stop_tokens_and_min_tokens(decoder: Decoder) -> None:
+    prompt = random_prompts(1)[0]
+    free = greedy(decoder, prompt)
+    stop = free[5]
+    first = free.index(stop)
+
+    def sample(**changes: Any) -> Any:
+        return run(make_engine(decoder), [Request(0, prompt, replace(PLAIN, **changes))])[0].samples[0]
+
+    got = sample(stop_token_ids=(stop,))
+    assert got.token_ids.tolist() == free[: first + 1]
+    assert got.finish_reason == "stop"
+    assert got.text == LetterTokenizer().decode_batch([np.array(free[:first])])[0]
+    held = sample(stop_token_ids=(stop,), min_tokens=first + 1)
+    assert held.token_ids.tolist()[:first] == free[:first]
+    assert stop not in held.token_ids.tolist()[: first + 1]
+
+
+@pytest.mark.parametrize("ends_with_length", [False, True])
+def test_a_stop_string_ends_and_cuts_the_text(decoder: Decoder, ends_with_length: bool) -> None:
+    prompt = random_prompts(1)[0]
+    free = greedy(decoder, prompt)
+    text = LetterTokenizer().decode_batch([np.array(free)])[0]
+    stop = text[4:7]
+    end = text.find(stop)
+    params = replace(PLAIN, stop=("never", stop), max_tokens=end + 3 if ends_with_length else 12)
+    got = run(make_engine(decoder), [Request(0, prompt, params)])[0].samples[0]
+    assert got.finish_reason == "stop"
+    assert got.text == text[:end]
+    assert got.token_ids.tolist() == free[: end + 3]
+
+
+def test_logprobs_are_the_log_softmax_of_the_logits(decoder: Decoder) -> None:
+    prompts = random_prompts(4)
+    wanted = [None, 0, 3, 5]
+    requests = [Request(i, p, replace(PLAIN, logprobs=k)) for i, (p, k) in enumerate(zip(prompts, wanted, strict=True))]
+    done = run(make_engine(decoder, **TIGHT), requests)
+    assert done[0].samples[0].logprobs is None
+    for i, k in enumerate(wanted[1:], 1):
+        sample = done[i].samples[0]
+        full = all_logits(decoder, prompts[i].tolist() + sample.token_ids.tolist())[len(prompts[i]) - 1 : -1]
+        truth = torch.log_softmax(torch.from_numpy(full).double(), -1).numpy()
+        assert sample.logprobs is not None
+        assert sample.logprobs.top.shape == sample.logprobs.top_ids.shape == (12, k)
+        np.testing.assert_allclose(sample.logprobs.chosen, truth[np.arange(12), sample.token_ids], atol=1e-4)
+        np.testing.assert_allclose(sample.logprobs.top, -np.sort(-truth, axis=1)[:, :k], atol=1e-4)
+
+
+def test_a_presence_penalty_forbids_repetition(decoder: Decoder) -> None:
+    prompt = random_prompts(1)[0]
+    params = replace(PLAIN, max_tokens=30, presence_penalty=100.0)
+    tokens = run(make_engine(decoder), [Request(0, prompt, params)])[0].samples[0].token_ids.tolist()
+    assert len(set(tokens)) == 30
+
+
+def test_requests_that_cannot_run_come_back_with_their_reason(decoder: Decoder) -> None:
+    good = random_prompts(1)[0]
+    bad = {
+        1: (np.zeros(0, np.int32), PLAIN, ErrorCode.EMPTY_PROMPT),
+        2: (np.full(128, 5, np.int32), PLAIN, ErrorCode.PROMPT_TOO_LONG),
+        3: (np.array([5, VOCAB], np.int32), PLAIN, ErrorCode.BAD_TOKEN_IDS),
+        4: (np.array([-1], np.int32), PLAIN, ErrorCode.BAD_TOKEN_IDS),
+        5: (good, replace(PLAIN, temperature=float("nan")), ErrorCode.BAD_SAMPLING),
+        6: (np.full(90, 5, np.int32), PLAIN, ErrorCode.KV_CAPACITY),
+    }
+    requests = [Request(i, prompt, params) for i, (prompt, params, _) in bad.items()] + [Request(0, good, PLAIN)]
+    engine = make_engine(decoder, num_pages=20)
+    done = run(engine, requests)
+    for i, (_, _, code) in bad.items():
+        error = done[i].error
+        assert error is not None
+        assert error.code == code
+        assert error.message
+        assert done[i].samples == ()
+    assert done[0].samples[0].token_ids.tolist() == greedy(decoder, good)
+    assert engine.num_open == 0
+    assert engine.step() == []
+
+
+def test_counters(decoder: Decoder) -> None:
+    prompts = random_prompts(8)
+    engine = make_engine(decoder)
+    assert engine.wants_more
+    for i in range(40):
+        engine.add(Request(i, prompts[i % 8], PLAIN))
+    assert not engine.wants_more
+    done = run(engine, [])
+    stats = engine.stats()
+    assert len(done) == 40
+    assert stats.prompt_tokens == sum(len(prompts[i % 8]) for i in range(40))
+    assert stats.output_tokens == 40 * 12
+    assert 0 < stats.cached_prompt_tokens < stats.prompt_tokens
+    assert stats.running == stats.waiting == stats.pages_used == 0
+    assert set(stats.step_seconds) == {"schedule", "forward", "sample", "output"}

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from batchinfer.engine.slots import SlotTable
+from batchinfer.types import SamplingParams
+
+NONE = np.zeros(0, np.int32)
+
+
+def no_history(row: int) -> tuple[np.ndarray, np.ndarray]:
+    raise AssertionError(f"row {row} has no penalties, so its history must not be asked for")
+
+
+def table(*params: SamplingParams) -> SlotTable:
+    slots = SlotTable(len(params))
+    for slot, p in enumerate(params):
+        slots.assign(slot, p, seed=2**63 + slot, stop_ids=np.array([slot, 99], np.int32))
+    return slots
+
+
+def test_plain_rows_cost_no_extra_arrays() -> None:
+    got = table(SamplingParams(), SamplingParams(temperature=0.5, top_k=3)).gather(
+        np.array([1, 0], np.int32), np.array([4, 7], np.int32), no_history
+    )
+    assert got.temperature.tolist() == [0.5, 0.0]
+    assert got.top_k.tolist() == [3, 0]
+    assert got.position.tolist() == [4, 7]
+    assert got.seed.numpy().view(np.uint64).tolist() == [2**63 + 1, 2**63]
+    assert got.penalties is got.history_ids is got.banned_ids is got.num_logprobs is None
+
+
+def test_history_is_gathered_for_penalised_rows_only() -> None:
+    slots = table(SamplingParams(), SamplingParams(repetition_penalty=1.5), SamplingParams(presence_penalty=1.0))
+    histories = {1: (np.array([5, 6], np.int32), NONE), 2: (np.array([7], np.int32), np.array([8], np.int32))}
+    got = slots.gather(np.array([0, 1, 2], np.int32), np.array([0, 0, 1], np.int32), histories.__getitem__)
+    assert got.history_ids is not None and got.history_start is not None and got.history_prompt is not None
+    assert got.history_ids.tolist() == [5, 6, 7, 8]
+    assert got.history_start.tolist() == [0, 0, 2, 4]
+    assert got.history_prompt.tolist() == [0, 2, 1]
+    assert got.penalties is not None and got.penalties[0].tolist() == [1.0, 1.5, 1.0]
+
+
+def test_stop_tokens_are_banned_until_min_tokens() -> None:
+    slots = table(SamplingParams(min_tokens=2), SamplingParams(min_tokens=2), SamplingParams())
+    got = slots.gather(np.array([0, 1, 2], np.int32), np.array([1, 2, 0], np.int32), no_history)
+    assert got.banned_ids is not None and got.banned_start is not None
+    assert got.banned_ids.tolist() == [0, 99]
+    assert got.banned_start.tolist() == [0, 2, 2, 2]
+
+
+def test_a_slot_forgets_its_last_sequence() -> None:
+    slots = table(SamplingParams(repetition_penalty=2.0, logprobs=3, min_tokens=9))
+    slots.assign(0, SamplingParams(), 1, NONE)
+    got = slots.gather(np.array([0], np.int32), np.array([0], np.int32), no_history)
+    assert got.penalties is got.num_logprobs is got.banned_ids is None
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(None, -1), (0, 0), (5, 5)])
+def test_logprobs_of_a_row(wanted: int | None, expected: int) -> None:
+    slots = table(SamplingParams(logprobs=wanted), SamplingParams(logprobs=2))
+    got = slots.gather(np.array([0, 1], np.int32), np.array([0, 0], np.int32), no_history)
+    assert got.num_logprobs is not None
+    assert got.num_logprobs.tolist() == [expected, 2]
