@@ -1,0 +1,179 @@
+"""The plan: which rows make which chunk, and what the results depend on. Made at the first start and never changed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from batchinfer.data.tables import InputFile
+from batchinfer.types import Chunk
+
+SCHEMA_VERSION = 1
+MAX_DIFFERENCES = 20  # lines of a table that a person still reads
+MAX_VALUE = 60  # characters per cell
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``fingerprint`` holds everything beside the input files that decides the results (nested dicts of JSON values);
+    ``free`` is recorded and never compared. ``chunks`` cover all rows of all files, in order."""
+
+    files: tuple[InputFile, ...]
+    chunks: tuple[Chunk, ...]
+    rows_per_chunk: int
+    fingerprint: dict[str, Any]
+    free: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def id(self) -> str:
+        """SHA-256 (hex) over everything but ``free`` and the input's root folder."""
+        content = [SCHEMA_VERSION, [_file_json(f) for f in self.files], _chunks_json(self.chunks), self.fingerprint]
+        return hashlib.sha256(_json(content, sort_keys=True)).hexdigest()
+
+    @property
+    def rows(self) -> int:
+        return sum(file.rows for file in self.files)
+
+    def with_root(self, root: str) -> Plan:
+        """The same plan for an input that lies in another folder now."""
+        return replace(self, files=tuple(replace(file, root=root) for file in self.files))
+
+    def to_json(self) -> bytes:
+        return _json(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "id": self.id,
+                "rows": self.rows,
+                "rows_per_chunk": self.rows_per_chunk,
+                "fingerprint": self.fingerprint,
+                "free": self.free,
+                "input_root": self.files[0].root,
+                "files": [_file_json(file) for file in self.files],
+                "chunks": _chunks_json(self.chunks),
+            }
+        )
+
+    @staticmethod
+    def from_json(data: bytes) -> Plan:
+        """ValueError if this is no plan, not a plan of this version, or a damaged one."""
+        try:
+            content = json.loads(data)
+            if content["schema_version"] != SCHEMA_VERSION:
+                raise ValueError(f"its schema version is {content['schema_version']}, this program's {SCHEMA_VERSION}")
+            root = content["input_root"]
+            files = [InputFile(i, root=root, **_file_fields(f)) for i, f in enumerate(content["files"])]
+            chunks = [Chunk(i, *map(int, c)) for i, c in enumerate(content["chunks"])]
+            plan = Plan(tuple(files), tuple(chunks), content["rows_per_chunk"], content["fingerprint"], content["free"])
+            damaged = plan.id != content["id"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"it is not a plan ({type(error).__name__}: {error})") from None
+        if damaged:
+            raise ValueError("it is damaged: its content does not have the id that it names")
+        return plan
+
+
+def make_plan(
+    files: Sequence[InputFile],
+    rows_per_chunk: int,
+    fingerprint: dict[str, Any],
+    free: dict[str, Any] | None = None,
+) -> Plan:
+    """The plan of ``files``; it depends on the arguments alone, never on ranks, nodes or devices."""
+    chunks: list[Chunk] = []
+    for file in files:
+        for start, rows in cut(file.row_group_rows, rows_per_chunk):
+            chunks.append(Chunk(len(chunks), file.ordinal, start, rows))
+    fingerprint = json.loads(_json(fingerprint))  # what a plan file would give back: tuples become lists
+    return Plan(tuple(files), tuple(chunks), rows_per_chunk, fingerprint, free or {})
+
+
+def cut(groups: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """(start, rows) of pieces of at most ``most`` rows that cover row groups of the given sizes.
+
+    Small row groups are taken together whole; large ones are cut into pieces of nearly equal size. So no piece has
+    parts of two row groups, and none is a small remainder.
+    """
+    start = rows = 0
+    for group in groups:
+        if rows and rows + group > most:
+            yield start, rows
+            start, rows = start + rows, 0
+        if group > most:
+            pieces = -(-group // most)
+            bounds = [start + group * i // pieces for i in range(pieces + 1)]
+            yield from ((low, high - low) for low, high in itertools.pairwise(bounds))
+            start += group
+        else:
+            rows += group
+    if rows:
+        yield start, rows
+
+
+def differences(planned: Plan, now: Plan) -> list[tuple[str, str, str]]:
+    """(field, planned, now) for everything that would change the results. How rows are cut into chunks does not."""
+    old = {file.path: _short_file(file) for file in planned.files}
+    new = {file.path: _short_file(file) for file in now.files}
+    found = [
+        (f"input file {path}", old.get(path, "absent"), new.get(path, "absent"))
+        for path in [*old, *(path for path in new if path not in old)]
+        if old.get(path) != new.get(path)
+    ]
+    old_fields, new_fields = dict(_flat(planned.fingerprint)), dict(_flat(now.fingerprint))
+    for name in [*old_fields, *(name for name in new_fields if name not in old_fields)]:
+        a, b = old_fields.get(name, "absent"), new_fields.get(name, "absent")
+        if a != b:
+            found.append((name, a, b))
+    return found
+
+
+def difference_table(found: Sequence[tuple[str, str, str]]) -> str:
+    """Aligned lines with the columns field, planned, now."""
+    shown = [("field", "planned", "now"), *found[:MAX_DIFFERENCES]]
+    cells = [[name, *_shortened(planned, now)] for name, planned, now in shown]
+    widths = [max(len(line[i]) for line in cells) for i in range(3)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    more = len(found) - MAX_DIFFERENCES
+    return "\n".join([*lines, f"... and {more} more"] if more > 0 else lines)
+
+
+def _shortened(planned: str, now: str) -> tuple[str, str]:
+    """Both values from shortly before the first difference, at most MAX_VALUE characters of each."""
+    same = next((i for i, (a, b) in enumerate(zip(planned, now, strict=False)) if a != b), min(len(planned), len(now)))
+    skip = same - 10 if same > 20 and max(len(planned), len(now)) > MAX_VALUE else 0
+    cut_front = [("..." if skip else "") + value[skip:] for value in (planned, now)]
+    first, second = (v if len(v) <= MAX_VALUE else v[: MAX_VALUE - 3] + "..." for v in cut_front)
+    return first, second
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else key)
+    else:
+        yield name, _json(value).decode()
+
+
+def _file_json(file: InputFile) -> dict[str, Any]:
+    return {k: v for k, v in asdict(replace(file, schema=None)).items() if k not in ("ordinal", "root", "schema")}
+
+
+def _file_fields(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, "row_group_rows": tuple(content["row_group_rows"])}
+
+
+def _short_file(file: InputFile) -> str:
+    parts = "".join(f", {k}={v}" for k, v in file.partitions.items())
+    return f"{file.rows} rows, {file.bytes} bytes, footer {file.digest[:12]}{parts}"
+
+
+def _chunks_json(chunks: Sequence[Chunk]) -> list[list[int]]:
+    return [[c.file, c.start, c.rows] for c in chunks]
+
+
+def _json(value: Any, sort_keys: bool = False) -> bytes:
+    return json.dumps(value, sort_keys=sort_keys, allow_nan=False, separators=(",", ":")).encode()

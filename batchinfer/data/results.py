@@ -1,0 +1,141 @@
+"""Completions -> output table: the passed-through columns of the input, then the generated ones.
+
+The schema follows from the configuration alone, never from the data, so that all parts of a job have the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from batchinfer.types import Completion, ExitCode, JobError, Logprobs, Sample, SamplingParams
+
+if TYPE_CHECKING:
+    from batchinfer.config import InputConfig, OutputConfig
+
+MAX_ERROR_BYTES = 1000
+
+LOGPROBS = pa.struct(
+    [
+        ("chosen", pa.list_(pa.float32())),
+        ("top_ids", pa.list_(pa.list_(pa.int32()))),
+        ("top", pa.list_(pa.list_(pa.float32()))),
+    ]
+)
+"""Per sample: the chosen token's log-probability for each token, and the alternatives, most likely first."""
+
+
+@dataclass(frozen=True)
+class ResultOptions:
+    """What the output holds. ``columns`` None passes all input columns through. ``many``: rows may have several
+    samples, so what belongs to a sample is a list column, in sample order, in every row."""
+
+    columns: tuple[str, ...] | None = None
+    prefix: str = ""
+    token_ids: bool = False
+    logprobs: bool = False
+    many: bool = False
+
+    @staticmethod
+    def of(input: InputConfig, output: OutputConfig, sampling: SamplingParams) -> ResultOptions:
+        overridden = input.sampling_columns
+        return ResultOptions(
+            columns=None if input.columns is None else tuple(dict.fromkeys(input.columns)),
+            prefix=output.prefix,
+            token_ids=output.token_ids,
+            logprobs=sampling.logprobs is not None or "logprobs" in overridden,
+            many=sampling.n > 1 or "n" in overridden,
+        )
+
+
+@dataclass(frozen=True)
+class Column:
+    """A generated column: its type, and its value for one completion."""
+
+    name: str
+    type: pa.DataType
+    value: Callable[[Completion], Any]
+
+
+def generated_columns(options: ResultOptions) -> list[Column]:
+    """What the job adds to a row, in the order of the output. Without samples (an error), everything that belongs to a
+    sample is null; ``prompt_tokens`` is then 0 unless the prompt was tokenised."""
+
+    def of_sample(name: str, kind: pa.DataType, value: Callable[[Sample], Any]) -> Column:
+        if options.many:
+            return Column(name, pa.list_(kind), lambda c: [value(s) for s in c.samples] or None)
+        return Column(name, kind, lambda c: value(c.samples[0]) if c.samples else None)
+
+    columns = [
+        of_sample("generated_text", pa.string(), lambda s: s.text),
+        of_sample("finish_reason", pa.string(), lambda s: s.finish_reason),
+        Column("prompt_tokens", pa.int32(), lambda c: c.prompt_tokens),
+        of_sample("completion_tokens", pa.int32(), lambda s: len(s.token_ids)),
+    ]
+    if options.token_ids:
+        columns.append(of_sample("token_ids", pa.list_(pa.int32()), lambda s: s.token_ids))
+    if options.logprobs:
+        columns.append(of_sample("logprobs", LOGPROBS, lambda s: _logprobs(s.logprobs)))
+    columns += [
+        Column("status", pa.string(), lambda c: "error" if c.error else "ok"),
+        Column("error_code", pa.string(), lambda c: c.error and c.error.code.value),
+        Column("error", pa.string(), lambda c: c.error and _shortened(c.error.message)),
+    ]
+    return [replace(column, name=options.prefix + column.name) for column in columns]
+
+
+def result_schema(source: pa.Schema, options: ResultOptions) -> pa.Schema:
+    """The schema of every part, for a ``source`` that has at least the passed-through columns.
+
+    JobError(64) if a generated column would have the name of a passed-through one.
+    """
+    passed = _passed(source, options)
+    generated = generated_columns(options)
+    for column in generated:
+        if column.name in passed:
+            raise JobError(
+                f"the input has a column {column.name!r}, and so has the output: set output.prefix (for example "
+                "output.prefix=model_), or leave the column out with input.columns=[...]",
+                ExitCode.USAGE,
+            )
+    return pa.schema([source.field(name) for name in passed] + [pa.field(c.name, c.type) for c in generated])
+
+
+def result_table(source: pa.Table, completions: Sequence[Completion], options: ResultOptions) -> pa.Table:
+    """One row per row of ``source``; ``completions`` are in the same order."""
+    if source.num_rows != len(completions):
+        raise ValueError(f"{len(completions)} completions for {source.num_rows} rows")
+    passed = [source[name] for name in _passed(source.schema, options)]
+    made = [pa.array([column.value(c) for c in completions], column.type) for column in generated_columns(options)]
+    return pa.table([*passed, *made], schema=result_schema(source.schema, options))
+
+
+def count_results(completions: Sequence[Completion]) -> dict[str, int]:
+    """Sums for one part: rows by status and by error code ("error:NULL_PROMPT"), and tokens."""
+    counts = Counter(ok=0, error=0, prompt_tokens=0, completion_tokens=0)
+    for completion in completions:
+        counts["error" if completion.error else "ok"] += 1
+        if completion.error:
+            counts[f"error:{completion.error.code.value}"] += 1
+        counts["prompt_tokens"] += completion.prompt_tokens
+        counts["completion_tokens"] += sum(len(sample.token_ids) for sample in completion.samples)
+    return dict(counts)
+
+
+def _passed(source: pa.Schema, options: ResultOptions) -> list[str]:
+    return list(source.names if options.columns is None else options.columns)
+
+
+def _logprobs(logprobs: Logprobs | None) -> dict[str, Any] | None:
+    if logprobs is None:
+        return None
+    return {"chosen": logprobs.chosen, "top_ids": list(logprobs.top_ids), "top": list(logprobs.top)}
+
+
+def _shortened(message: str) -> str:
+    """At most MAX_ERROR_BYTES of UTF-8, cut between characters."""
+    return message.encode("utf-8", "replace")[:MAX_ERROR_BYTES].decode("utf-8", "ignore")
