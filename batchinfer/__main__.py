@@ -1,0 +1,332 @@
+"""The command line: options, Hydra composition of the configuration, dispatch, exit codes.
+
+torch, pyarrow and MPI are imported by the commands that need them, inside the functions: help, status and verify work
+on a login node without any of them compiled or fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import sys
+import traceback
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from batchinfer import __version__
+from batchinfer.cluster.world import World, join, launcher
+from batchinfer.config import REQUIRED, Config, allowed, check, from_dict, keys, to_dict, type_of
+from batchinfer.types import ExitCode, JobError
+
+
+@dataclass(frozen=True)
+class Command:
+    """``needs``: the keys without which the command can't do its work."""
+
+    summary: str
+    needs: tuple[str, ...]
+
+
+COMMANDS = {
+    "run": Command("do the job, or what is missing of it; alone, or under srun/mpiexec on many ranks", REQUIRED),
+    "plan": Command("show what run would do: files, rows, chunks, columns, prompt; writes nothing", ("input.path",)),
+    "status": Command("say how much of a job is done, from its output folder alone", ("output.path",)),
+    "verify": Command("read every part of a job's output again and check it", ("output.path",)),
+    "bench": Command("time the engine on the rows of the input", ("model.path", "input.path")),
+    "doctor": Command("say what this installation and this node can do, and what to repair", ()),
+}
+
+ESCAPED = ("sampling.stop", "input.template")
+"""Keys in which, on the command line, \\n and \\t mean what they do in a quoted YAML text."""
+
+EXAMPLE = "batchinfer run model.path=DIR|FILE.gguf input.path=prompts.parquet output.path=OUT sampling.max_tokens=64"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; its exit code (types.ExitCode). Every failure of a rank ends the whole MPI job with its code."""
+    world = World()
+    try:
+        name, options = parse(sys.argv[1:] if argv is None else argv)
+        if name == "doctor":
+            from batchinfer import doctor
+
+            return doctor.main()
+        if options.cfg:
+            return _print_config(options) if launcher().rank == 0 else ExitCode.COMPLETE
+        if name == "run":
+            world = join(_mpi_mode(options.overrides))
+        config = _shared_config(name, options, world)
+        return _dispatch(name, config, world)
+    except BaseException as error:
+        code = _report(error, world)
+        world.abort(code)
+        return code
+
+
+def _dispatch(name: str, config: Config, world: World) -> int:
+    if name == "bench":
+        from batchinfer import bench
+
+        return bench.main(config)
+    if name == "run":
+        from batchinfer import job
+
+        return job.run(config, world)
+    from batchinfer import inquire
+
+    return {"plan": inquire.show_plan, "status": inquire.show_status, "verify": inquire.show_verify}[name](config)
+
+
+def _report(error: BaseException, world: World) -> int:
+    """Say on standard error what went wrong; the exit code that belongs to it."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int):  # argparse has printed its help
+        return error.code
+    where = f" [rank {world.rank} on {world.hostname}]" if world.size > 1 else ""
+    if isinstance(error, JobError):
+        print(f"batchinfer: error:{where} {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        print(f"batchinfer: interrupted{where}: the same command again goes on from here", file=sys.stderr, flush=True)
+        return ExitCode.INCOMPLETE
+    print(f"batchinfer: internal error{where}", file=sys.stderr)
+    traceback.print_exception(type(error), error, error.__traceback__)
+    sys.stderr.flush()
+    return ExitCode.INTERNAL
+
+
+# Options
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise JobError(f"{message}\n{self.format_usage().strip()}", ExitCode.USAGE)
+
+
+def parse(argv: list[str]) -> tuple[str, argparse.Namespace]:
+    """Command name and options. SystemExit(0) after help or version; JobError(64) for what can't be understood."""
+    top = _Parser("batchinfer", usage="batchinfer COMMAND [key=value ...] [options]", allow_abbrev=False)
+    top.formatter_class = argparse.RawDescriptionHelpFormatter
+    top.description = "Offline LLM batch inference: Parquet in, Parquet out, one output row per input row."
+    lines = [f"  {name:8} {command.summary}" for name, command in COMMANDS.items()]
+    top.epilog = "\n".join(["commands:", *lines, "", "for example:", f"  {EXAMPLE}", "", _where_keys_are()])
+    top.add_argument("--version", action="version", version=f"batchinfer {__version__}")
+    top.add_argument("command", help=argparse.SUPPRESS)
+    if not argv:
+        top.print_help()
+        raise SystemExit(ExitCode.USAGE)
+    name = top.parse_args(argv[:1]).command
+    if name not in COMMANDS:
+        guess = _did_you_mean(name, list(COMMANDS))
+        raise JobError(f"there is no command {name!r}{guess}; there are {', '.join(COMMANDS)}", ExitCode.USAGE)
+    return name, _command_parser(name).parse_intermixed_args(argv[1:])
+
+
+def _command_parser(name: str) -> argparse.ArgumentParser:
+    parser = _Parser(f"batchinfer {name}", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.description = COMMANDS[name].summary
+    if name == "doctor":
+        return parser
+    parser.usage = f"batchinfer {name} [key=value ...] [--cfg job] [--config-dir DIR]"
+    needs = "".join(f"  {key}=PATH\n" for key in COMMANDS[name].needs)
+    parser.epilog = f"required:\n{needs}\n{_where_keys_are()}"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a setting, or group=option")
+    parser.add_argument("--cfg", choices=["job"], help="print the resulting configuration as YAML, and do no more")
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder with groups of your own")
+    return parser
+
+
+def _where_keys_are() -> str:
+    groups = "\n".join(f"  {group:9} {', '.join(_options(group, None))}" for group in _groups(None))
+    return f"groups and their options, with all keys explained in {config_folder()}:\n{groups}"
+
+
+# Configuration
+
+
+def config_folder() -> Path:
+    """The YAML files that come with the program: inside the installed package, or beside it in the source tree."""
+    package = Path(__file__).resolve().parent
+    return next(f for f in (package / "configs", package.parent / "configs") if (f / "config.yaml").is_file())
+
+
+def compose(overrides: list[str], config_dir: Path | None = None) -> Config:
+    """The configuration that the files and the overrides give; not yet checked across keys.
+
+    Raises JobError(64) naming the key or group, the file that explains it, and what is allowed.
+    """
+    if config_dir and not config_dir.is_dir():
+        raise JobError(f"--config-dir {config_dir}: there is no such folder", ExitCode.USAGE)
+    prepared = [_prepare(override, config_dir) for override in overrides]
+    if config_dir:
+        prepared.append(f"hydra.searchpath=[{_quoted('file://' + str(config_dir.resolve()))}]")
+    return from_dict(_hydra_compose(prepared))
+
+
+def _hydra_compose(overrides: list[str]) -> dict[str, Any]:
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for override in overrides:
+        try:
+            sweep = OverridesParser.create().parse_override(override).is_sweep_override()
+        except HydraException as error:
+            raise _bad_grammar(override, str(error).split("\n")[0]) from None
+        if sweep:
+            raise _bad_grammar(override, "one value is wanted")
+    ConfigStore.instance().store("schema", _writable(OmegaConf.structured(Config)))
+    try:
+        with warnings.catch_warnings(), hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+            warnings.simplefilter("ignore")
+            return OmegaConf.to_container(hydra.compose("config", overrides), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explained(error, overrides) from error
+
+
+def _writable(node: Any) -> Any:
+    """Take away the read-only mark that a frozen dataclass gives its node: composing is writing."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        child = node._get_node(key)
+        if OmegaConf.is_config(child) and not (child._is_none() or child._is_missing()):
+            _writable(child)
+    return node
+
+
+def _prepare(override: str, config_dir: Path | None) -> str:
+    """Check the left side of an override, and quote the right side of a text key, so that any path is taken as it is.
+
+    Hydra's own grammar stops at "=", ",", blanks, brackets and letters beyond ASCII; lists and mappings keep it.
+    """
+    left, equals, value = override.partition("=")
+    key = left.lstrip("+")
+    if not equals:
+        raise JobError(f"{override!r} is not understood: settings are given as key=value", ExitCode.USAGE)
+    if key.startswith("hydra.") or key in _groups(config_dir):
+        if key in _groups(config_dir):
+            _check_option(key, value, config_dir)
+        return override
+    if key.startswith("input.sampling_columns"):  # a mapping: its keys are new ones each time
+        return f"++{key}={value}"
+    try:
+        kind = type_of(key)
+    except KeyError:
+        raise _unknown_key(override, key) from None
+    if key in ESCAPED:
+        value = re.sub(r"\\([nt])", lambda match: {"n": "\n", "t": "\t"}[match[1]], value)
+    verbatim = kind.startswith("str") and value != "null" and value[:1] not in ("'", '"')
+    return f"{left}={_quoted(value) if verbatim else value}"
+
+
+def _quoted(text: str) -> str:
+    """A quoted value of Hydra's grammar; a backslash is doubled only where it stands before a quote."""
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
+    return f"'{escaped}'"
+
+
+def _groups(config_dir: Path | None) -> list[str]:
+    folders = [config_folder(), *([config_dir] if config_dir else [])]
+    return sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
+
+
+def _options(group: str, config_dir: Path | None) -> list[str]:
+    folders = [config_folder(), *([config_dir] if config_dir else [])]
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+
+
+def _check_option(group: str, option: str, config_dir: Path | None) -> None:
+    known = _options(group, config_dir)
+    if option in known:
+        return
+    hint = _did_you_mean(option, known)
+    if f"{group}.path" in dict(keys()) and ("/" in option or "." in option):
+        hint = f"; to name the {group}'s path write {group}.path={option}"
+    raise JobError(
+        f"{group}={option} is not allowed: {group} has the options {', '.join(known)} "
+        f"(files in {config_folder() / group}){hint}",
+        ExitCode.USAGE,
+    )
+
+
+def _unknown_key(subject: str, key: str) -> JobError:
+    section = key.partition(".")[0]
+    names = [name.partition(".")[2] for name, _ in keys() if name.startswith(section + ".")]
+    guess = _did_you_mean(key, [*(name for name, _ in keys()), *_groups(None)])
+    listing = f"; {section} has {', '.join(names)}" if names else ""
+    return JobError(f"{subject}: there is no key {key!r}{guess}{listing} (see {_file_of(key)})", ExitCode.USAGE)
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _file_of(key: str) -> Path:
+    """The file that explains a key and its neighbours."""
+    section = config_folder() / key.partition(".")[0] / "default.yaml"
+    return section if section.is_file() else config_folder() / "config.yaml"
+
+
+def _bad_grammar(override: str, reason: str) -> JobError:
+    key = override.partition("=")[0].lstrip("+")
+    wanted = f"{key} takes {allowed(key)}" if key in dict(keys()) else f"{key} takes one name"
+    quotes = """an element with , : = quotes, brackets or blanks in it needs quotes of its own: "key=['a, b','c']" """
+    return JobError(f"{override} is not understood ({reason}): {wanted}; {quotes.strip()}", ExitCode.USAGE)
+
+
+def _explained(error: BaseException, overrides: list[str]) -> JobError:
+    """Hydra's error as one message: the innermost cause names the key, the schema knows what it may hold."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    key = next((k for c in reversed(causes) if (k := getattr(c, "full_key", None))), "").partition("[")[0]
+    reason = str(causes[-1]).split("\n")[0].rstrip(".")
+    if key not in dict(keys()):
+        if not key:
+            return JobError(str(error), ExitCode.USAGE)
+        hint = "" if "." in key else " (a file for several sections begins with the line `# @package _global_`)"
+        return _unknown_key(f"in a configuration file{hint}", key)
+    given = [o for o in overrides if o.lstrip("+").startswith(f"{key}=")]
+    subject = f"{given[-1]} is not allowed" if given else f"{key}: {reason}"
+    if "nterpolation" in reason:
+        subject = f"{key}: {reason}"
+    return JobError(f"{subject}: {key} takes {allowed(key)} ({_file_of(key)})", ExitCode.USAGE)
+
+
+def _print_config(options: argparse.Namespace) -> int:
+    from omegaconf import OmegaConf
+
+    print(OmegaConf.to_yaml(to_dict(compose(options.overrides, options.config_dir))), end="")
+    return ExitCode.COMPLETE
+
+
+def _mpi_mode(overrides: list[str]) -> str:
+    """cluster.mpi, which is needed before rank 0 reads any file."""
+    given = [value for key, _, value in (o.lstrip("+").partition("=") for o in overrides) if key == "cluster.mpi"]
+    return given[-1].strip("'\"") if given else "auto"
+
+
+def _shared_config(name: str, options: argparse.Namespace, world: World) -> Config:
+    """Composed and checked on rank 0, the same on all."""
+    text = None
+    if world.rank == 0:
+        config = compose(options.overrides, options.config_dir)
+        check(config, COMMANDS[name].needs)
+        if name == "run" and config.cluster.mpi != _mpi_mode(options.overrides):
+            value = config.cluster.mpi
+            raise JobError(f"cluster.mpi={value} in a file comes too late: give it on the command line", ExitCode.USAGE)
+        text = json.dumps(to_dict(config))
+    return from_dict(json.loads(world.bcast(text)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""The ranks of a job: who they are, and small messages between them. The only module that imports mpi4py.
+
+No call of a live job blocks inside MPI: blocking calls spin (2.6 CPU seconds per 4 s of MPI_Barrier, measured) and
+take the core from the engine. Everything here starts an operation and polls it with short sleeps.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from batchinfer.types import ExitCode, JobError
+
+MESSAGE_TAG, GATHER_TAG = 0, 1
+
+POLL_SECONDS = 0.005
+"""Sleep between two looks at an operation under way: far below a step of any engine, and no load on the core."""
+
+RANK_VARIABLES = (
+    ("PMI_RANK", "PMI_SIZE"),  # MPICH and Intel MPI under mpiexec, srun --mpi=pmi2, PALS
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI under mpirun
+    ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # any srun step; absent in the batch script itself
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+    ("PMIX_RANK", ""),
+    ("PALS_RANKID", ""),
+)
+"""Where launchers write rank and size, the nearest launcher first: mpiexec inside a Slurm job has its own."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says. ``size`` is None where it does not say; ``variable`` tells where it was read."""
+
+    rank: int = 0
+    size: int | None = 1
+    variable: str = ""
+
+    @property
+    def parallel(self) -> bool:
+        return self.size is None or self.size > 1
+
+
+def launcher(environment: Mapping[str, str] | None = None) -> Launch:
+    """Who started this process; rank 0 of 1 if nobody did."""
+    env = os.environ if environment is None else environment
+    for rank, size in RANK_VARIABLES:
+        in_batch_script = rank == "SLURM_PROCID" and "SLURM_STEP_ID" not in env
+        if env.get(rank, "").isdecimal() and (not size or env.get(size, "").isdecimal()) and not in_batch_script:
+            return Launch(int(env[rank]), int(env[size]) if size else None, size or rank)
+    return Launch()
+
+
+class World:
+    """A job of one process: no MPI needed, nobody to talk to."""
+
+    rank = 0
+    size = 1
+    local_rank = 0
+    local_size = 1
+
+    def __init__(self) -> None:
+        self.hostname = socket.gethostname()
+
+    def bcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank. All ranks call it; any that pickle takes."""
+        return value
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """On rank 0 the values of all ranks in rank order, elsewhere None. All ranks call it."""
+        return [value]
+
+    def send(self, rank: int, message: Any) -> None:
+        """Start a message; it arrives once, in order, after the messages sent there before."""
+        raise ValueError(f"rank {rank} does not exist: this job has one rank")
+
+    def receive(self) -> tuple[int, Any] | None:
+        """A message that has arrived as (sender, message), or None at once."""
+        return None
+
+    def abort(self, code: int) -> None:
+        """End the processes of all ranks with this exit code; a single process just returns."""
+
+
+class MpiWorld(World):
+    """The ranks of MPI's COMM_WORLD. All calls come from the main thread."""
+
+    def __init__(self, mpi: Any):
+        super().__init__()
+        self._mpi = mpi
+        self._comm = mpi.COMM_WORLD
+        self.rank = self._comm.Get_rank()
+        self.size = self._comm.Get_size()
+        node = self._comm.Split_type(mpi.COMM_TYPE_SHARED, key=self.rank)  # the launcher's map of nodes
+        self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
+        node.Free()
+        self._sending: list[Any] = []
+
+    def bcast(self, value: Any) -> Any:
+        data = pickle.dumps(value) if self.rank == 0 else b""
+        length = bytearray(len(data).to_bytes(8, "little"))
+        self._finish(self._comm.Ibcast([length, self._mpi.BYTE], root=0))
+        buffer = bytearray(data) if self.rank == 0 else bytearray(int.from_bytes(length, "little"))
+        self._finish(self._comm.Ibcast([buffer, self._mpi.BYTE], root=0))
+        return value if self.rank == 0 else pickle.loads(buffer)
+
+    def gather(self, value: Any) -> list[Any] | None:
+        if self.rank != 0:
+            request = self._comm.isend(value, dest=0, tag=GATHER_TAG)
+            self._wait(lambda: request.test()[0])
+            return None
+        values = [value]
+        for rank in range(1, self.size):
+            self._wait(lambda rank=rank: self._comm.Iprobe(source=rank, tag=GATHER_TAG))
+            values.append(self._comm.recv(source=rank, tag=GATHER_TAG))
+        return values
+
+    def send(self, rank: int, message: Any) -> None:
+        self._unsent()
+        self._sending.append(self._comm.isend(message, dest=rank, tag=MESSAGE_TAG))
+
+    def receive(self) -> tuple[int, Any] | None:
+        self._unsent()
+        status = self._mpi.Status()
+        if not self._comm.Iprobe(source=self._mpi.ANY_SOURCE, tag=MESSAGE_TAG, status=status):
+            return None
+        return status.Get_source(), self._comm.recv(source=status.Get_source(), tag=MESSAGE_TAG)
+
+    def abort(self, code: int) -> None:
+        self._comm.Abort(code)
+
+    def _unsent(self) -> list[Any]:
+        """Messages still on their way; a finished one gives its buffer back."""
+        self._sending = [request for request in self._sending if not request.test()[0]]
+        return self._sending
+
+    def _finish(self, request: Any) -> None:
+        self._wait(request.Test)
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        while not ready():
+            time.sleep(POLL_SECONDS)
+
+
+def join(mode: str) -> World:
+    """The world of this process. ``mode`` is cluster.mpi: "off", "on", or anything else for "as the launcher says".
+
+    Raises JobError(69) if MPI is needed and can't be loaded, or if MPI and the launcher disagree about the size:
+    then every process would take itself for the whole job.
+    """
+    launch = launcher()
+    if mode == "off" or (mode != "on" and not launch.parallel):
+        return World()
+    world = MpiWorld(_load_mpi(launch))
+    if launch.size is not None and world.size != launch.size:
+        raise JobError(
+            f"the launcher started {launch.size} ranks ({launch.variable}={launch.size}), but MPI sees {world.size}: "
+            "each process would do the whole job. The MPI library does not understand this launcher: use "
+            "srun --mpi=pmi2 with MPICH or Intel MPI, srun --mpi=pmix with Open MPI (srun --mpi=list shows what the "
+            "site has), or the library's own mpiexec",
+            ExitCode.UNFIT,
+        )
+    return world
+
+
+def cpu_share(places: Sequence[tuple[str, tuple[int, ...]]], rank: int) -> int:
+    """CPUs for one rank, given (host, usable CPUs) of each: ranks that a launcher did not bind apart share theirs."""
+    return max(1, len(places[rank][1]) // list(places).count(places[rank]))
+
+
+def mpi_library() -> str | None:
+    """Version of the MPI library that would be used, first line; None if there is none. Does not initialise MPI."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):
+        return None
+    return MPI.Get_library_version().split("\n")[0].strip()
+
+
+def _load_mpi(launch: Launch) -> Any:
+    try:
+        import mpi4py
+
+        mpi4py.rc.thread_level = "funneled"  # only the main thread talks
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = f"a launcher started several ranks ({launch.variable})" if launch.parallel else "cluster.mpi=on"
+        raise JobError(
+            f"{reason}, but MPI can't be loaded ({error}): pip install 'batchinfer[mpi]', or pip install mpi4py beside "
+            "the site's MPI module; cluster.mpi=off runs without",
+            ExitCode.UNFIT,
+        ) from None
+    return MPI

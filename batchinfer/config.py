@@ -1,0 +1,280 @@
+"""The schema of a job's configuration, and every rule that spans more than one key.
+
+The files in configs/ carry the same keys and defaults with an explanation of each; they are the documentation.
+A configuration is data: frozen, composed once on rank 0, sent to the other ranks as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from batchinfer.types import ExitCode, JobError, SamplingParams
+
+MISSING = "???"
+"""Hydra's mark of a value that the user has to give."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """``path``: a Hugging Face model directory (config.json, safetensors, tokenizer) or one .gguf file."""
+
+    path: str = MISSING
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """Where the rows come from, and which columns make a prompt.
+
+    ``path`` is a Parquet file, a folder (hive partitions become columns) or a glob. The prompt is ``prompt_column``
+    unless one of ``messages_column`` (list<struct<role, content>>), ``template`` (Jinja over the columns: the text, or
+    the path of a .j2 or .jinja file) or ``token_ids_column`` (list<int>) is given. ``columns`` None passes all input
+    columns through to the output. ``sampling_columns`` maps a field of SamplingParams to the column that overrides it
+    row by row.
+    """
+
+    path: str = MISSING
+    prompt_column: str = "prompt"
+    messages_column: str | None = None
+    template: str | None = None
+    token_ids_column: str | None = None
+    columns: list[str] | None = None
+    sampling_columns: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """``path``: the folder of the job's part files. ``prefix`` stands before the name of every generated column."""
+
+    path: str = MISSING
+    prefix: str = ""
+    token_ids: bool = False
+    compression: str = "zstd"
+    rows_per_chunk: int = 1024
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engine uses the device. 0 means: find out (threads: the CPUs this rank may use; memory: what is free;
+    max_model_len: the model's own limit)."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 0
+    page_size: int = 16
+    num_pages: int = 0
+    kv_cache_gb: float = 0.0
+    max_slots: int = 256
+    max_step_tokens: int = 1024
+    max_model_len: int = 0
+    prefix_cache: bool = True
+    expected_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """``max_error_fraction``: more error rows than this share of all rows end a complete job with exit code 3.
+    ``progress_seconds``: time between two progress lines where the output is not a terminal."""
+
+    max_error_fraction: float = 0.01
+    progress_seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """``mpi``: "auto" uses MPI where a launcher (srun, mpiexec ...) started several ranks, "on" always, "off" never."""
+
+    mpi: str = "auto"
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Of ``batchinfer bench`` alone: the input's first ``rows`` rows (0: all), run ``repeat`` times."""
+
+    rows: int = 0
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a job depends on, apart from the files themselves."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    input: InputConfig = field(default_factory=InputConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    job: JobConfig = field(default_factory=JobConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "output.compression": ("zstd", "snappy", "lz4", "gzip", "none"),
+    "engine.device": ("auto", "cpu", "reference"),
+    "engine.dtype": ("auto", "bf16", "fp32"),
+    "cluster.mpi": ("auto", "on", "off"),
+}
+"""Keys whose value is one word of a list."""
+
+RANGES: dict[str, tuple[float, float]] = {
+    "output.rows_per_chunk": (1, 2**20),
+    "engine.threads": (0, 4096),
+    "engine.page_size": (1, 1024),
+    "engine.num_pages": (0, 2**31 - 1),
+    "engine.kv_cache_gb": (0.0, 2.0**20),
+    "engine.max_slots": (1, 2**16),
+    "engine.max_step_tokens": (1, 2**20),
+    "engine.max_model_len": (0, 2**27),
+    "engine.expected_share": (0.0, 1.0),
+    "job.max_error_fraction": (0.0, 1.0),
+    "job.progress_seconds": (0.1, 86400.0),
+    "bench.rows": (0, 2**40),
+    "bench.repeat": (1, 1000),
+}
+"""Keys whose value is a number within bounds (both ends included)."""
+
+PROMPT_KEYS = ("input.messages_column", "input.template", "input.token_ids_column")
+"""Prompt sources that stand in place of input.prompt_column."""
+
+REQUIRED = ("model.path", "input.path", "output.path")
+
+TYPE_NAMES = {
+    "str": "a text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list[str]": "a list of texts, as in [one,two]",
+    "tuple[str, ...]": "a list of texts, as in [one,two]",
+    "tuple[int, ...]": "a list of whole numbers, as in [1,2]",
+    "dict[str, str]": "a mapping, as in {field:column}",
+}
+"""How a type is called in a message."""
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dicts, lists and scalars, fit for JSON and YAML."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
+    """The inverse of :func:`to_dict`; keys that are absent keep their defaults, unknown ones raise KeyError."""
+    kinds, known = get_type_hints(Config), {key for key, _ in keys()}
+    for section, given in values.items():
+        for key in [f"{section}.{name}" for name in given] if section in kinds else [section]:
+            if key not in known:
+                raise KeyError(key)
+    sections = {}
+    for name, kind in kinds.items():
+        given = dict(values.get(name, {}))
+        if kind is SamplingParams:  # its lists are tuples: it is hashable and shared between requests
+            given = {key: tuple(v) if isinstance(v, (list, tuple)) else v for key, v in given.items()}
+        sections[name] = kind(**given)
+    return Config(**sections)
+
+
+def keys(config: Config | None = None) -> Iterator[tuple[str, Any]]:
+    """Every dotted key of the schema with its value (the default's, if no config is given)."""
+    for section in dataclasses.fields(Config):
+        values = getattr(config or Config(), section.name)
+        for f in dataclasses.fields(values):
+            yield f"{section.name}.{f.name}", getattr(values, f.name)
+
+
+def type_of(key: str) -> str:
+    """The type of a dotted key as it is written in the schema, "int | None" for example. KeyError if there is none."""
+    section, _, name = key.partition(".")
+    return {f.name: str(f.type) for f in dataclasses.fields(get_type_hints(Config)[section])}[name]
+
+
+def allowed(key: str) -> str:
+    """What a dotted key may hold, in words."""
+    base, _, optional = type_of(key).partition(" | ")
+    text = TYPE_NAMES[base]
+    if key in CHOICES:
+        text = f"one of {', '.join(CHOICES[key])}"
+    if key in RANGES:
+        text += " in [{:g}, {:g}]".format(*RANGES[key])
+    return f"{text}, or null" if optional else text
+
+
+def check(config: Config, required: tuple[str, ...] = REQUIRED) -> None:
+    """Raise JobError(64) for the first value that is missing, out of its range or at odds with another.
+
+    ``required`` names the keys that the command cannot do without.
+    """
+    value = dict(keys(config))
+    absent = [key for key in required if value[key] in (MISSING, "")]
+    if absent:
+        arguments = " ".join(f"{key}=PATH" for key in absent)
+        raise JobError(f"{', '.join(absent)}: missing, and required; give {arguments}", ExitCode.USAGE)
+    for key, words in CHOICES.items():
+        if value[key] not in words:
+            note = ' (in a YAML file write "on" and "off" in quotes)' if value[key] in ("True", "False") else ""
+            raise _refused(key, value[key], f"it must be {allowed(key)}{note}")
+    for key, (low, high) in RANGES.items():
+        if not low <= value[key] <= high:  # also catches NaN
+            raise _refused(key, value[key], f"it must be {allowed(key)}")
+    try:
+        config.sampling.check()
+    except ValueError as error:
+        raise JobError(f"sampling.{error}", ExitCode.USAGE) from None
+    _check_prompt(value)
+    _check_engine(value)
+    _check_paths(value)
+
+
+def _check_prompt(value: dict[str, Any]) -> None:
+    given = [key for key in PROMPT_KEYS if value[key] is not None]
+    if value["input.prompt_column"] != InputConfig.prompt_column:
+        given.append("input.prompt_column")
+    if len(given) > 1:
+        reason = f"{given[1]} is given too, and a prompt has one source: keep one of them and set the other to null"
+        raise _refused(given[0], value[given[0]], reason)
+    for key in (*PROMPT_KEYS, "input.prompt_column"):
+        if value[key] == "":
+            raise _refused(key, "", "it is empty")
+    fields = [f.name for f in dataclasses.fields(SamplingParams)]
+    for name, column in value["input.sampling_columns"].items():
+        if name not in fields:
+            key = f"input.sampling_columns.{name}"
+            raise _refused(key, column, f"sampling has no field {name!r}; it has {', '.join(fields)}")
+
+
+def _check_engine(value: dict[str, Any]) -> None:
+    page_size, length = value["engine.page_size"], value["engine.max_model_len"]
+    if page_size & (page_size - 1):
+        raise _refused("engine.page_size", page_size, "it must be a power of two")
+    if value["engine.num_pages"] and value["engine.kv_cache_gb"]:
+        reason = "engine.kv_cache_gb is given too, and both fix the size of the KV cache: keep one, set the other to 0"
+        raise _refused("engine.num_pages", value["engine.num_pages"], reason)
+    if value["engine.max_step_tokens"] < value["engine.max_slots"]:
+        reason = f"a step must hold one token of each of engine.max_slots={value['engine.max_slots']} sequences"
+        raise _refused("engine.max_step_tokens", value["engine.max_step_tokens"], reason)
+    if length == 1:
+        raise _refused(
+            "engine.max_model_len", length, "a sequence is a prompt token and a new one at least: 0, or >= 2"
+        )
+
+
+def _check_paths(value: dict[str, Any]) -> None:
+    """The output folder may not lie within the input: the next run would read its own results."""
+    source, target = value["input.path"], value["output.path"]
+    if MISSING in (source, target):
+        return
+    source, target = os.path.realpath(source), os.path.realpath(target)
+    if target == source or target.startswith(source.rstrip(os.sep) + os.sep):
+        raise _refused("output.path", value["output.path"], f"it lies within input.path={value['input.path']}")
+
+
+def _refused(key: str, value: Any, reason: str) -> JobError:
+    return JobError(f"{key}={value!r} is not allowed: {reason}", ExitCode.USAGE)

@@ -1,0 +1,59 @@
+"""plan, status and verify: what can be said about a job from its files, without an engine and without writing."""
+
+from __future__ import annotations
+
+import os
+
+from batchinfer.config import MISSING, Config
+from batchinfer.data.audit import status, verify
+from batchinfer.data.columns import check_input, passed_columns, prompt_source
+from batchinfer.data.plan import make_plan
+from batchinfer.data.results import ResultOptions, result_schema
+from batchinfer.data.tables import input_schema, list_inputs
+from batchinfer.types import ExitCode
+
+
+def show_plan(config: Config) -> int:
+    """Print what a run would do. JobError as a run would raise for its input and columns."""
+    files = list_inputs(config.input.path)
+    check_input(files, config.input)
+    schema = input_schema(files)
+    passed = passed_columns(config.input, schema)
+    written = result_schema(schema, ResultOptions.of(config.input, config.output, config.sampling))
+    plan = make_plan(files, config.output.rows_per_chunk, {})
+    source = prompt_source(config.input)
+    size = sum(file.bytes for file in files)
+    print(f"input      {len(files):,} files, {plan.rows:,} rows, {size / 2**20:,.1f} MiB below {files[0].root}")
+    print(f"prompt     input.{source.kind}={source.name}")
+    for field, column in config.input.sampling_columns.items():
+        print(f"per row    sampling.{field} from column {column}")
+    print(f"passed     {', '.join(passed) or 'no column'}")
+    print(f"generated  {', '.join(written.names[len(passed) :])}")
+    print(f"chunks     {len(plan.chunks):,} of up to {max(chunk.rows for chunk in plan.chunks):,} rows")
+    target = config.output.path
+    print(f"output     {'not given' if target == MISSING else os.path.abspath(target)}")
+    return ExitCode.COMPLETE
+
+
+def show_status(config: Config) -> int:
+    """Print how far the job in output.path is; its exit code: 0, 3 (too many failed rows) or 75 (not complete)."""
+    state = status(config.output.path)
+    ok, failed = state.counts.get("ok", 0), state.counts.get("error", 0)
+    codes = ", ".join(f"{k.partition(':')[2]} {n:,}" for k, n in sorted(state.counts.items()) if ":" in k)
+    print(f"state      {'complete' if state.complete else 'not complete'}, plan {state.plan[:12]}")
+    print(f"chunks     {state.chunks_done:,} of {state.chunks:,}")
+    print(f"rows       {state.rows_done:,} of {state.rows:,}, {failed:,} failed{f' ({codes})' if codes else ''}")
+    tokens = [state.counts.get(name, 0) for name in ("prompt_tokens", "completion_tokens")]
+    print(f"tokens     {tokens[0]:,} prompt, {tokens[1]:,} output")
+    if not state.complete:
+        return ExitCode.INCOMPLETE
+    return ExitCode.TOO_MANY_ERRORS if failed > config.job.max_error_fraction * (ok + failed) else ExitCode.COMPLETE
+
+
+def show_verify(config: Config) -> int:
+    """Read and check every part; 0, 74 (something is wrong) or 75 (all right, not complete)."""
+    report = verify(config.output.path)
+    print(report)
+    if not report.ok:
+        return ExitCode.IO
+    return ExitCode.COMPLETE if report.complete else ExitCode.INCOMPLETE

@@ -1,0 +1,108 @@
+"""What runs beside the engine: a thread that turns chunks into requests, and a thread that commits finished chunks.
+
+Tables pass through unopened. An error in either thread is raised in the main one, at its next call.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from batchinfer.types import Chunk, Completion, Request
+
+MAX_UNCOMMITTED = 2
+"""Finished chunks that may wait for the writer; then the engine waits too, and memory stays bounded."""
+
+
+@dataclass(slots=True)
+class OpenChunk:
+    """A chunk some of whose rows are not finished. ``table`` holds its rows as they were read."""
+
+    chunk: Chunk
+    table: Any
+    rows: list[Request | Completion]
+    completions: list[Completion | None] = field(init=False)
+    missing: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.completions = [None] * len(self.rows)
+        self.missing = len(self.rows)
+
+    def settle(self, completion: Completion) -> bool:
+        """Put a row's result in its place; whether it was the last one. ValueError for a row that is settled."""
+        offset = completion.id - self.chunk.row_id(0)
+        if self.completions[offset] is not None:
+            raise ValueError(f"row {offset} of {self.chunk} came back twice")
+        self.completions[offset] = completion
+        self.missing -= 1
+        return self.missing == 0
+
+
+class Feeder:
+    """Chunks in, rows out, in order. ``read`` gives a chunk's table, ``build`` its requests (or completions of rows
+    that can't be one); both run in the thread, at most as far ahead as chunks were opened."""
+
+    def __init__(self, read: Callable[[Chunk], Any], build: Callable[[Any, Chunk], list[Request | Completion]]):
+        self._read, self._build = read, build
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feeder")
+        self._ahead: deque[Future[OpenChunk]] = deque()
+        self._current: OpenChunk | None = None
+        self._left: Iterator[Request | Completion] = iter(())
+
+    def __len__(self) -> int:
+        """Chunks opened that still have rows to give."""
+        return len(self._ahead) + (self._current is not None)
+
+    def open(self, chunk: Chunk) -> None:
+        """Start reading a chunk."""
+        self._ahead.append(self._thread.submit(self._prepare, chunk))
+
+    def next(self) -> tuple[OpenChunk, Request | Completion] | None:
+        """The next row and the chunk it belongs to, or None: none is ready."""
+        while True:
+            if self._current is not None:
+                row = next(self._left, None)
+                if row is not None:
+                    return self._current, row
+                self._current = None
+            if not self._ahead or not self._ahead[0].done():
+                return None
+            self._current = self._ahead.popleft().result()
+            self._left = iter(self._current.rows)
+
+    def close(self) -> None:
+        """Stop; what was read ahead is dropped."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _prepare(self, chunk: Chunk) -> OpenChunk:
+        table = self._read(chunk)
+        return OpenChunk(chunk, table, self._build(table, chunk))
+
+
+class Writer:
+    """Finished chunks in, committed chunks out. ``commit`` runs in the thread."""
+
+    def __init__(self, commit: Callable[[OpenChunk], Any]):
+        self._commit = commit
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._pending: deque[tuple[Chunk, Future[Any]]] = deque()
+
+    def submit(self, opened: OpenChunk) -> None:
+        """Commit a chunk soon. Waits while ``MAX_UNCOMMITTED`` others do."""
+        if len(self._pending) >= MAX_UNCOMMITTED:
+            self._pending[-MAX_UNCOMMITTED][1].result()
+        self._pending.append((opened.chunk, self._thread.submit(self._commit, opened)))
+
+    def committed(self) -> Iterator[Chunk]:
+        """The chunks committed since the last call."""
+        while self._pending and self._pending[0][1].done():
+            chunk, future = self._pending.popleft()
+            future.result()
+            yield chunk
+
+    def close(self) -> None:
+        """End the commit under way and drop those not begun."""
+        self._thread.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,177 @@
+"""Counters -> the progress line, the closing summary and the record of an attempt."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TextIO
+
+from batchinfer.types import Completion, EngineStats
+
+TERMINAL_SECONDS = 0.5
+"""Between two looks of the live line."""
+
+REPORT_SECONDS = 2.0
+"""Between two reports of a rank to rank 0: a thousand ranks then cost it 500 small messages a second."""
+
+WINDOW_SECONDS = 60.0
+"""Rates are means over this time: steady to the eye, and fresh enough to show a rank that got stuck."""
+
+
+@dataclass(frozen=True)
+class Counters:
+    """The state of one rank, or of several added up. Rows and tokens count from the start of this attempt;
+    ``running`` (sequences), ``pages_used`` and ``pages_total`` are of this moment."""
+
+    rows: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    running: int = 0
+    pages_used: int = 0
+    pages_total: int = 0
+
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def total(reports: Iterable[Counters | None]) -> Counters:
+    """Sum over ranks; None stands for a rank that has not reported yet."""
+    return sum((report for report in reports if report is not None), Counters())
+
+
+class Meter:
+    """Counts what comes out of one rank's engine. ``stats`` is the engine's method of that name."""
+
+    def __init__(self, stats: Callable[[], EngineStats], clock: Callable[[], float] = time.monotonic):
+        self._stats, self._clock = stats, clock
+        self._rows = self._failed = 0
+        self._taken = -math.inf
+        self._report = Counters()
+
+    def count(self, completion: Completion) -> None:
+        self._rows += 1
+        self._failed += completion.error is not None
+
+    def report(self, fresh: bool = False) -> Counters:
+        """The counters now, or those of up to ``REPORT_SECONDS`` ago unless ``fresh``: a message to rank 0 goes with
+        each change."""
+        now = self._clock()
+        if fresh or now - self._taken >= REPORT_SECONDS:
+            stats = self._stats()
+            self._taken = now
+            self._report = Counters(
+                rows=self._rows,
+                failed=self._failed,
+                prompt_tokens=stats.prompt_tokens,
+                output_tokens=stats.output_tokens,
+                running=stats.running,
+                pages_used=stats.pages_used,
+                pages_total=stats.pages_total,
+            )
+        return self._report
+
+
+class Progress:
+    """Shows how far a job is: one live line on a terminal, elsewhere a plain line every ``seconds``.
+
+    ``rows`` is the job's number of rows, of which ``done`` were committed by earlier attempts.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        done: int = 0,
+        seconds: float = 60.0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._rows, self._done = rows, done
+        self._stream = stream or sys.stderr
+        self._clock = clock
+        self._live = _live_line(self._stream) if self._stream.isatty() else None
+        self._interval = TERMINAL_SECONDS if self._live else seconds
+        self._shown = clock()
+        self._history = deque([(self._shown, Counters())])
+
+    def show(self, counters: Counters) -> None:
+        """Print if it is time to. ``counters`` is the sum over all ranks."""
+        now = self._clock()
+        if now - self._shown < self._interval:
+            return
+        self._shown = now
+        self._history.append((now, counters))
+        while now - self._history[0][0] > WINDOW_SECONDS and len(self._history) > 2:
+            self._history.popleft()
+        line = self.line(counters)
+        if self._live:
+            self._live.update(line, refresh=True)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def line(self, counters: Counters) -> str:
+        """The text for this moment: rows, rates over the last minute, time left, what the engines hold."""
+        start, before = self._history[0]
+        seconds = max(self._clock() - start, 1e-9)
+        rate = (counters.rows - before.rows) / seconds
+        rows = self._done + counters.rows
+        left = f"{duration((self._rows - rows) / rate)} left" if rate > 0 else "time left unknown"
+        kv = f"{100 * counters.pages_used / counters.pages_total:.0f} %" if counters.pages_total else "-"
+        return (
+            f"{rows:,}/{self._rows:,} rows, {counters.failed:,} failed"
+            f" | prompt {(counters.prompt_tokens - before.prompt_tokens) / seconds:,.0f} tok/s"
+            f" | output {(counters.output_tokens - before.output_tokens) / seconds:,.0f} tok/s"
+            f" | {left} | {counters.running:,} running | KV {kv}"
+        )
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._live:
+            self._live.stop()
+
+
+def _live_line(stream: TextIO) -> Any:
+    from rich.console import Console
+    from rich.live import Live
+
+    live = Live("", console=Console(file=stream, markup=False, highlight=False), auto_refresh=False, transient=True)
+    live.start()
+    return live
+
+
+def duration(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def summary(counts: Mapping[str, int], attempt: Counters, seconds: float, ranks: int, output: str) -> str:
+    """The closing lines. ``counts`` are the whole job's (keys ok, error, error:CODE, prompt_tokens,
+    completion_tokens), ``attempt`` and ``seconds`` this attempt's."""
+    codes = {key.partition(":")[2]: n for key, n in sorted(counts.items()) if key.startswith("error:")}
+    errors = f" ({', '.join(f'{code} {n:,}' for code, n in codes.items())})" if codes else ""
+    rate = attempt.output_tokens / max(seconds, 1e-9)
+    return (
+        f"rows       {counts['ok'] + counts['error']:,}: {counts['ok']:,} ok, {counts['error']:,} failed{errors}\n"
+        f"tokens     {counts['prompt_tokens']:,} prompt, {counts['completion_tokens']:,} output\n"
+        f"this run   {attempt.rows:,} rows in {duration(seconds)} on {ranks} rank{'s' if ranks > 1 else ''}, "
+        f"{rate:,.1f} output tok/s\n"
+        f"output     {output}"
+    )
+
+
+def write_record(folder: Path, attempt: str, record: Mapping[str, Any]) -> None:
+    """Write or replace attempts/<attempt>.json in the job's state folder; readers see the old or the new text, whole."""
+    path = folder / "attempts" / f"{attempt}.json"
+    path.parent.mkdir(exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)

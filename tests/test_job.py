@@ -1,0 +1,367 @@
+"""One rank's job with a fake engine: complete runs, crashes at any point, bad rows, refusals."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fake_engine import POISON, FakeEngine, answer, identify_fake, load_fake
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from batchinfer import job
+from batchinfer.cluster.world import World
+from batchinfer.config import Config, from_dict, to_dict
+from batchinfer.data.audit import verify
+from batchinfer.data.prompts import row_seed
+from batchinfer.inquire import show_plan, show_status, show_verify
+from batchinfer.types import ROW_BITS, ExitCode, JobError
+
+
+def prompts(rows: int, offset: int = 0) -> list[str]:
+    return [f"prompt {offset + i} {'x' * (i % 7)}" for i in range(rows)]
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """Two files of 50 and 37 rows."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, rows, offset in (("a.parquet", 50, 0), ("b.parquet", 37, 100)):
+        table = pa.table({"id": list(range(offset, offset + rows)), "prompt": prompts(rows, offset)})
+        pq.write_table(table, folder / name, row_group_size=20)
+    return folder
+
+
+def configure(inputs: Path, output: Path, **changes: Any) -> Config:
+    """``changes`` are dotted keys with "__" for the dot."""
+    values = to_dict(Config())
+    given = {
+        "model__path": "fake",
+        "input__path": str(inputs),
+        "output__path": str(output),
+        "output__rows_per_chunk": 10,
+        "engine__max_slots": 8,
+        "sampling__max_tokens": 16,
+        **changes,
+    }
+    for key, value in given.items():
+        section, _, name = key.partition("__")
+        values[section][name] = value
+    return from_dict(values)
+
+
+def run(config: Config, load: Callable[..., FakeEngine] = load_fake) -> int:
+    return job.run(config, World(), load, identify_fake)
+
+
+def parts(output: Path) -> list[Path]:
+    return sorted(output.glob("part-*.parquet"))
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    return pa.concat_tables([pq.read_table(path) for path in parts(output)]).to_pylist()
+
+
+def success(output: Path) -> dict[str, Any]:
+    return json.loads((output / "_SUCCESS").read_text())
+
+
+def never(*_: object, **__: object) -> FakeEngine:
+    raise AssertionError("an engine was loaded for nothing")
+
+
+def test_one_output_row_per_input_row_in_order(inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = configure(inputs, tmp_path / "out", sampling__seed=3, sampling__n=2, output__token_ids=True)
+    assert run(config) == ExitCode.COMPLETE
+
+    rows = rows_of(tmp_path / "out")
+    source = [*prompts(50), *prompts(37, 100)]
+    assert [row["prompt"] for row in rows] == source
+    assert [row["id"] for row in rows] == [*range(50), *range(100, 137)]
+    tokenizer = FakeEngine().tokenizer
+    for index, row in enumerate(rows):
+        identity = index if index < 50 else (1 << ROW_BITS) + index - 50
+        ids = tokenizer.encode_batch([row["prompt"]])[0]
+        expected = [answer(ids, row_seed(3, identity), sample, 16).tolist() for sample in range(2)]
+        assert row["token_ids"] == expected
+        assert row["generated_text"] == [bytes(tokens).decode() for tokens in expected]
+        assert row["completion_tokens"] == [len(tokens) for tokens in expected]
+        assert row["prompt_tokens"] == len(ids)
+        assert row["status"] == "ok"
+    counts = success(tmp_path / "out")["counts"]
+    assert (counts["ok"], counts["error"]) == (87, 0)
+    assert counts["completion_tokens"] == sum(sum(row["completion_tokens"]) for row in rows)
+    assert verify(str(tmp_path / "out")).ok
+
+    printed = capfd.readouterr().err
+    assert "87 rows in 2 files, 87 to do in 9 chunks" in printed
+    assert "rows       87: 87 ok, 0 failed" in printed
+    (record,) = (tmp_path / "out" / "_batchinfer" / "attempts").glob("*.json")
+    record = json.loads(record.read_text())
+    assert record["exit_code"] == 0
+    assert record["this_attempt"]["rows"] == 87
+    assert record["job"] == counts
+    assert from_dict(record["config"]) == config
+
+
+def test_rows_of_several_chunks_are_in_the_engine_together(inputs: Path, tmp_path: Path) -> None:
+    """With 2 rows per chunk and 8 slots: no chunk's end drains the batch."""
+    engines = []
+
+    def load(*_: object, **__: object) -> FakeEngine:
+        engines.append(FakeEngine(slots=8))
+        return engines[0]
+
+    assert run(configure(inputs, tmp_path / "out", output__rows_per_chunk=2), load) == 0
+    assert engines[0].most_open > 4
+    assert engines[0].closed
+    assert len(parts(tmp_path / "out")) == 44
+
+
+def test_a_finished_job_ends_at_once_without_an_engine(inputs: Path, tmp_path: Path) -> None:
+    config = configure(inputs, tmp_path / "out")
+    assert run(config) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert run(config, never) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_parts_without_success_need_no_engine_either(inputs: Path, tmp_path: Path) -> None:
+    config = configure(inputs, tmp_path / "out")
+    assert run(config) == 0
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    assert run(config, never) == 0
+    assert success(tmp_path / "out")["counts"]["ok"] == 87
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(crashes=st.lists(st.integers(1, 60), min_size=1, max_size=3), slots=st.integers(1, 12))
+def test_after_any_crashes_the_output_is_that_of_one_run(
+    crashes: list[int], slots: int, inputs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    output = tmp_path_factory.mktemp("crash") / "out"
+    whole = inputs.parent / "whole"
+    if not whole.exists():
+        assert run(configure(inputs, whole)) == 0
+    config = configure(inputs, output)
+    for step in crashes:
+        seen = {path.name: path.read_bytes() for path in parts(output)}
+        try:
+            run(config, lambda *_, step=step, **__: FakeEngine(slots=slots, fail_at_step=step))
+        except RuntimeError as error:
+            assert "the device went away" in str(error)
+            assert not (output / "_SUCCESS").exists()
+            assert all(pq.read_table(path).num_rows <= 10 for path in parts(output))
+        assert seen.items() <= {path.name: path.read_bytes() for path in parts(output)}.items()
+    assert run(config) == 0
+    assert rows_of(output) == rows_of(whole)
+    assert verify(str(output)).ok
+    assert not list(output.glob(".part-*"))
+
+
+def test_a_failed_commit_ends_the_job(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer's error reaches the main thread, and the job ends instead of waiting for the chunk for ever."""
+
+    def full(*_: object) -> str:
+        raise JobError("no space left", ExitCode.IO)
+
+    monkeypatch.setattr("batchinfer.job.Ledger.commit", full)
+    with pytest.raises(JobError, match="no space left"):
+        run(configure(inputs, tmp_path / "out"))
+    assert parts(tmp_path / "out") == []
+    assert not [t for t in threading.enumerate() if t.name.startswith(("feeder", "writer"))]
+
+
+def test_a_file_that_changes_under_way_ends_the_job(inputs: Path, tmp_path: Path) -> None:
+    """The feeder's error reaches the main thread."""
+
+    def load(*_: object, **__: object) -> FakeEngine:
+        pq.write_table(pa.table({"id": [1], "prompt": ["other"]}), inputs / "b.parquet")
+        return FakeEngine()
+
+    with pytest.raises(JobError, match=r"b\.parquet has changed since the job was planned"):
+        run(configure(inputs, tmp_path / "out"), load)
+
+
+def test_bad_rows_become_error_rows(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    texts = ["fine", None, "", "x" * 300, f"a {POISON} here", "also fine"]
+    pq.write_table(pa.table({"prompt": texts}), tmp_path / "in.parquet")
+    config = configure(tmp_path / "in.parquet", tmp_path / "out", output__rows_per_chunk=2)
+    assert run(config) == ExitCode.TOO_MANY_ERRORS
+
+    rows = rows_of(tmp_path / "out")
+    assert [row["prompt"] for row in rows] == texts
+    codes = [None, "NULL_PROMPT", "EMPTY_PROMPT", "PROMPT_TOO_LONG", "KV_CAPACITY", None]
+    assert [row["error_code"] for row in rows] == codes
+    assert [row["status"] for row in rows] == ["error" if code else "ok" for code in codes]
+    assert all((row["generated_text"] is None) == bool(code) for row, code in zip(rows, codes, strict=True))
+    printed = capfd.readouterr().err
+    assert "6: 2 ok, 4 failed (EMPTY_PROMPT 1, KV_CAPACITY 1, NULL_PROMPT 1, PROMPT_TOO_LONG 1)" in printed
+    assert "job.max_error_fraction=0.01" in printed
+
+    # the rows are kept, and the limit is no part of the job's identity
+    assert run(config, never) == ExitCode.TOO_MANY_ERRORS
+    lenient = configure(
+        tmp_path / "in.parquet", tmp_path / "out", output__rows_per_chunk=2, job__max_error_fraction=0.67
+    )
+    assert run(lenient, never) == ExitCode.COMPLETE
+
+
+def test_neighbours_of_a_bad_row_do_not_notice(tmp_path: Path) -> None:
+    for name, third in (("good", "fine"), ("bad", None)):
+        table = pa.table({"prompt": ["a", "b", third, "c", "d"]})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        run(configure(tmp_path / f"{name}.parquet", tmp_path / f"out_{name}", sampling__temperature=1.0))
+    good, bad = rows_of(tmp_path / "out_good"), rows_of(tmp_path / "out_bad")
+    assert [row for i, row in enumerate(good) if i != 2] == [row for i, row in enumerate(bad) if i != 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ({"sampling__max_tokens": 8}, "sampling.max_tokens"),
+        ({"sampling__seed": 1}, "sampling.seed"),
+        ({"sampling__stop": ["END"]}, "sampling.stop"),
+        ({"model__path": "other"}, "model.weights"),
+        ({"input__template": "{{ prompt }}!"}, "input.template"),
+        ({"input__columns": ["id"]}, "input.columns"),
+        ({"input__sampling_columns": {"max_tokens": "id"}}, "input.sampling_columns.max_tokens"),
+        ({"output__prefix": "model_"}, "output.prefix"),
+        ({"output__token_ids": True}, "output.token_ids"),
+        ({"engine__max_model_len": 100}, "engine.max_model_len"),
+    ],
+)
+def test_another_configuration_is_refused(
+    change: dict[str, Any], shown: str, inputs: Path, tmp_path: Path
+) -> None:
+    assert run(configure(inputs, tmp_path / "out")) == 0
+    with pytest.raises(JobError, match=r"planned +\| now") as caught:
+        run(configure(inputs, tmp_path / "out", **change), never)
+    assert caught.value.exit_code == ExitCode.MISMATCH
+    assert shown in str(caught.value)
+
+
+def test_what_does_not_change_the_results_may_change(
+    inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = configure(inputs, tmp_path / "out")
+    with pytest.raises(RuntimeError, match="went away"):
+        run(config, lambda *_, **__: FakeEngine(fail_at_step=12))
+    inputs = inputs.rename(inputs.parent / "moved")
+    other = configure(
+        inputs, tmp_path / "out", engine__max_slots=3, output__rows_per_chunk=7, job__progress_seconds=1.0
+    )
+    assert run(other) == 0
+    assert "rows_per_chunk=7 has no effect" in capfd.readouterr().err
+    assert verify(str(tmp_path / "out")).ok
+
+
+def test_changed_input_is_refused(inputs: Path, tmp_path: Path) -> None:
+    config = configure(inputs, tmp_path / "out")
+    assert run(config) == 0
+    pq.write_table(pa.table({"id": [1], "prompt": ["new"]}), inputs / "c.parquet")
+    with pytest.raises(JobError, match=r"input file c\.parquet") as caught:
+        run(config, never)
+    assert caught.value.exit_code == ExitCode.MISMATCH
+
+
+def refusal(config: Config) -> JobError:
+    with pytest.raises(JobError) as caught:
+        run(config, never)
+    return caught.value
+
+
+def test_bad_places_are_refused_before_any_work(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("important")
+    error = refusal(configure(inputs, tmp_path / "mine"))
+    assert error.exit_code == ExitCode.OUTPUT
+    assert "thesis.txt" in str(error)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+    assert refusal(configure(tmp_path / "nowhere", tmp_path / "out")).exit_code == ExitCode.INPUT
+    empty = tmp_path / "empty.parquet"
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), empty)
+    error = refusal(configure(empty, tmp_path / "out"))
+    assert error.exit_code == ExitCode.INPUT
+    assert "no rows" in str(error)
+
+    error = refusal(configure(inputs, tmp_path / "out", input__prompt_column="prompts"))
+    assert error.exit_code == ExitCode.USAGE
+    assert "input.prompt_column" in str(error)
+    assert "id, prompt" in str(error)
+
+    table = pa.table({"prompt": ["a"], "status": ["new"]})
+    pq.write_table(table, tmp_path / "clash.parquet")
+    error = refusal(configure(tmp_path / "clash.parquet", tmp_path / "out"))
+    assert error.exit_code == ExitCode.USAGE
+    assert "output.prefix" in str(error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_template_is_compared_by_its_text_not_its_file(inputs: Path, tmp_path: Path) -> None:
+    template = tmp_path / "ask.j2"
+    template.write_text("Q: {{ prompt }}")
+    config = configure(inputs, tmp_path / "out", input__template=str(template))
+    assert run(config) == 0
+    moved = template.rename(tmp_path / "moved.j2")
+    assert run(configure(inputs, tmp_path / "out", input__template=str(moved)), never) == 0
+    moved.write_text("Question: {{ prompt }}")
+    config = configure(inputs, tmp_path / "out", input__template=str(moved))
+    assert refusal(config).exit_code == ExitCode.MISMATCH
+
+
+def test_plan_status_and_verify(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configure(inputs, tmp_path / "out")
+    assert show_plan(config) == 0
+    shown = capsys.readouterr().out
+    for part in ("2 files, 87 rows", "input.prompt_column=prompt", "id, prompt", "generated_text", "9 of up to 10 rows"):
+        assert part in shown
+    assert not (tmp_path / "out").exists()
+
+    with pytest.raises(JobError) as caught:
+        show_status(config)
+    assert caught.value.exit_code == ExitCode.OUTPUT
+    with pytest.raises(RuntimeError, match="went away"):
+        run(config, lambda *_, **__: FakeEngine(fail_at_step=40))
+    capsys.readouterr()
+    assert show_status(config) == ExitCode.INCOMPLETE
+    assert "not complete" in capsys.readouterr().out
+    assert show_verify(config) == ExitCode.INCOMPLETE
+    assert run(config) == 0
+    capsys.readouterr()
+    assert show_status(config) == ExitCode.COMPLETE
+    assert "rows       87 of 87, 0 failed" in capsys.readouterr().out
+    assert show_verify(config) == ExitCode.COMPLETE
+
+    victim = parts(tmp_path / "out")[3]
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 3] ^= 1
+    victim.write_bytes(data)
+    capsys.readouterr()
+    assert show_verify(config) == ExitCode.IO
+    assert f"BAD {victim.name}" in capsys.readouterr().out
+
+
+def test_an_interrupt_leaves_only_complete_parts(inputs: Path, tmp_path: Path) -> None:
+    class Interrupted(FakeEngine):
+        def step(self) -> list:
+            if parts(tmp_path / "out"):
+                raise KeyboardInterrupt
+            time.sleep(0.001)
+            return super().step()
+
+    config = configure(inputs, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, lambda *_, **__: Interrupted())
+    assert 0 < len(parts(tmp_path / "out")) < 9
+    assert show_verify(config) == ExitCode.INCOMPLETE
+    assert run(config) == 0
