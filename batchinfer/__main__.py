@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from batchinfer import __version__
-from batchinfer.cluster.world import World, join, launcher
+from batchinfer.cluster.world import World, join, launcher, outside
 from batchinfer.config import REQUIRED, Config, allowed, check, from_dict, keys, to_dict, type_of
 from batchinfer.types import ExitCode, JobError
 
@@ -48,9 +48,11 @@ EXAMPLE = "batchinfer run model.path=DIR|FILE.gguf input.path=prompts.parquet ou
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; its exit code (types.ExitCode). Every failure of a rank ends the whole MPI job with its code."""
-    world = World()
+    world = outside()
     try:
         name, options = parse(sys.argv[1:] if argv is None else argv)
+        if name != "run" and launcher().rank != 0:
+            return ExitCode.COMPLETE
         if name == "doctor":
             from batchinfer import doctor
 
@@ -85,16 +87,14 @@ def _report(error: BaseException, world: World) -> int:
     """Say on standard error what went wrong; the exit code that belongs to it."""
     if isinstance(error, SystemExit) and isinstance(error.code, int):  # argparse has printed its help
         return error.code
-    where = f" [rank {world.rank} on {world.hostname}]" if world.size > 1 else ""
     if isinstance(error, JobError):
-        print(f"batchinfer: error:{where} {error}", file=sys.stderr, flush=True)
+        print(f"batchinfer: error:{world.place} {error}", file=sys.stderr)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        print(f"batchinfer: interrupted{where}: the same command again goes on from here", file=sys.stderr, flush=True)
+        print(f"batchinfer: interrupted{world.place}: the same command again goes on from here", file=sys.stderr)
         return ExitCode.INCOMPLETE
-    print(f"batchinfer: internal error{where}", file=sys.stderr)
+    print(f"batchinfer: internal error{world.place}", file=sys.stderr)
     traceback.print_exception(type(error), error, error.__traceback__)
-    sys.stderr.flush()
     return ExitCode.INTERNAL
 
 

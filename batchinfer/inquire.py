@@ -23,7 +23,8 @@ def show_plan(config: Config) -> int:
     plan = make_plan(files, config.output.rows_per_chunk, {})
     source = prompt_source(config.input)
     size = sum(file.bytes for file in files)
-    print(f"input      {len(files):,} files, {plan.rows:,} rows, {size / 2**20:,.1f} MiB below {files[0].root}")
+    plural = "" if len(files) == 1 else "s"
+    print(f"input      {len(files):,} file{plural}, {plan.rows:,} rows, {size / 2**20:,.1f} MiB below {files[0].root}")
     print(f"prompt     input.{source.kind}={source.name}")
     for field, column in config.input.sampling_columns.items():
         print(f"per row    sampling.{field} from column {column}")

@@ -99,14 +99,18 @@ def run(
         return _exit_code(opening.success["counts"], config)
     ledger = Ledger(opening.path, opening.plan, config.output.compression)
     places = world.bcast(world.gather((world.hostname, tuple(sorted(os.sched_getaffinity(0))))))
-    start = time.monotonic()
-    counters = _take_part(config, world, opening, ledger, places, load_engine) if opening.missing else Counters()
+    start = ready = time.monotonic()
+    counters = Counters()
+    if opening.missing:
+        counters, ready = _take_part(config, world, opening, ledger, places, load_engine)
     notices = world.gather(ledger.notices)
     code = None
     if world.rank == 0:
         for notice in dict.fromkeys(text for of_rank in notices for text in of_rank):
             _say(notice)
-        code = _close(config, opening, ledger, counters, time.monotonic() - start, [host for host, _ in places])
+        end = time.monotonic()
+        times = {"seconds": round(end - start, 3), "computing_seconds": round(end - ready, 3)}
+        code = _close(config, opening, ledger, counters, times, [host for host, _ in places])
     return world.bcast(code)
 
 
@@ -117,12 +121,18 @@ def _take_part(
     ledger: Ledger,
     places: list[tuple[str, tuple[int, ...]]],
     load_engine: EngineLoader,
-) -> Counters:
-    """Compute chunks until all of the job are done. On rank 0 the sum of all ranks' counters."""
+) -> tuple[Counters, float]:
+    """Compute chunks until all of the job are done. On rank 0: the sum of all ranks' counters, and when (monotonic
+    clock) the engine was ready."""
     dispatcher = RootDispatcher(world, opening.missing) if world.rank == 0 else WorkerDispatcher(world)
+    start = ready = time.monotonic()
     if world.rank < len(opening.missing):
         threads = config.engine.threads or cpu_share(places, world.rank)
         engine = load_engine(config.model, config.engine, threads=threads, ranks_on_node=world.local_size)
+        ready = time.monotonic()
+        if world.rank == 0:
+            hosts = len({host for host, _ in places})
+            _say(f"engine ready after {ready - start:.1f} s (ranks {world.size}, hosts {hosts}, threads {threads})")
         try:
             _compute(config, world, opening, ledger, engine, dispatcher)
         finally:
@@ -130,7 +140,7 @@ def _take_part(
     while not dispatcher.finished:  # a rank for which there is no chunk
         dispatcher.poll(Counters())
         time.sleep(POLL_SECONDS)
-    return total(dispatcher.reports) if world.rank == 0 else Counters()
+    return total(dispatcher.reports) if world.rank == 0 else Counters(), ready
 
 
 def _compute(
@@ -151,7 +161,7 @@ def _compute(
     progress = _progress(config, opening) if world.rank == 0 else None
     feeder, writer = Feeder(reader.read, builder.build), Writer(commit)
     try:
-        drive(engine, dispatcher, feeder, writer, lambda: progress and progress.show(total(dispatcher.reports)))
+        drive(engine, dispatcher, feeder, writer, lambda: progress and progress.show(dispatcher.reports))
     finally:
         if progress:
             progress.close()
@@ -160,10 +170,8 @@ def _compute(
         reader.close()
 
 
-def drive(
-    engine: Engine, dispatcher: Dispatcher, feeder: Feeder, writer: Writer, show: Callable[[], object]
-) -> None:
-    """The loop of a rank. Rows of several chunks are in the engine at a time, so that no chunk's end drains the batch."""
+def drive(engine: Engine, dispatcher: Dispatcher, feeder: Feeder, writer: Writer, show: Callable[[], object]) -> None:
+    """The loop of a rank. The engine has rows of several chunks at a time, so that no chunk's end drains the batch."""
     meter = Meter(engine.stats)
     owners: dict[int, OpenChunk] = {}
 
@@ -244,23 +252,28 @@ def fingerprint(config: Config, model: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _close(
-    config: Config, opening: Opening, ledger: Ledger, counters: Counters, seconds: float, hosts: list[str]
+    config: Config,
+    opening: Opening,
+    ledger: Ledger,
+    counters: Counters,
+    times: dict[str, float],
+    hosts: list[str],
 ) -> int:
     """Rank 0, when every chunk is committed: check, publish _SUCCESS, sum up."""
-    success = ledger.finish({"attempt": opening.attempt, "seconds": round(seconds, 3), "ranks": len(hosts)})
+    success = ledger.finish({"attempt": opening.attempt, "ranks": len(hosts), **times})
     code = _exit_code(success["counts"], config)
     record = {
         "attempt": opening.attempt,
         "batchinfer": __version__,
         "exit_code": code,
-        "seconds": round(seconds, 3),
+        **times,
         "hosts": hosts,
         "this_attempt": dataclasses.asdict(counters),
         "job": success["counts"],
         "config": to_dict(config),
     }
     write_record(Path(opening.path) / STATE, opening.attempt, record)
-    print(summary(success["counts"], counters, seconds, len(hosts), opening.path), file=sys.stderr, flush=True)
+    print(summary(success["counts"], counters, times, len(hosts), opening.path), file=sys.stderr, flush=True)
     if code == ExitCode.TOO_MANY_ERRORS:
         _say(f"more rows failed than job.max_error_fraction={config.job.max_error_fraction:g} allows: exit code {code}")
     return code

@@ -101,18 +101,19 @@ class Progress:
         self._shown = clock()
         self._history = deque([(self._shown, Counters())])
 
-    def show(self, counters: Counters) -> None:
-        """Print if it is time to. ``counters`` is the sum over all ranks."""
+    def show(self, reports: Iterable[Counters | None]) -> None:
+        """Print if it is time to. ``reports``: the latest of every rank, None of those that have not sent one."""
         now = self._clock()
         if now - self._shown < self._interval:
             return
         self._shown = now
+        counters = total(reports)
         self._history.append((now, counters))
         while now - self._history[0][0] > WINDOW_SECONDS and len(self._history) > 2:
             self._history.popleft()
         line = self.line(counters)
         if self._live:
-            self._live.update(line, refresh=True)
+            self._live.update(_one_line(line), refresh=True)
         else:
             print(line, file=self._stream, flush=True)
 
@@ -146,6 +147,13 @@ def _live_line(stream: TextIO) -> Any:
     return live
 
 
+def _one_line(text: str) -> Any:
+    """Cut to the terminal's width: a line that wraps can't be drawn again in its place."""
+    from rich.text import Text
+
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
 def duration(seconds: float) -> str:
     """1:02:03, or 2:03 below an hour."""
     minutes, second = divmod(round(seconds), 60)
@@ -153,23 +161,26 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def summary(counts: Mapping[str, int], attempt: Counters, seconds: float, ranks: int, output: str) -> str:
+def summary(
+    counts: Mapping[str, int], attempt: Counters, times: Mapping[str, float], ranks: int, output: str
+) -> str:
     """The closing lines. ``counts`` are the whole job's (keys ok, error, error:CODE, prompt_tokens,
-    completion_tokens), ``attempt`` and ``seconds`` this attempt's."""
+    completion_tokens), ``attempt`` and ``times`` this attempt's: "seconds" in all, and "computing_seconds" without
+    the loading of the model, to which the rate refers."""
     codes = {key.partition(":")[2]: n for key, n in sorted(counts.items()) if key.startswith("error:")}
     errors = f" ({', '.join(f'{code} {n:,}' for code, n in codes.items())})" if codes else ""
-    rate = attempt.output_tokens / max(seconds, 1e-9)
+    rate = attempt.output_tokens / max(times["computing_seconds"], 1e-9)
     return (
         f"rows       {counts['ok'] + counts['error']:,}: {counts['ok']:,} ok, {counts['error']:,} failed{errors}\n"
         f"tokens     {counts['prompt_tokens']:,} prompt, {counts['completion_tokens']:,} output\n"
-        f"this run   {attempt.rows:,} rows in {duration(seconds)} on {ranks} rank{'s' if ranks > 1 else ''}, "
-        f"{rate:,.1f} output tok/s\n"
+        f"this run   {attempt.rows:,} rows in {duration(times['seconds'])} on {ranks} rank{'s' if ranks > 1 else ''}, "
+        f"{rate:,.1f} output tok/s after loading\n"
         f"output     {output}"
     )
 
 
 def write_record(folder: Path, attempt: str, record: Mapping[str, Any]) -> None:
-    """Write or replace attempts/<attempt>.json in the job's state folder; readers see the old or the new text, whole."""
+    """Write or replace attempts/<attempt>.json in the job's state folder; readers see a whole text, old or new."""
     path = folder / "attempts" / f"{attempt}.json"
     path.parent.mkdir(exist_ok=True)
     draft = path.with_suffix(".tmp")

@@ -41,10 +41,10 @@ function(batchinfer_add_cpu)
     add_library(${target} OBJECT ${kernels})
     target_include_directories(${target} PRIVATE csrc csrc/include)
     target_compile_definitions(${target} PRIVATE BATCHINFER_ISA=${isa})
-    # -O3 in every build type but Debug; no vector crosses a border between libraries (psabi); GCC 12 warns about its
-    # own intrinsics (maybe-uninitialized).
-    target_compile_options(${target} PRIVATE ${BATCHINFER_CPU_FLAGS} -Wno-psabi -Wno-maybe-uninitialized ${flags_${isa}}
-                           $<$<NOT:$<CONFIG:Debug>>:-O3>)
+    # -O3 in every build type but Debug. No vector crosses a border between libraries (psabi); GCC 12 warns about its
+    # own intrinsics (uninitialized).
+    target_compile_options(${target} PRIVATE ${BATCHINFER_CPU_FLAGS} ${flags_${isa}} $<$<NOT:$<CONFIG:Debug>>:-O3>
+                           -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized)
     set_target_properties(${target} PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
     target_compile_definitions(batchinfer_cpu PRIVATE BATCHINFER_HAVE_${isa})
     target_sources(batchinfer_cpu PRIVATE $<TARGET_OBJECTS:${target}>)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,8 +33,8 @@ def test_the_files_name_and_explain_every_key() -> None:
     for key, _ in keys():
         section, _, name = key.partition(".")
         file = config_folder() / section / "default.yaml"
-        node = OmegaConf.load(file) if file.exists() else root[section]
-        assert name in node.keys(), f"{key} is missing in {file}"
+        node = OmegaConf.to_container(OmegaConf.load(file) if file.exists() else root[section])
+        assert name in node, f"{key} is missing in {file}"
     for file in config_folder().rglob("*.yaml"):
         assert file.read_text().startswith("# "), f"{file} does not say what it is for"
 
@@ -120,14 +119,3 @@ def test_the_tables_of_rules_name_real_keys() -> None:
         assert low <= known[key] <= high
     for key in known:
         assert allowed(key)
-
-
-def test_the_schema_needs_no_heavy_imports() -> None:
-    """What status and help load on a login node."""
-    import subprocess
-    import sys
-
-    code = "import batchinfer.__main__, sys; print(sorted({'torch', 'pyarrow', 'mpi4py', 'hydra'} & set(sys.modules)))"
-    root = Path(__file__).parent.parent
-    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"

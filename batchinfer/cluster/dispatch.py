@@ -7,7 +7,7 @@ tests can deliver the messages in any order.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -39,18 +39,25 @@ class ChunkQueue:
         self._waiting = deque(chunks)
         self._ranks = ranks
         self._holder: dict[int, int] = {}
+        self._held: Counter[int] = Counter()
 
     @property
     def finished(self) -> bool:
         return not self._waiting and not self._holder
 
     def take(self, rank: int, hungry: bool) -> Chunk | None:
-        """The next chunk for ``rank``. At the tail, with fewer chunks than ranks, only a hungry rank gets one: it
-        starts at once, where another would keep the chunk waiting behind its own rows."""
-        if not self._waiting or (not hungry and len(self._waiting) < self._ranks):
+        """The next chunk for ``rank``, or None.
+
+        No rank holds more than its share of what is not done, so that the first one ready does not empty a short
+        queue (guided self-scheduling, Polychronopoulos & Kuck 1987). At the tail, with fewer chunks than ranks, only
+        a hungry rank gets one: it starts at once, where another would keep it waiting behind its own rows. A refusal
+        holds until the rank has finished a chunk."""
+        share = -(-(len(self._waiting) + len(self._holder)) // self._ranks)
+        if not self._waiting or self._held[rank] >= share or (not hungry and len(self._waiting) < self._ranks):
             return None
         chunk = self._waiting.popleft()
         self._holder[chunk.index] = rank
+        self._held[rank] += 1
         return chunk
 
     def done(self, rank: int, index: int) -> None:
@@ -58,6 +65,7 @@ class ChunkQueue:
         if self._holder.get(index) != rank:
             raise ValueError(f"rank {rank} reports chunk {index}, which is in the hand of {self._holder.get(index)}")
         del self._holder[index]
+        self._held[rank] -= 1
 
 
 class RootDispatcher:
@@ -100,12 +108,13 @@ class RootDispatcher:
 
 
 class WorkerDispatcher:
-    """Any other rank's, of a job with one chunk at least. One question is under way at most; the answer is there an engine step later."""
+    """Any other rank's, of a job with one chunk at least. One question is under way at most; the answer is there an
+    engine step later."""
 
     def __init__(self, world: Any):
         self._world = world
         self._asked: bool | None = None  # the question under way: was the rank hungry?
-        self._refused: set[bool] = set()  # waiting chunks only get fewer: what was refused once need not be asked again
+        self._refused: set[bool] = set()  # questions whose answer stays no until a chunk is done
         self._chunk: Chunk | None = None
         self._report: Any = None
         self.finished = False
@@ -119,6 +128,7 @@ class WorkerDispatcher:
 
     def done(self, chunk: Chunk, report: Any) -> None:
         self._report = report
+        self._refused.clear()
         self._world.send(0, ("done", chunk.index, report))
 
     def poll(self, report: Any) -> None:

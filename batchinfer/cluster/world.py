@@ -6,9 +6,12 @@ take the core from the engine. Everything here starts an operation and polls it 
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
+import select
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +23,13 @@ MESSAGE_TAG, GATHER_TAG = 0, 1
 
 POLL_SECONDS = 0.005
 """Sleep between two looks at an operation under way: far below a step of any engine, and no load on the core."""
+
+LAST_WORDS_SECONDS = 0.5
+"""Between an error message and the abort: launchers drop what they have not forwarded by then."""
+
+START_SECONDS = 900
+"""Most time between the first rank that is ready and the last: importing over a slow network file system has taken 4
+minutes on 64 ranks."""
 
 RANK_VARIABLES = (
     ("PMI_RANK", "PMI_SIZE"),  # MPICH and Intel MPI under mpiexec, srun --mpi=pmi2, PALS
@@ -57,7 +67,7 @@ def launcher(environment: Mapping[str, str] | None = None) -> Launch:
 
 
 class World:
-    """A job of one process: no MPI needed, nobody to talk to."""
+    """A job of one process: no MPI needed, nobody to talk to. ``place`` says in messages who speaks."""
 
     rank = 0
     size = 1
@@ -66,6 +76,7 @@ class World:
 
     def __init__(self) -> None:
         self.hostname = socket.gethostname()
+        self.place = ""
 
     def bcast(self, value: Any) -> Any:
         """Rank 0's value on every rank. All ranks call it; any that pickle takes."""
@@ -87,6 +98,29 @@ class World:
         """End the processes of all ranks with this exit code; a single process just returns."""
 
 
+class Unjoined(World):
+    """A process among others before MPI is up: they can't hear it, but wait for it in MPI_Init."""
+
+    def __init__(self, launch: Launch):
+        super().__init__()
+        self.place = f" [rank {launch.rank} on {self.hostname}]"
+
+    def abort(self, code: int) -> None:
+        """Ask the launcher to end all, in the PMI-1 wire protocol (Balaji et al. 2010, "PMI: A Scalable Parallel
+        Process-Management Interface for Extreme-Scale Systems"). MPICH's mpiexec takes no notice of a process that
+        ends before it has said hello, whatever its exit code; other launchers do, and give no PMI_FD."""
+        time.sleep(LAST_WORDS_SECONDS)
+        try:
+            channel = int(os.environ["PMI_FD"])
+            os.write(channel, b"cmd=init pmi_version=1 pmi_subversion=1\n")
+            if select.select([channel], [], [], 1.0)[0]:
+                os.read(channel, 1024)
+            os.write(channel, f"cmd=abort exitcode={code}\n".encode())
+            select.select([channel], [], [], 5.0)  # the end comes from outside; leaving first would hide the code
+        except (KeyError, ValueError, OSError):
+            return
+
+
 class MpiWorld(World):
     """The ranks of MPI's COMM_WORLD. All calls come from the main thread."""
 
@@ -99,6 +133,7 @@ class MpiWorld(World):
         node = self._comm.Split_type(mpi.COMM_TYPE_SHARED, key=self.rank)  # the launcher's map of nodes
         self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
         node.Free()
+        self.place = f" [rank {self.rank} on {self.hostname}]"
         self._sending: list[Any] = []
 
     def bcast(self, value: Any) -> Any:
@@ -132,6 +167,7 @@ class MpiWorld(World):
         return status.Get_source(), self._comm.recv(source=status.Get_source(), tag=MESSAGE_TAG)
 
     def abort(self, code: int) -> None:
+        time.sleep(LAST_WORDS_SECONDS)
         self._comm.Abort(code)
 
     def _unsent(self) -> list[Any]:
@@ -147,6 +183,12 @@ class MpiWorld(World):
             time.sleep(POLL_SECONDS)
 
 
+def outside() -> World:
+    """The world of a process before :func:`join`."""
+    launch = launcher()
+    return Unjoined(launch) if launch.parallel else World()
+
+
 def join(mode: str) -> World:
     """The world of this process. ``mode`` is cluster.mpi: "off", "on", or anything else for "as the launcher says".
 
@@ -156,7 +198,7 @@ def join(mode: str) -> World:
     launch = launcher()
     if mode == "off" or (mode != "on" and not launch.parallel):
         return World()
-    world = MpiWorld(_load_mpi(launch))
+    world = MpiWorld(_wait_for_all_ranks_to_start(launch))
     if launch.size is not None and world.size != launch.size:
         raise JobError(
             f"the launcher started {launch.size} ranks ({launch.variable}={launch.size}), but MPI sees {world.size}: "
@@ -185,11 +227,15 @@ def mpi_library() -> str | None:
     return MPI.Get_library_version().split("\n")[0].strip()
 
 
-def _load_mpi(launch: Launch) -> Any:
+def _wait_for_all_ranks_to_start(launch: Launch) -> Any:
+    """Load and initialise MPI. A rank that dies on the way without a word must not leave the others waiting for ever:
+    MPI_Init can't be interrupted, but a watchdog thread of the interpreter can end the process (and print this
+    function's name)."""
     try:
         import mpi4py
 
         mpi4py.rc.thread_level = "funneled"  # only the main thread talks
+        faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=sys.__stderr__)
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         reason = f"a launcher started several ranks ({launch.variable})" if launch.parallel else "cluster.mpi=on"
@@ -198,4 +244,6 @@ def _load_mpi(launch: Launch) -> Any:
             "the site's MPI module; cluster.mpi=off runs without",
             ExitCode.UNFIT,
         ) from None
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     return MPI

@@ -120,7 +120,7 @@ def verify(output_path: str) -> Report:
     infos = dict(found for found in in_threads(look, [*planned, *strangers]) if found)
     complete = os.path.exists(os.path.join(path, SUCCESS))
     if complete:
-        bad |= _against_success(path, plan, infos)
+        bad = _against_success(path, plan, infos) | bad
     rows_missing, rows_doubled = _row_balance(plan, infos.values())
     return Report(
         plan=plan.id,

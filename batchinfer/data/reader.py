@@ -46,16 +46,16 @@ class ChunkReader:
         file = self._files[chunk.file]
         if chunk.start + chunk.rows > file.rows:
             raise ValueError(f"{chunk} reaches beyond the {file.rows} rows of {file.path}")
+        columns: dict[str, Any] = {}
         try:
-            batches = self._take(file, chunk.start, chunk.rows)
+            if self._own_columns(file) != []:
+                table = pa.Table.from_batches(self._take(file, chunk.start, chunk.rows))
+                columns = dict(zip(table.column_names, table.columns, strict=True))
         except (OSError, pa.ArrowException) as error:
             self.close()
             where = f"input file {file.full_path}, rows {chunk.start} to {chunk.start + chunk.rows - 1}"
             raise JobError(f"{where}: cannot be decoded, write the file again: {error}", ExitCode.INPUT) from None
-        partitions = {key: _constant(value, chunk.rows) for key, value in file.partitions.items()}
-        table = pa.Table.from_batches(batches)
-        columns = dict(zip(table.column_names, table.columns, strict=True)) if table.num_columns else {}
-        columns |= partitions
+        columns |= {key: _constant(value, chunk.rows) for key, value in file.partitions.items()}
         return pa.table({name: columns[name] for name in self._columns or columns})
 
     def close(self) -> None:
@@ -69,6 +69,10 @@ class ChunkReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _own_columns(self, file: InputFile) -> list[str] | None:
+        """The columns to read from the file itself; None: all."""
+        return None if self._columns is None else [name for name in self._columns if name not in file.partitions]
 
     def _take(self, file: InputFile, start: int, rows: int) -> list[pa.RecordBatch]:
         self._seek(file, start)
@@ -96,7 +100,7 @@ class ChunkReader:
             first += file.row_group_rows[group]
             group += 1
         if not first <= self._row <= start or self._rest is None:
-            names = None if self._columns is None else [c for c in self._columns if c not in file.partitions]
+            names = self._own_columns(file)
             # One row group at a time: a batch over two would decode rows that nobody asked for, and Arrow cannot
             # join the dictionaries of two groups inside a struct.
             self._batches = (

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 from jinja2 import meta, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError, safe_range
 
 from batchinfer.types import ExitCode, JobError
 
@@ -29,7 +29,7 @@ class RowTemplate:
             undefined=jinja2.StrictUndefined, finalize=_no_null, trim_blocks=True, lstrip_blocks=True
         )
         environment.filters["counted"] = self._counted
-        environment.globals = {"range": range, "namespace": jinja2.utils.Namespace}
+        environment.globals = {"range": safe_range, "namespace": jinja2.utils.Namespace}
         try:
             tree = environment.parse(self.text)
             for node in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchinfer.models.layers import ACTIVATIONS, Attention, Layer, Linear, Workspace, attend, mlp
+from batchinfer.models.layers import Attention, Layer, Linear, Workspace, attend, keep_rows, mlp, project
 from batchinfer.models.spec import ModelSpec
 from batchinfer.ops import AttentionInput, HeadNorm, Ops, Rope
 
@@ -63,7 +63,7 @@ class Decoder:
         self.layers, self.embed, self.norm, self.head = _assemble(spec, weights, ops)
         self.rope = Rope(torch.from_numpy(spec.rope.table(max_positions)))
         self.workspace = Workspace.allocate(spec, max_step_tokens)
-        self.sampled = torch.empty(2, max_samples, spec.width, dtype=ACTIVATIONS)
+        self.sampled = Workspace.allocate(spec, max_samples)
         self.logits = torch.empty(max_samples, spec.vocab_size, dtype=torch.float32)
 
     def new_cache(self, num_pages: int, page_size: int) -> KVCache:
@@ -80,22 +80,20 @@ class Decoder:
         attention = Attention(step.positions, step.kv_index, plan, self.rope, spec.head_dim**-0.5)
         ops.embed(step.token_ids, self.embed, w.residual)
         for i, layer in enumerate(self.layers):
-            # Each norm first adds what the half before it left in w.x; the first layer follows the embedding.
+            # Each norm first adds what was left in w.x to the residual; the first one finds the embedding there.
             ops.rms_norm(w.x if i else w.residual, layer.attn_norm, spec.norm_eps, w.x, w.residual if i else None)
             attend(ops, layer, w, attention, cache.k[i], cache.v[i])
+            if i == spec.layers - 1:
+                # All keys and values are in the cache: from here on only the sampled rows matter.
+                if not len(step.sample_row):
+                    return self.logits[:0]
+                w = keep_rows(ops, w, step.sample_row, self.sampled)
+            project(ops, layer, w)
             ops.rms_norm(w.x, layer.mlp_norm, spec.norm_eps, w.x, w.residual)
             mlp(ops, layer, w)
-        return self._head(w, step.sample_row)
-
-    def _head(self, w: Workspace, sample_row: Tensor) -> Tensor:
-        """Final norm and LM head of the sampled rows alone: [T, V] never exists."""
-        count = len(sample_row)
-        x, residual, logits = self.sampled[0, :count], self.sampled[1, :count], self.logits[:count]
-        if count:
-            self.ops.gather_rows(w.x, sample_row, x)
-            self.ops.gather_rows(w.residual, sample_row, residual)
-            self.ops.rms_norm(x, self.norm, self.spec.norm_eps, x, residual)
-            self.ops.linear(x, self.head, logits)
+        ops.rms_norm(w.x, self.norm, spec.norm_eps, w.x, w.residual)
+        logits = self.logits[: len(step.sample_row)]
+        ops.linear(w.x, self.head, logits)
         return logits
 
 

@@ -44,10 +44,11 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """A JSON object without duplicate keys, from UTF-8 bytes. ``where`` names it in the ModelError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = dict(pairs)
-        if len(keys) < len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-            raise ModelError(f"{where} holds the key {twice!r} twice")
+        keys: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in keys:
+                raise ModelError(f"{where} holds the key {key!r} twice")
+            keys[key] = value
         return keys
 
     try:
@@ -87,13 +88,13 @@ class Keys:
 
     def count(self, key: str, default: int | None = None) -> int:
         value = self.value(key, default)
-        if type(value) is not int or value < 1:
-            raise ModelError(f"{self.where}: {key}={value!r} must be a whole number above 0")
+        if type(value) is not int or not 0 < value < 2**31:
+            raise ModelError(f"{self.where}: {key}={value!r} must be a whole number above 0 (and below 2**31)")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.value(key, default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        if type(value) not in (int, float) or not 0 < value < 1e300:
             raise ModelError(f"{self.where}: {key}={value!r} must be a number above 0")
         return float(value)
 
@@ -106,11 +107,10 @@ class Keys:
 
     def numbers(self, key: str, length: int) -> tuple[float, ...]:
         value = self.value(key)
-        if not isinstance(value, list) or len(value) != length or any(type(x) not in (int, float) for x in value):
+        if not isinstance(value, list) or len(value) != length:
             raise ModelError(f"{self.where}: {key} must be a list of {length} numbers")
-        if min(value) <= 0:
-            raise ModelError(f"{self.where}: {key} holds {min(value)}; its numbers must be above 0")
-        return tuple(float(item) for item in value)
+        each = Keys({f"{key}[{i}]": item for i, item in enumerate(value)}, self.where)
+        return tuple(each.number(name) for name in each.config)
 
 
 @contextmanager
@@ -141,7 +141,6 @@ def read_at(fd: int, offset: int, out: memoryview, path: str) -> None:
         except OSError as error:
             raise ModelError(f"{path} cannot be read at byte {offset + done}: {error.strerror}") from None
         if got == 0:
-            raise ModelError(
-                f"{path} ends at byte {offset + done}, {len(out) - done} bytes early: it changed while being read"
-            )
+            size = os.fstat(fd).st_size
+            raise ModelError(f"{path} ends at byte {size}, but was at least {offset + len(out) - size} bytes longer")
         done += got

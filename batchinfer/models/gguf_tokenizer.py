@@ -17,8 +17,8 @@ from tokenizers.processors import TemplateProcessing
 from batchinfer.models.files import ModelError
 from batchinfer.models.gguf import GgufFile
 
-CONTROL, USER_DEFINED, BYTE = 3, 4, 6
-"""``tokenizer.ggml.token_type``; the others are part of the vocabulary without a role of their own."""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""``tokenizer.ggml.token_type``."""
 
 SPECIAL_KEYS = {
     "bos_token": "tokenizer.ggml.bos_token_id",
@@ -129,11 +129,11 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
     """SentencePiece BPE (Kudo & Richardson 2018): a piece's score is the priority of the merge that makes it; unknown
     characters fall back to bytes."""
     scores = file.get("tokenizer.ggml.scores", list, required=True)
-    types = file.get("tokenizer.ggml.token_type", list, [1] * len(tokens))
+    types = file.get("tokenizer.ggml.token_type", list, [NORMAL] * len(tokens))
     if len(scores) != len(tokens) or len(types) != len(tokens):
         raise ModelError(f"{file.path}: tokenizer.ggml.tokens, .scores and .token_type must be of equal length")
     vocab = {token: i for i, token in enumerate(tokens)}
-    mergeable = {token for token, kind in zip(tokens, types, strict=True) if kind not in (CONTROL, BYTE)}
+    mergeable = {token for token, kind in zip(tokens, types, strict=True) if kind in (NORMAL, UNUSED)}
     ranked = []
     for token in mergeable:
         for cut in range(1, len(token)):
@@ -176,9 +176,12 @@ def _token_id(file: GgufFile, key: str, tokens: list[str]) -> int | None:
 
 def surround(backend: Tokenizer, bos: str | None, eos: str | None, where: str) -> None:
     """Put ``bos`` before and ``eos`` behind every plain text; None: nothing."""
-    tokens = [(token, backend.token_to_id(token)) for token in (bos, eos) if token]
-    unknown = next((token for token, number in tokens if number is None), None)
-    if unknown:
-        raise ModelError(f"{where}: the special token {unknown!r} is not in the vocabulary")
-    single = " ".join([f"{bos}:0"] * bool(bos) + ["$A:0"] + [f"{eos}:0"] * bool(eos))
-    backend.post_processor = TemplateProcessing(single=single, pair=f"{single} $B:1", special_tokens=tokens)
+    tokens = []
+    for name, token in (("BOS", bos), ("EOS", eos)):  # templates are split at blanks and colons, which tokens may hold
+        number = backend.token_to_id(token) if token else None
+        if token and number is None:
+            raise ModelError(f"{where}: the special token {token!r} is not in the vocabulary")
+        if token:
+            tokens.append({"id": name, "ids": [number], "tokens": [token]})
+    single = ["BOS:0"] * bool(bos) + ["$A:0"] + ["EOS:0"] * bool(eos)
+    backend.post_processor = TemplateProcessing(single=single, pair=[*single, "$B:1"], special_tokens=tokens)

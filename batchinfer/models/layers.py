@@ -1,4 +1,4 @@
-"""The two halves of a decoder layer as functions of weights, workspace and ops."""
+"""The steps of a decoder layer as functions of weights, workspace and ops."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Layer:
 class Workspace:
     """Activations of a step, shared by all layers: for T tokens the first T rows of each.
 
-    ``residual`` is the running sum; ``x`` [T, D] what a half reads (normalised) and then writes (its contribution).
+    ``residual`` [T, D] is the running sum; ``x`` what attention and MLP read (normalised) and then what they add to it.
     """
 
     residual: Tensor
@@ -83,15 +83,27 @@ class Attention:
 
 
 def attend(ops: Ops, layer: Layer, w: Workspace, step: Attention, k_cache: Tensor, v_cache: Tensor) -> None:
-    """w.x = attention of the normalised w.x; writes this step's keys and values to the caches."""
+    """w.attn = attention heads of the normalised w.x; writes this step's keys and values to the caches."""
     ops.linear(w.x, layer.qkv.weight, w.qkv, layer.qkv.bias)
     ops.rope_and_cache(w.qkv, step.positions, step.kv_index, step.rope, k_cache, v_cache, w.q, layer.head_norm)
     ops.attention(w.q, k_cache, v_cache, step.plan, step.scale, w.attn, w.lse)
+
+
+def project(ops: Ops, layer: Layer, w: Workspace) -> None:
+    """w.x = what attention adds to the residual."""
     ops.linear(w.attn.flatten(1), layer.o.weight, w.x, layer.o.bias)
 
 
 def mlp(ops: Ops, layer: Layer, w: Workspace) -> None:
-    """w.x = down(silu(gate(w.x)) * up(w.x))."""
+    """w.x = down(silu(gate(w.x)) * up(w.x)), which is what the MLP adds to the residual."""
     ops.linear(w.x, layer.gate_up.weight, w.gate_up, layer.gate_up.bias)
     ops.silu_mul(w.gate_up, w.gated)
     ops.linear(w.gated, layer.down.weight, w.x, layer.down.bias)
+
+
+def keep_rows(ops: Ops, w: Workspace, index: Tensor, into: Workspace) -> Workspace:
+    """The rows ``index`` int32 [N] of what goes on after attention, in the first N rows of ``into``."""
+    kept = into.first(len(index))
+    ops.gather_rows(w.attn.flatten(1), index, kept.attn.flatten(1))
+    ops.gather_rows(w.residual, index, kept.residual)
+    return kept

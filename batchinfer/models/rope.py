@@ -138,7 +138,10 @@ def rope_from_config(keys: Keys, head_dim: int, max_positions: int) -> tuple[Rop
         given["factor"] = factor = inner.number("factor", max_positions / trained)
         given |= {"beta_fast": inner.number("beta_fast", 32.0), "beta_slow": inner.number("beta_slow", 1.0)}
         given["truncate"] = scaling.get("truncate") is not False
-        stated = yarn_magnitude(factor, scaling.get("mscale"), scaling.get("mscale_all_dim"))
+        mscale, mscale_all_dim = (
+            inner.number(key) if scaling.get(key) else None for key in ("mscale", "mscale_all_dim")
+        )
+        stated = yarn_magnitude(factor, mscale, mscale_all_dim)
         given["magnitude"] = inner.number("attention_factor", stated)
         # Qwen's configs keep the trained length in max_position_embeddings; rope_scaling alone says how far it reaches.
         max_positions = max(max_positions, int(factor * trained))

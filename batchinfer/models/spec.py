@@ -117,7 +117,8 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
         raise _unknown_architecture(name, "architectures", list(ARCHITECTURES), where, "auto_map" in config)
     traits = ARCHITECTURES[name]
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "?")
+        quantisation = config["quantization_config"]
+        method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else quantisation
         raise ModelError(
             f"{where}: quantization_config ({method}) is not supported: use the unquantised (bf16, fp16, fp32) weights "
             "or a GGUF file of the model"
@@ -239,7 +240,7 @@ def _window(keys: Keys, traits: Traits) -> int | None:
     if traits.window_switch and not keys.flag(traits.window_switch):
         return None
     kinds = keys.config.get("layer_types")
-    if kinds and set(kinds) == {"full_attention"}:
+    if isinstance(kinds, list) and kinds and all(kind == "full_attention" for kind in kinds):
         return None
     if not kinds and traits.window_switch and keys.count("max_window_layers", 28) >= keys.count("num_hidden_layers"):
         return None

@@ -2,6 +2,7 @@
 
 The work is done by the ``tokenizers`` library (Rust threads, without the GIL). What a folder's JSON files add to
 tokenizer.json follows transformers' ``AutoTokenizer``, which is imported only for a folder that has no tokenizer.json.
+As there, tokenizer.json alone says whether BOS is put before a text: add_bos_token in tokenizer_config.json is ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tokenizers
 from batchinfer.models.chat import ChatTemplate
 from batchinfer.models.files import ModelError, read_json
 from batchinfer.models.gguf import is_gguf, read_gguf
-from batchinfer.models.gguf_tokenizer import build_from_gguf, surround
+from batchinfer.models.gguf_tokenizer import build_from_gguf
 from batchinfer.models.spec import token_ids
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -88,15 +89,15 @@ def load_tokenizer(model_path: str, now: datetime | None = None) -> Tokenizer:
 
 
 def _from_folder(folder: str, now: datetime | None) -> Tokenizer:
-    config = read_json(os.path.join(folder, "tokenizer_config.json"), required=False)
-    for name, value in read_json(os.path.join(folder, "special_tokens_map.json"), required=False).items():
-        config.setdefault(name, value)
-    special = {name: _content(config[name]) for name in SPECIAL_NAMES if config.get(name) is not None}
+    where = os.path.join(folder, "tokenizer_config.json")
+    config = read_json(where, required=False)
+    if "added_tokens_decoder" not in config:  # the older form
+        config |= read_json(os.path.join(folder, "special_tokens_map.json"), required=False)
+    special = {name: _content(config[name], where) for name in SPECIAL_NAMES if config.get(name) is not None}
     path = os.path.join(folder, "tokenizer.json")
     if os.path.exists(path):
         backend = _read_backend(path)
-        _add_tokens(backend, config, special)
-        _set_bos_eos(backend, config, special, path)
+        _add_tokens(backend, config, special, where)
         digest = _digest(folder)
     else:
         backend, special = _through_transformers(folder)
@@ -104,6 +105,7 @@ def _from_folder(folder: str, now: datetime | None) -> Tokenizer:
     eos_ids: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         eos_ids |= set(token_ids(read_json(os.path.join(folder, name), required=False).get("eos_token_id")))
+    digest = hashlib.sha256(f"{digest} {sorted(eos_ids)}".encode()).hexdigest()
     return _checked(backend, special, eos_ids, _template(folder, config), digest, folder, now)
 
 
@@ -129,48 +131,50 @@ def _read_backend(path: str) -> tokenizers.Tokenizer:
         raise ModelError(f"{path} is not a tokenizer that can be read ({error}): copy or download it again") from None
 
 
-def _content(token: Any) -> str:
+def _content(token: Any, where: str) -> str:
     """A token in a config: a string, or an object with ``content``."""
-    return token["content"] if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise ModelError(f"{where}: {token!r} is no token: it must be a string, or an object with content")
+    return text
 
 
-def _added_token(value: dict[str, Any]) -> tokenizers.AddedToken:
-    flags = {
-        name: value[name] for name in ("single_word", "lstrip", "rstrip", "normalized", "special") if name in value
-    }
-    return tokenizers.AddedToken(value["content"], **flags)
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]) -> None:
+def _add_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str], where: str) -> None:
     """Tokens that tokenizer_config.json names and tokenizer.json lacks, in the order of their ids; then named special
     tokens and extra ones that are still unknown."""
     decoder = config.get("added_tokens_decoder") or {}
-    backend.add_tokens([_added_token(decoder[key]) for key in sorted(decoder, key=int)])
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    try:
+        tokens = [decoder[key] for key in sorted(decoder, key=int)]
+        backend.add_tokens(
+            [tokenizers.AddedToken(t["content"], **{name: t[name] for name in flags if name in t}) for t in tokens]
+        )
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{where}: added_tokens_decoder must map ids to objects with content ({error!r})") from None
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    named = [*special.values(), *(_content(token) for token in (extra.values() if isinstance(extra, dict) else extra))]
+    extra = list(extra.values()) if isinstance(extra, dict) else extra
+    if not isinstance(extra, list):
+        raise ModelError(f"{where}: extra_special_tokens must be a list or an object, not {extra!r}")
+    named = [*special.values(), *(_content(token, where) for token in extra)]
     missing = [token for token in dict.fromkeys(named) if token not in known]
     backend.add_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in missing])
-
-
-def _set_bos_eos(backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str], where: str) -> None:
-    """``add_bos_token`` and ``add_eos_token``, where a config states them, replace tokenizer.json's post-processor."""
-    if "add_bos_token" in config or "add_eos_token" in config:
-        bos = special.get("bos_token") if config.get("add_bos_token") else None
-        eos = special.get("eos_token") if config.get("add_eos_token") else None
-        surround(backend, bos, eos, where)
 
 
 def _template(folder: str, config: dict[str, Any]) -> str | None:
     """The chat template: its own file before the one in tokenizer_config.json, as transformers has it."""
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        try:
+            with open(path, encoding="utf-8") as file:
+                return file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from None
     found = read_json(os.path.join(folder, "chat_template.json"), required=False).get("chat_template")
     found = found or config.get("chat_template")
     if isinstance(found, list):  # several, by name
-        found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
+        named = [entry for entry in found if isinstance(entry, dict)]
+        found = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
     if found is not None and not isinstance(found, str):
         raise ModelError(f"{folder}: chat_template must be a string or a list of named templates")
     return found

@@ -109,34 +109,35 @@ def load_weights(model_path: str, spec: ModelSpec, dtype: torch.dtype) -> Iterat
     gguf = is_gguf(model_path)
     files = [read_gguf(model_path)] if gguf else open_folder(model_path)
     plan = layout(spec, gguf)
-    stored = [(file.path, tensor) for file in files for tensor in file.tensors if not _unused(tensor.name, plan)]
+    stored = [(file.path, [tensor for tensor in file.tensors if not _unused(tensor.name, plan)]) for file in files]
     _check(stored, plan, spec, model_path)
     missing_rows = {target: shape[0] for target, shape in plan.targets.items()}
     open_targets: dict[str, torch.Tensor] = {}
     staging = bytearray(BLOCK_BYTES)
-    for path, tensor in stored:
-        part = plan.parts[tensor.name]
-        if part.target not in open_targets:
-            shape = plan.targets[part.target]
-            open_targets[part.target] = torch.empty(shape, dtype=dtype if len(shape) == 2 else torch.float32)
-        rows = part.shape[0]
-        out = open_targets[part.target][part.row : part.row + rows]
+    for path, tensors in stored:
         with open_for_reading(path) as (fd, _):
-            _read_tensor(fd, path, tensor, staging, out)
-        if part.heads:
-            out.copy_(_halves(out, part.heads))
-        missing_rows[part.target] -= rows
-        if missing_rows[part.target] == 0:
-            yield part.target, open_targets.pop(part.target)
+            for tensor in tensors:
+                part = plan.parts[tensor.name]
+                if part.target not in open_targets:
+                    shape = plan.targets[part.target]
+                    open_targets[part.target] = torch.empty(shape, dtype=dtype if len(shape) == 2 else torch.float32)
+                rows = part.shape[0]
+                out = open_targets[part.target][part.row : part.row + rows]
+                _read_tensor(fd, path, tensor, staging, out)
+                if part.heads:
+                    out.copy_(_halves(out, part.heads))
+                missing_rows[part.target] -= rows
+                if missing_rows[part.target] == 0:
+                    yield part.target, open_targets.pop(part.target)
 
 
 def _unused(name: str, plan: Layout) -> bool:
     return name in plan.ignored or IGNORED.fullmatch(name) is not None
 
 
-def _check(stored: list[tuple[str, StoredTensor]], plan: Layout, spec: ModelSpec, model_path: str) -> None:
+def _check(stored: list[tuple[str, list[StoredTensor]]], plan: Layout, spec: ModelSpec, model_path: str) -> None:
     """The headers against the layout."""
-    for path, tensor in stored:
+    for path, tensor in ((path, tensor) for path, tensors in stored for tensor in tensors):
         if tensor.name not in plan.parts:
             raise ModelError(f"{path} holds the tensor {tensor.name!r}, for which {spec.architecture} has no use")
         wanted = plan.parts[tensor.name].shape
@@ -146,7 +147,7 @@ def _check(stored: list[tuple[str, StoredTensor]], plan: Layout, spec: ModelSpec
             )
         if tensor.dtype not in DTYPES and not is_gguf(path):
             raise ModelError(f"{path}: tensor {tensor.name!r} is {tensor.dtype}; supported are {', '.join(DTYPES)}")
-    missing = sorted(plan.parts.keys() - {tensor.name for _, tensor in stored})
+    missing = sorted(plan.parts.keys() - {tensor.name for _, tensors in stored for tensor in tensors})
     if missing:
         hint = "; for a tied model set tie_word_embeddings=true in config.json" if missing == ["lm_head.weight"] else ""
         raise ModelError(f"{model_path} lacks {len(missing)} tensors of the model, the first is {missing[0]!r}{hint}")

@@ -101,7 +101,8 @@ class Ops(Protocol):
         rows (same order of additions), which is what makes tokens independent of the batch."""
 
     def embed(self, ids: Tensor, table: Tensor, out: Tensor, scale: float = 1.0) -> None:
-        """out [T, D] = scale * table[ids]; ids int32 [T], table [V, D] in the engine's dtype. Out-of-range ids raise."""
+        """out [T, D] = scale * table[ids]; ids int32 [T], table [V, D] in the engine's dtype.
+        Out-of-range ids raise."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor, residual: Tensor | None = None) -> None:
         """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467). x, out [T, D], weight float32 [D].

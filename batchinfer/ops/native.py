@@ -250,7 +250,7 @@ _SAMPLING = {
 }
 
 
-def _extension(device: str):  # noqa: ANN202  a module
+def _extension(device: str):
     try:
         module = importlib.import_module("batchinfer._ops")
         compiled = ", ".join(module.compiled_for)

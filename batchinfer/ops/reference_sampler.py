@@ -58,6 +58,7 @@ def _penalise(x: np.ndarray, i: int, inputs: SampleInput) -> None:
     x[generated] -= frequency * count.astype(F)
 
 
+@np.errstate(over="ignore")  # a tiny temperature makes all tokens but the first -inf
 def _choose(logits: np.ndarray, i: int, inputs: SampleInput) -> int:
     highest = logits.max()
     if inputs.temperature[i] == 0 or not np.isfinite(highest):

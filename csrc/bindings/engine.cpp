@@ -62,7 +62,8 @@ int64_t known(int64_t seq_id, bool found) {
 }  // namespace
 
 PYBIND11_MODULE(_engine, module) {
-    module.doc() = "Scheduler of the engine: which tokens of which sequences each step computes, and in which KV pages.";
+    module.doc() =
+        "Scheduler of the engine: which tokens of which sequences each step computes, and in which KV pages.";
 
     py::class_<Finished>(module, "Finished", "A sequence that ended by itself.")
         .def_readonly("seq_id", &Finished::seq_id)
@@ -70,9 +71,9 @@ PYBIND11_MODULE(_engine, module) {
                                [](const Finished& f) { return f.reason == FinishReason::kStop ? "stop" : "length"; })
         .def_property_readonly("tokens", [](const Finished& f) { return copy(f.tokens); })
         .def("__repr__", [](const Finished& f) {
-            return "Finished(seq_id=" + std::to_string(f.seq_id) + ", reason=" +
-                   (f.reason == FinishReason::kStop ? "'stop'" : "'length'") + ", " + std::to_string(f.tokens.size()) +
-                   " tokens)";
+            return "Finished(seq_id=" + std::to_string(f.seq_id) +
+                   ", reason=" + (f.reason == FinishReason::kStop ? "'stop'" : "'length'") + ", " +
+                   std::to_string(f.tokens.size()) + " tokens)";
         });
 
     py::class_<Step, std::shared_ptr<Step>>(module, "Step", "What the device computes in one step: flat arrays.")
@@ -142,7 +143,9 @@ PYBIND11_MODULE(_engine, module) {
             "finish", [](Scheduler& self, int64_t seq_id) { known(seq_id, self.finish(seq_id)); }, py::arg("seq_id"))
         .def(
             "tokens",
-            [](const Scheduler& self, int64_t seq_id) { return copy(self.tokens(known(seq_id, self.is_open(seq_id)))); },
+            [](const Scheduler& self, int64_t seq_id) {
+                return copy(self.tokens(known(seq_id, self.is_open(seq_id))));
+            },
             py::arg("seq_id"))
         .def_property_readonly("num_waiting", &Scheduler::num_waiting)
         .def_property_readonly("num_running", &Scheduler::num_running)

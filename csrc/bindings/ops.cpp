@@ -24,14 +24,18 @@ void def_op(py::class_<Cpu>& cls, const char* name, F f) {
 }
 
 void bind_elementwise(py::class_<Cpu>& cls) {
-    def_op(cls, "embed", [](Cpu& cpu, uintptr_t ids, uintptr_t table, int table_dtype, uintptr_t out, int64_t tokens,
-                            int64_t width, int64_t vocab, float scale) {
-        embed(cpu, {at<int32_t>(ids), at<void>(table), Dtype(table_dtype), at<float>(out), tokens, width, vocab, scale});
-    });
-    def_op(cls, "rms_norm", [](Cpu& cpu, uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t out,
-                               int64_t tokens, int64_t width, float eps) {
-        rms_norm(cpu, {at<float>(x), at<float>(weight), at<float>(residual), at<float>(out), tokens, width, eps});
-    });
+    def_op(cls, "embed",
+           [](Cpu& cpu, uintptr_t ids, uintptr_t table, int table_dtype, uintptr_t out, int64_t tokens, int64_t width,
+              int64_t vocab, float scale) {
+               embed(cpu, {at<int32_t>(ids), at<void>(table), Dtype(table_dtype), at<float>(out), tokens, width, vocab,
+                           scale});
+           });
+    def_op(cls, "rms_norm",
+           [](Cpu& cpu, uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t out, int64_t tokens, int64_t width,
+              float eps) {
+               rms_norm(cpu,
+                        {at<float>(x), at<float>(weight), at<float>(residual), at<float>(out), tokens, width, eps});
+           });
     def_op(cls, "rope_and_cache",
            [](Cpu& cpu, uintptr_t qkv, uintptr_t positions, uintptr_t kv_index, uintptr_t cos_sin, uintptr_t q_norm,
               uintptr_t k_norm, uintptr_t k_cache, uintptr_t v_cache, int cache_dtype, uintptr_t q_out, int64_t tokens,
@@ -45,10 +49,10 @@ void bind_elementwise(py::class_<Cpu>& cls) {
     def_op(cls, "silu_mul", [](Cpu& cpu, uintptr_t gate_up, uintptr_t out, int64_t tokens, int64_t width) {
         silu_mul(cpu, {at<float>(gate_up), at<float>(out), tokens, width});
     });
-    def_op(cls, "gather_rows", [](Cpu& cpu, uintptr_t x, uintptr_t index, uintptr_t out, int64_t x_rows, int64_t rows,
-                                  int64_t width) {
-        gather_rows(cpu, {at<float>(x), at<int32_t>(index), at<float>(out), x_rows, rows, width});
-    });
+    def_op(cls, "gather_rows",
+           [](Cpu& cpu, uintptr_t x, uintptr_t index, uintptr_t out, int64_t x_rows, int64_t rows, int64_t width) {
+               gather_rows(cpu, {at<float>(x), at<int32_t>(index), at<float>(out), x_rows, rows, width});
+           });
 }
 
 void bind_linear(py::module_& m, py::class_<Cpu>& cls) {
@@ -57,10 +61,13 @@ void bind_linear(py::module_& m, py::class_<Cpu>& cls) {
         .def_property_readonly("depth", &PackedWeight::depth)
         .def_property_readonly("bytes", &PackedWeight::bytes);
     def_op(cls, "pack_weight", [](Cpu& cpu, uintptr_t weight, int dtype, int64_t outputs, int64_t depth) {
-        return std::make_unique<PackedWeight>(*cpu.kernels.gemm, Dtype(dtype), at<void>(weight), outputs, depth, cpu.pool);
+        return std::make_unique<PackedWeight>(*cpu.kernels.gemm, Dtype(dtype), at<void>(weight), outputs, depth,
+                                              cpu.pool);
     });
-    def_op(cls, "linear", [](Cpu& cpu, uintptr_t x, const PackedWeight& weight, uintptr_t bias, uintptr_t out,
-                             int64_t rows) { weight.multiply(at<float>(x), rows, at<float>(bias), at<float>(out), cpu.pool); });
+    def_op(cls, "linear",
+           [](Cpu& cpu, uintptr_t x, const PackedWeight& weight, uintptr_t bias, uintptr_t out, int64_t rows) {
+               weight.multiply(at<float>(x), rows, at<float>(bias), at<float>(out), cpu.pool);
+           });
 }
 
 void bind_attention(py::module_& m, py::class_<Cpu>& cls) {
@@ -80,9 +87,18 @@ void bind_attention(py::module_& m, py::class_<Cpu>& cls) {
            [](Cpu& cpu, uintptr_t q_start, uintptr_t kv_len, uintptr_t slot, uintptr_t page_table, int64_t sequences,
               int64_t slots, int64_t slot_pages, int64_t heads, int64_t kv_heads, int64_t head_width, int64_t pages,
               int64_t page_size) {
-               const AttentionPlanArgs args = {at<int32_t>(q_start), at<int32_t>(kv_len), at<int32_t>(slot),
-                                               at<int32_t>(page_table), sequences, slots, slot_pages, heads, kv_heads,
-                                               head_width, pages, page_size};
+               const AttentionPlanArgs args = {at<int32_t>(q_start),
+                                               at<int32_t>(kv_len),
+                                               at<int32_t>(slot),
+                                               at<int32_t>(page_table),
+                                               sequences,
+                                               slots,
+                                               slot_pages,
+                                               heads,
+                                               kv_heads,
+                                               head_width,
+                                               pages,
+                                               page_size};
                return std::make_unique<AttentionPlan>(args, *cpu.kernels.attention, cpu.pool.size());
            });
     def_op(cls, "attention",
@@ -103,12 +119,30 @@ void bind_sample(py::class_<Cpu>& cls) {
               uintptr_t history_prompt, int64_t history_size, uintptr_t banned_ids, uintptr_t banned_start,
               int64_t banned_size, uintptr_t tokens, uintptr_t num_logprobs, uintptr_t chosen, uintptr_t top_ids,
               uintptr_t top, int64_t top_width) {
-               sample(cpu, {at<float>(logits), rows, vocab, at<float>(temperature), at<int32_t>(top_k), at<float>(top_p),
-                            at<float>(min_p), at<int64_t>(seed), at<int32_t>(position), at<float>(repetition),
-                            at<float>(presence), at<float>(frequency), at<int32_t>(history_ids),
-                            at<int32_t>(history_start), at<int32_t>(history_prompt), history_size,
-                            at<int32_t>(banned_ids), at<int32_t>(banned_start), banned_size, at<int32_t>(tokens),
-                            at<int32_t>(num_logprobs), at<float>(chosen), at<int32_t>(top_ids), at<float>(top),
+               sample(cpu, {at<float>(logits),
+                            rows,
+                            vocab,
+                            at<float>(temperature),
+                            at<int32_t>(top_k),
+                            at<float>(top_p),
+                            at<float>(min_p),
+                            at<int64_t>(seed),
+                            at<int32_t>(position),
+                            at<float>(repetition),
+                            at<float>(presence),
+                            at<float>(frequency),
+                            at<int32_t>(history_ids),
+                            at<int32_t>(history_start),
+                            at<int32_t>(history_prompt),
+                            history_size,
+                            at<int32_t>(banned_ids),
+                            at<int32_t>(banned_start),
+                            banned_size,
+                            at<int32_t>(tokens),
+                            at<int32_t>(num_logprobs),
+                            at<float>(chosen),
+                            at<int32_t>(top_ids),
+                            at<float>(top),
                             top_width});
            });
 }

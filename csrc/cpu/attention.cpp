@@ -147,6 +147,12 @@ void AttentionPlan::add_items(int64_t first, int64_t count, int64_t shared, doub
     }
 }
 
+AttentionItem AttentionPlan::item(int64_t i) {
+    const Item& item = items_[i];
+    float* partial = item.partial < 0 ? nullptr : partial_.data() + item.partial;
+    return {&queries_[item.queries], item.num_queries, item.kv_head, item.shared_blocks, partial, item.split};
+}
+
 void AttentionPlan::run(const AttentionArgs& args, const AttentionKernel& kernel, ThreadPool& pool) {
     const size_t bytes = kernel.scratch_bytes(args, max_rows_);
     const int64_t items = items_.size(), merges = merges_.size();
@@ -154,12 +160,11 @@ void AttentionPlan::run(const AttentionArgs& args, const AttentionKernel& kernel
     std::atomic<int64_t> next{0};
     pool.run([&](int, int) {
         std::byte* scratch = thread_scratch(bytes);
-        for (int64_t i = next++; i < items; i = next++) {
-            const Item& item = items_[i];
-            float* partial = item.partial < 0 ? nullptr : partial_.data() + item.partial;
-            kernel.attend(args,
-                          {&queries_[item.queries], item.num_queries, item.kv_head, item.shared_blocks, partial, item.split},
-                          scratch);
+        int64_t i = next++, following;
+        for (; i < items; i = following) {
+            following = next++;  // taken early, so that its keys can be prefetched
+            const AttentionItem now = item(i), then = item(following < items ? following : i);
+            kernel.attend(args, now, following < items ? &then : nullptr, scratch);
         }
     });
     pool.parallel_for(merges, [&](int64_t begin, int64_t end, int) {

@@ -41,6 +41,7 @@ class AttentionPlan {
     void cut(const std::vector<QueryRange>& sequences, int threads);
     double cost(const QueryRange&, int64_t shared) const;
     int64_t common_blocks(const QueryRange&, const QueryRange&) const;
+    AttentionItem item(int64_t index);
     void add_items(int64_t first, int64_t count, int64_t shared, double limit);
 
     AttentionPlanArgs shape_;

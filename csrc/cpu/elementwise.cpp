@@ -7,22 +7,24 @@ namespace batchinfer {
 namespace {
 
 // Rows per thread below which waking another thread costs more than it saves: about 16 K floats, 2-4 us of work.
-int64_t grain(int64_t floats_per_row) { return 1 + (int64_t{1} << 14) / (floats_per_row + 1); }
+int64_t grain(int64_t floats_per_row) {
+    return 1 + (int64_t{1} << 14) / (floats_per_row + 1);
+}
 
 template <class Index>
 void check_indices(const char* op, const char* name, const Index* values, int64_t count, int64_t limit) {
     for (int64_t i = 0; i < count; ++i) {
         if (values[i] < 0 || values[i] >= limit) {
-            throw std::invalid_argument(std::string(op) + ": " + name + "[" + std::to_string(i) +
-                                        "]=" + std::to_string(values[i]) + " is not in [0, " + std::to_string(limit) + ")");
+            throw std::invalid_argument(std::string(op) + ": " + name + "[" + std::to_string(i) + "]=" +
+                                        std::to_string(values[i]) + " is not in [0, " + std::to_string(limit) + ")");
         }
     }
 }
 
 template <class Args>
-void by_rows(Cpu& cpu, void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int64_t rows, int64_t floats_per_row) {
-    cpu.pool.parallel_for(
-        rows, [&](int64_t begin, int64_t end, int) { kernel(a, begin, end); }, grain(floats_per_row));
+void by_rows(Cpu& cpu, void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int64_t rows,
+             int64_t floats_per_row) {
+    cpu.pool.parallel_for(rows, [&](int64_t begin, int64_t end, int) { kernel(a, begin, end); }, grain(floats_per_row));
 }
 
 }  // namespace
@@ -32,7 +34,9 @@ void embed(Cpu& cpu, const EmbedArgs& a) {
     by_rows(cpu, cpu.kernels.embed, a, a.tokens, a.width);
 }
 
-void rms_norm(Cpu& cpu, const RmsNormArgs& a) { by_rows(cpu, cpu.kernels.rms_norm, a, a.tokens, a.width); }
+void rms_norm(Cpu& cpu, const RmsNormArgs& a) {
+    by_rows(cpu, cpu.kernels.rms_norm, a, a.tokens, a.width);
+}
 
 void rope_and_cache(Cpu& cpu, const RopeAndCacheArgs& a) {
     if (a.cos_sin) check_indices("rope_and_cache", "positions", a.positions, a.tokens, a.max_positions);
@@ -40,7 +44,9 @@ void rope_and_cache(Cpu& cpu, const RopeAndCacheArgs& a) {
     by_rows(cpu, cpu.kernels.rope_and_cache, a, a.tokens, (a.heads + 2 * a.kv_heads) * a.head_width);
 }
 
-void silu_mul(Cpu& cpu, const SiluMulArgs& a) { by_rows(cpu, cpu.kernels.silu_mul, a, a.tokens, 2 * a.width); }
+void silu_mul(Cpu& cpu, const SiluMulArgs& a) {
+    by_rows(cpu, cpu.kernels.silu_mul, a, a.tokens, 2 * a.width);
+}
 
 void gather_rows(Cpu& cpu, const GatherRowsArgs& a) {
     check_indices("gather_rows", "index", a.index, a.rows, a.x_rows);

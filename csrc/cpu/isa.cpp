@@ -70,7 +70,8 @@ const std::vector<Isa>& isas() {
 
 std::string joined(const std::vector<std::string>& names) {
     std::string text;
-    for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+    for (const std::string& name : names)
+        text += (text.empty() ? "" : ", ") + name;
     return text;
 }
 
@@ -78,7 +79,8 @@ std::string joined(const std::vector<std::string>& names) {
 
 std::vector<std::string> compiled_isas() {
     std::vector<std::string> names;
-    for (const Isa& isa : isas()) names.push_back(isa.table->isa);
+    for (const Isa& isa : isas())
+        names.push_back(isa.table->isa);
     return names;
 }
 

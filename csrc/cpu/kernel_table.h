@@ -3,10 +3,10 @@
 // The sources in csrc/cpu/kernels are compiled once per instruction set, with -DBATCHINFER_ISA=<name>, into namespace
 // batchinfer::<name>. Everything else is compiled for the platform's baseline, so the module loads anywhere.
 //
-// Kernel sources include no header of the C++ standard library that defines functions: an inline function or template of it that the compiler
-// does not inline becomes a symbol shared by the whole program, the linker keeps any one copy, and the baseline code
-// could end up in one with AVX-512 instructions. So kernels work on raw pointers and ranges; checks, threads
-// and containers stay outside.
+// Kernel sources include no header of the C++ standard library that defines functions: an inline function or template
+// of it that the compiler does not inline becomes a symbol shared by the whole program, the linker keeps any one copy,
+// and the baseline code could end up in one with AVX-512 instructions. So kernels work on raw pointers and ranges;
+// checks, threads and containers stay outside.
 #pragma once
 
 #include <stdint.h>

@@ -76,7 +76,9 @@ class Gate {
 
     void wake() {
         if (sleepers_ == 0) return;  // the usual case: everybody spins, no system call
-        { std::lock_guard lock(mutex_); }
+        {
+            std::lock_guard lock(mutex_);
+        }
         wakeup_.notify_all();
     }
 
@@ -142,13 +144,15 @@ ThreadPool::~ThreadPool() {
     shared_->stop = true;
     ++shared_->epoch;
     shared_->start.wake();
-    for (std::thread& worker : workers_) worker.join();
+    for (std::thread& worker : workers_)
+        worker.join();
 }
 
 void ThreadPool::dispatch(Call call, void* job) {
     Shared& s = *shared_;
     if (s.running.exchange(true)) {
-        throw std::logic_error("the thread pool runs one job at a time: an op was called while another one was running");
+        throw std::logic_error(
+            "the thread pool runs one job at a time: an op was called while another one was running");
     }
     s.call = call;
     s.job = job;

@@ -50,7 +50,8 @@ inline To bits_as(From from) {
 // 0, 1, ..., W-1.
 inline Ints lane_index() {
     Ints lanes;
-    for (int i = 0; i < BATCHINFER_VEC_WIDTH; ++i) lanes[i] = i;
+    for (int i = 0; i < BATCHINFER_VEC_WIDTH; ++i)
+        lanes[i] = i;
     return lanes;
 }
 
@@ -86,7 +87,8 @@ struct Vec {
         return {_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), (__m256)mask)};
 #else
         Vec r = broadcast(fill);
-        for (int i = 0; i < count; ++i) r.v[i] = p[i];
+        for (int i = 0; i < count; ++i)
+            r.v[i] = p[i];
         return r;
 #endif
     }
@@ -97,7 +99,8 @@ struct Vec {
         return widen((Halves)_mm256_maskz_loadu_epi16(lanes_below(count), p));
 #else
         Halves h{};
-        for (int i = 0; i < count; ++i) h[i] = p[i].bits;
+        for (int i = 0; i < count; ++i)
+            h[i] = p[i].bits;
         return widen(h);
 #endif
     }
@@ -113,7 +116,8 @@ struct Vec {
 #elif BATCHINFER_VEC_AVX2
         _mm256_maskstore_ps(p, (__m256i)(lane_index() < count), v);
 #else
-        for (int i = 0; i < count; ++i) p[i] = v[i];
+        for (int i = 0; i < count; ++i)
+            p[i] = v[i];
 #endif
     }
 
@@ -128,7 +132,8 @@ struct Vec {
 #if BATCHINFER_VEC_AVX512
         _mm256_mask_storeu_epi16(p, lanes_below(count), (__m256i)h);
 #else
-        for (int i = 0; i < count; ++i) p[i].bits = h[i];
+        for (int i = 0; i < count; ++i)
+            p[i].bits = h[i];
 #endif
     }
 
@@ -150,11 +155,21 @@ struct Vec {
     }
 };
 
-inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
-inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
-inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
-inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
-inline Vec select(Ints mask, Vec a, Vec b) { return {mask ? a.v : b.v}; }
+inline Vec operator+(Vec a, Vec b) {
+    return {a.v + b.v};
+}
+inline Vec operator-(Vec a, Vec b) {
+    return {a.v - b.v};
+}
+inline Vec operator*(Vec a, Vec b) {
+    return {a.v * b.v};
+}
+inline Vec operator/(Vec a, Vec b) {
+    return {a.v / b.v};
+}
+inline Vec select(Ints mask, Vec a, Vec b) {
+    return {mask ? a.v : b.v};
+}
 
 // a * b + c, rounded once where the instruction set has it (everywhere but the portable x86 build).
 inline Vec fma(Vec a, Vec b, Vec c) {
@@ -164,7 +179,8 @@ inline Vec fma(Vec a, Vec b, Vec c) {
     return {_mm256_fmadd_ps(a.v, b.v, c.v)};
 #elif defined(__FP_FAST_FMAF)
     Vec r;
-    for (int i = 0; i < Vec::W; ++i) r.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+    for (int i = 0; i < Vec::W; ++i)
+        r.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
     return r;
 #else
     return {a.v * b.v + c.v};
@@ -191,19 +207,33 @@ inline float reduce_max(__m128 x) {
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
-inline float reduce_sum(__m256 x) { return reduce_sum(_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1))); }
-inline float reduce_max(__m256 x) { return reduce_max(_mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1))); }
+inline float reduce_sum(__m256 x) {
+    return reduce_sum(_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+}
+inline float reduce_max(__m256 x) {
+    return reduce_max(_mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+}
 #endif
 
 // Sum and maximum over the lanes, in a fixed order (the same for every call). reduce_max: no NaN.
 #if BATCHINFER_VEC_AVX512
-inline float reduce_sum(Vec x) { return reduce_sum(_mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1))); }
-inline float reduce_max(Vec x) { return reduce_max(_mm256_max_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1))); }
+inline float reduce_sum(Vec x) {
+    return reduce_sum(_mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1)));
+}
+inline float reduce_max(Vec x) {
+    return reduce_max(_mm256_max_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1)));
+}
 #elif BATCHINFER_VEC_AVX2
-inline float reduce_sum(Vec x) { return reduce_sum(static_cast<__m256>(x.v)); }
-inline float reduce_max(Vec x) { return reduce_max(static_cast<__m256>(x.v)); }
+inline float reduce_sum(Vec x) {
+    return reduce_sum(static_cast<__m256>(x.v));
+}
+inline float reduce_max(Vec x) {
+    return reduce_max(static_cast<__m256>(x.v));
+}
 #else
-inline float reduce_sum(Vec x) { return (x.v[0] + x.v[2]) + (x.v[1] + x.v[3]); }
+inline float reduce_sum(Vec x) {
+    return (x.v[0] + x.v[2]) + (x.v[1] + x.v[3]);
+}
 inline float reduce_max(Vec x) {
     const float a = x.v[0] > x.v[1] ? x.v[0] : x.v[1], b = x.v[2] > x.v[3] ? x.v[2] : x.v[3];
     return a > b ? a : b;
@@ -262,7 +292,8 @@ inline Vec log(Vec x) {
 template <class F>
 inline void for_vectors(int64_t n, F f) {
     int64_t i = 0;
-    for (; i + Vec::W <= n; i += Vec::W) f(i, All{});
+    for (; i + Vec::W <= n; i += Vec::W)
+        f(i, All{});
     if (i < n) f(i, static_cast<int>(n - i));
 }
 

@@ -42,7 +42,8 @@ void PageForecast::add(std::span<const PageId> held, const Lifetime& life) {
     collect_held(held, life.last);
     collect_growth(static_cast<int32_t>(held.size()), life);
     apply(life.last, +1);
-    for (const PageId page : held) counted_until_[page] = std::max(counted_until_[page], life.last);
+    for (const PageId page : held)
+        counted_until_[page] = std::max(counted_until_[page], life.last);
 }
 
 void PageForecast::hold(PageId page, const Lifetime& life) {
@@ -78,7 +79,8 @@ void PageForecast::collect_held(std::span<const PageId> held, int64_t last) {
 }
 
 void PageForecast::collect_growth(int32_t num_held, const Lifetime& life) {
-    for (int32_t index = num_held; index < life.max_pages; ++index) collect(needed_from(index, life), 1);
+    for (int32_t index = num_held; index < life.max_pages; ++index)
+        collect(needed_from(index, life), 1);
 }
 
 void PageForecast::collect(int64_t step, int32_t pages) {
@@ -107,7 +109,8 @@ void PageForecast::add_range(int64_t first, int64_t last, int32_t pages) {
     while (first <= last) {  // at most twice: the ring may wrap
         const int64_t begin = first & mask_;
         const int64_t count = std::min(last - first + 1, mask_ + 1 - begin);
-        for (int32_t& use : std::span(use_).subspan(begin, count)) use += pages;
+        for (int32_t& use : std::span(use_).subspan(begin, count))
+            use += pages;
         first += count;
     }
 }

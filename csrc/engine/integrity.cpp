@@ -68,7 +68,8 @@ void Scheduler::check_integrity() const {
         require(std::ranges::count(pending, &sequence) == sequence.in_flight, sequence, "wrong count in flight");
         in_flight += sequence.in_flight;
     };
-    for (const auto& [id, sequence] : open_) check_pending(*sequence);
+    for (const auto& [id, sequence] : open_)
+        check_pending(*sequence);
     for (const auto& [key, sequence] : leaving_) {
         require(key == sequence.get() && sequence->state == SequenceState::kFinished && sequence->in_flight > 0,
                 *sequence, "kept without reason");
@@ -93,7 +94,8 @@ void Scheduler::check_integrity() const {
         require(sequence->sampled() < sequence->max_new_tokens, *sequence, "running beyond max_new_tokens");
         require(sequence->decoding == (sequence->computed == sequence->length() - 1 && sequence->decoding), *sequence,
                 "decoding with more than one token to compute");
-        require(sequence->decoding || sequence == running.back(), *sequence, "in its prompt, and not the last admitted");
+        require(sequence->decoding || sequence == running.back(), *sequence,
+                "in its prompt, and not the last admitted");
         require(sequence->published <= (config_.prefix_cache ? full : 0), *sequence, "published a page not yet full");
         for (int32_t i = 0; i < sequence->num_pages; ++i) {
             const PageId page = pages(*sequence)[i];

@@ -19,11 +19,18 @@ std::span<const int32_t> PrefixTree::tokens(PageId page) const {
 }
 
 uint64_t PrefixTree::hash(PageId parent, std::span<const int32_t> tokens) const {
+    // Multiply and fold, two tokens at a time; the constants are odd and have no pattern.
     uint64_t h = static_cast<uint32_t>(parent) + 0x9E3779B97F4A7C15ull;
-    for (const int32_t token : tokens) {
-        h = (h ^ static_cast<uint32_t>(token)) * 0xBF58476D1CE4E5B9ull;
+    const auto mix = [&h](uint64_t word) {
+        h = (h ^ word) * 0xBF58476D1CE4E5B9ull;
         h ^= h >> 32;
+    };
+    size_t i = 0;
+    for (; i + 1 < tokens.size(); i += 2) {
+        mix(static_cast<uint32_t>(tokens[i]) | static_cast<uint64_t>(static_cast<uint32_t>(tokens[i + 1])) << 32);
     }
+    if (i < tokens.size()) mix(static_cast<uint32_t>(tokens[i]));
+    mix(tokens.size());
     return h & hash_mask_;
 }
 
@@ -57,7 +64,8 @@ PageId PrefixTree::insert(PageId parent, std::span<const int32_t> tokens, PageId
 void PrefixTree::remove(PageId page) {
     Node& node = nodes_[page];
     PageId* link = &bucket(node.hash);
-    while (*link != page) link = &nodes_[*link].next_in_bucket;
+    while (*link != page)
+        link = &nodes_[*link].next_in_bucket;
     *link = node.next_in_bucket;
     if (node.parent != kRoot) --nodes_[node.parent].num_children;
     node = Node{};

@@ -65,9 +65,9 @@ class PrefixTree {
 
     int32_t page_size_;
     uint64_t hash_mask_;
-    std::vector<Node> nodes_;       // [num_pages]
-    std::vector<int32_t> tokens_;   // [num_pages, page_size]
-    std::vector<PageId> buckets_;   // first node of each bucket; a power of two
+    std::vector<Node> nodes_;      // [num_pages]
+    std::vector<int32_t> tokens_;  // [num_pages, page_size]
+    std::vector<PageId> buckets_;  // first node of each bucket; a power of two
     PageId oldest_ = kNoPage;
     PageId newest_ = kNoPage;
     int32_t num_nodes_ = 0;

@@ -21,6 +21,12 @@ void SchedulerConfig::check() const {
 
 namespace {
 
+/// Room for so many generated tokens is made at once; longer answers grow by doubling.
+constexpr int32_t kReservedTokens = 512;
+
+/// How many sequences ahead of its use one is fetched into the cache.
+constexpr size_t kPrefetch = 8;
+
 SchedulerConfig checked(const SchedulerConfig& config) {
     config.check();
     return config;
@@ -30,7 +36,8 @@ SchedulerConfig checked(const SchedulerConfig& config) {
 /// long again: answer lengths have heavy tails, and assuming max_new_tokens at once would empty the batch.
 int32_t predicted_new_tokens(const Sequence& sequence) {
     int64_t predicted = sequence.expected_new_tokens;
-    while (predicted <= sequence.sampled()) predicted *= 2;
+    while (predicted <= sequence.sampled())
+        predicted *= 2;
     return static_cast<int32_t>(std::min<int64_t>(predicted, sequence.max_new_tokens));
 }
 
@@ -41,7 +48,8 @@ Scheduler::Scheduler(const SchedulerConfig& config)
       pool_(config.num_pages, config.page_size, config.hash_bits),
       forecast_(config.num_pages, config.page_size, config.max_seq_len),
       table_(std::make_shared<PageTable>(config.max_slots, pages_for(config.max_seq_len))) {
-    for (int32_t slot = 0; slot < config_.max_slots; ++slot) free_slots_.push(slot);
+    for (int32_t slot = 0; slot < config_.max_slots; ++slot)
+        free_slots_.push(slot);
 }
 
 void Scheduler::add(const NewSequence& request) {
@@ -55,17 +63,17 @@ void Scheduler::add(const NewSequence& request) {
     require(request.expected_new_tokens >= 0, "expected_new_tokens must not be negative");
     require(std::ranges::all_of(request.prompt, [](int32_t id) { return id >= 0; }), "the prompt has a negative token");
     require(std::ssize(request.prompt) < config_.max_seq_len,
-            "its prompt of " + std::to_string(request.prompt.size()) + " tokens and one new token exceed max_seq_len=" +
-                std::to_string(config_.max_seq_len));
+            "its prompt of " + std::to_string(request.prompt.size()) +
+                " tokens and one new token exceed max_seq_len=" + std::to_string(config_.max_seq_len));
     const auto prompt_length = static_cast<int32_t>(request.prompt.size());
     const int32_t max_new = std::min(request.max_new_tokens, config_.max_seq_len - prompt_length);
     const int32_t pages = pages_for(prompt_length + max_new - 1);  // the last token is never computed
-    require(pages <= config_.num_pages,
-            "its prompt of " + std::to_string(prompt_length) + " tokens and " + std::to_string(max_new) +
-                " new ones need " + std::to_string(pages) + " pages, and there are " +
-                std::to_string(config_.num_pages));
+    require(pages <= config_.num_pages, "its prompt of " + std::to_string(prompt_length) + " tokens and " +
+                                            std::to_string(max_new) + " new ones need " + std::to_string(pages) +
+                                            " pages, and there are " + std::to_string(config_.num_pages));
 
     auto sequence = std::make_unique<Sequence>();
+    sequence->tokens.reserve(prompt_length + std::min(max_new, kReservedTokens));
     sequence->tokens.assign(request.prompt.begin(), request.prompt.end());
     sequence->last_token = sequence->tokens.back();
     sequence->prompt_length = prompt_length;
@@ -76,8 +84,8 @@ void Scheduler::add(const NewSequence& request) {
     sequence->expected_new_tokens =
         request.expected_new_tokens == 0 ? max_new : std::min(request.expected_new_tokens, max_new);
     if (stop_token_ids_ == nullptr || !std::ranges::equal(*stop_token_ids_, request.stop_token_ids)) {
-        stop_token_ids_ = std::make_shared<const std::vector<int32_t>>(request.stop_token_ids.begin(),
-                                                                       request.stop_token_ids.end());
+        stop_token_ids_ =
+            std::make_shared<const std::vector<int32_t>>(request.stop_token_ids.begin(), request.stop_token_ids.end());
     }
     sequence->stop_token_ids = stop_token_ids_;
     waiting_.emplace(sequence->arrival, sequence.get());
@@ -98,7 +106,8 @@ std::shared_ptr<const Step> Scheduler::schedule() {
 void Scheduler::close_gaps() {
     if (!has_gaps_) return;
     std::erase(running_, nullptr);
-    for (size_t i = 0; i < running_.size(); ++i) running_[i]->position = i;
+    for (size_t i = 0; i < running_.size(); ++i)
+        running_[i]->position = i;
     has_gaps_ = false;
 }
 
@@ -117,6 +126,7 @@ void Scheduler::schedule_decodes() {
     // A sequence without a page left takes one from the end of the list, where nobody has been scheduled yet.
     for (size_t i = 0; i < running_.size() && running_[i]->decoding; ++i) {
         Sequence& sequence = *running_[i];
+        if (i + kPrefetch < running_.size()) running_[i + kPrefetch]->prefetch();
         if (forecast_.now() > sequence.life.last) extend(sequence);
         publish(sequence, /*adopt=*/true);
         if (sequence.computed == sequence.num_pages * config_.page_size && !take_page(sequence)) break;
@@ -328,6 +338,7 @@ std::vector<Finished> Scheduler::update(std::span<const int32_t> tokens) {
     std::vector<Finished> finished;
     for (size_t i = 0; i < tokens.size(); ++i) {
         Sequence& sequence = *sequences[i];
+        if (i + kPrefetch < sequences.size()) sequences[i + kPrefetch]->prefetch();
         --sequence.in_flight;
         if (sequence.state == SequenceState::kFinished) {
             if (sequence.in_flight == 0) leaving_.erase(&sequence);

@@ -36,7 +36,7 @@ struct NewSequence {
     int32_t max_new_tokens = 0;
     int32_t min_new_tokens = 0;       // stop tokens before so many generated ones do not stop
     int32_t expected_new_tokens = 0;  // 0: max_new_tokens
-    std::span<const int32_t> stop_token_ids;
+    std::span<const int32_t> stop_token_ids = {};
 };
 
 enum class FinishReason : uint8_t { kStop, kLength };
@@ -138,7 +138,7 @@ class Scheduler {
     std::map<int64_t, Sequence*> waiting_;                                    // by arrival
     std::vector<Sequence*> running_;                                          // by arrival; nullptr: has left
     bool has_gaps_ = false;
-    std::shared_ptr<const std::vector<int32_t>> stop_token_ids_;  // of the last sequence added
+    std::shared_ptr<const std::vector<int32_t>> stop_token_ids_;                     // of the last sequence added
     std::priority_queue<int32_t, std::vector<int32_t>, std::greater<>> free_slots_;  // lowest first
     int64_t num_arrived_ = 0;
 

@@ -31,9 +31,9 @@ struct alignas(64) Sequence {
     int32_t last_token = 0;  // tokens.back()
     int32_t in_flight = 0;   // sampled by scheduled steps, not known yet
     int32_t computed = 0;
-    int32_t num_pages = 0;        // valid entries in the slot's row of the page table
-    PageId last_page = kNoPage;   // the last of them
-    int32_t published = 0;        // the first so many of them are in the prefix tree
+    int32_t num_pages = 0;       // valid entries in the slot's row of the page table
+    PageId last_page = kNoPage;  // the last of them
+    int32_t published = 0;       // the first so many of them are in the prefix tree
     int32_t slot = -1;
     SequenceState state = SequenceState::kWaiting;
     bool decoding = false;  // all tokens known when it got its slot are computed
@@ -44,6 +44,13 @@ struct alignas(64) Sequence {
     int64_t arrival = 0;
     int32_t expected_new_tokens = 0;
     size_t position = 0;  // in the scheduler's list of running sequences
+
+    /// Asks for the lines that every step touches, some sequences ahead of their use. Without, update() of 2,000
+    /// sequences takes a third longer.
+    void prefetch() const {
+        __builtin_prefetch(this, 1);
+        __builtin_prefetch(reinterpret_cast<const char*>(this) + 64, 1);
+    }
 
     int32_t known() const { return static_cast<int32_t>(tokens.size()); }
     int32_t length() const { return known() + in_flight; }

@@ -94,13 +94,28 @@ def test_each_chunk_is_computed_once_under_any_interleaving(size: int, count: in
 
 
 def test_asking_ahead_is_served_while_there_is_plenty_and_not_at_the_tail() -> None:
-    queue = ChunkQueue(chunks(5), ranks=3)
-    assert [queue.take(1, hungry=False).index for _ in range(3)] == [0, 1, 2]
-    assert queue.take(1, hungry=False) is None
-    assert queue.take(2, hungry=True).index == 3
-    assert queue.take(0, hungry=True).index == 4
+    queue = ChunkQueue(chunks(6), ranks=3)
+    assert [queue.take(rank, hungry=False).index for rank in (1, 1, 0, 2)] == [0, 1, 2, 3]
+    assert queue.take(2, hungry=False) is None
+    assert queue.take(2, hungry=True).index == 4
+    assert queue.take(0, hungry=True).index == 5
     assert queue.take(0, hungry=True) is None
     assert not queue.finished
+
+
+def test_the_first_rank_ready_leaves_the_others_their_share() -> None:
+    queue = ChunkQueue(chunks(8), ranks=4)
+    first = [queue.take(3, hungry=True) for _ in range(3)]
+    assert [chunk and chunk.index for chunk in first] == [0, 1, None]
+    queue.done(3, 0)
+    assert queue.take(3, hungry=True).index == 2  # 7 are left, a share is still 2
+    queue.done(3, 1)
+    queue.done(3, 2)
+    assert queue.take(3, hungry=True).index == 3
+    assert queue.take(3, hungry=True).index == 4  # 5 left
+    queue.done(3, 3)
+    assert queue.take(3, hungry=True) is None  # 4 left: one each
+    assert [queue.take(rank, hungry=True).index for rank in range(3)] == [5, 6, 7]
 
 
 def test_a_rank_can_only_finish_what_it_holds() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models.tiny_models import TINY, TinyModel
 
 from batchinfer.models.files import ModelError
@@ -151,7 +153,7 @@ def test_when_qwen_has_a_window(changes: dict[str, Any], window: int | None) -> 
         ),
         (
             {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [0.0] * 4}},
-            "long_factor holds 0.0; its numbers must be above 0",
+            r"long_factor\[0\]=0.0 must be a number above 0",
         ),
         (
             {"rope_scaling": {"type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
@@ -166,8 +168,27 @@ def test_unusable_configs_name_the_key(changes: dict[str, Any], message: str) ->
     assert "config.json" in str(caught.value)
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "factor", "x"]), inner),
+    max_leaves=5,
+)
+KEYS = [*LLAMA, "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "quantization_config"]
+KEYS += ["layer_types", "sliding_window", "use_sliding_window", "max_window_layers", "tie_word_embeddings", "mlp_bias"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(name=st.sampled_from(sorted(ARCHITECTURES)), changes=st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3))
+def test_no_config_raises_anything_else(name: str, changes: dict[str, Any]) -> None:
+    try:
+        got = spec_from_config({**LLAMA, "architectures": [name], **changes})
+    except ModelError:
+        return
+    assert got.heads % got.kv_heads == 0
+
+
 def test_folders_without_a_usable_config(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="neither a folder nor a .gguf file"):
+    with pytest.raises(ModelError, match=r"neither a folder nor a \.gguf file"):
         load_spec(str(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match=r"config\.json is missing: model\.path must be a Hugging Face model folder"):
         load_spec(str(tmp_path))

@@ -1,12 +1,13 @@
 #include "cpu/kernels/attention.h"
 
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/key_block.h"
 #include "cpu/kernels/tile.h"
-#include "cpu/kernels/transpose.h"
 
 namespace batchinfer::BATCHINFER_ISA {
 namespace {
 
+constexpr int64_t kSplitBlocks = kSplit / kKeyBlock;
 constexpr float kNegInf = -__builtin_inff();
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -48,18 +49,25 @@ int64_t state_floats(int64_t head_width) { return padded_width(head_width) + Vec
 struct Work {
     const AttentionArgs& a;
     int64_t rows, width, group;
-    float* q;          // [head width / kDepthBlock, rows, kDepthBlock], scaled
-    float* running;    // [rows, state_floats]: the open split
-    float* total;      // [rows, state_floats]: closed splits
-    float* keys;       // [head width, kKeyBlock]
-    float* values;     // [kKeyBlock, width]
-    float* scores;     // [tile rows, kDepthBlock]
+    CacheShape cache;
+    KeyBlock block;
+    float* q;           // [head width / kDepthBlock, rows, kDepthBlock], scaled
+    float* running;     // [rows, state_floats]: the open split
+    float* total;       // [rows, state_floats]: closed splits
+    float* scores;      // [tile rows, kDepthBlock]
     int64_t* position;  // [rows]
-    size_t bytes = 0;   // of all buffers
+    size_t bytes;       // of all buffers
 
     // With scratch null only `bytes` is of use.
     Work(const AttentionArgs& args, int64_t num_rows, void* scratch)
-        : a(args), rows(num_rows), width(padded_width(args.head_width)), group(args.heads / args.kv_heads) {
+        : a(args),
+          rows(num_rows),
+          width(padded_width(args.head_width)),
+          group(args.heads / args.kv_heads),
+          cache(args.cache_dtype == Dtype::bfloat16 ? CacheShape{args, args.head_width / 2, width / 2}
+                                                    : CacheShape{args, args.head_width, width}),
+          block(cache, scratch),
+          bytes(round_up(KeyBlock::bytes(cache), 64)) {
         const auto take = [&](int64_t floats) {
             char* p = scratch ? static_cast<char*>(scratch) + bytes : nullptr;
             bytes += round_up(floats * sizeof(float), 64);
@@ -68,8 +76,6 @@ struct Work {
         q = take(round_up(a.head_width, kDepthBlock) * rows);
         running = take(rows * state_floats(a.head_width));
         total = take(rows * state_floats(a.head_width));
-        keys = take(a.head_width * kKeyBlock);
-        values = take(kKeyBlock * width);
         scores = take(kTileRows * kDepthBlock);
         position = reinterpret_cast<int64_t*>(take(2 * rows));
     }
@@ -94,65 +100,6 @@ void load_queries(const Work& w, const QueryRange& queries, int64_t kv_head, int
         }
         w.position[row] = queries.position + i / w.group;
     }
-}
-
-// Keys [count, head width] -> [head width, kKeyBlock], in float.
-void stage_keys(const Work& w, const void* const* token, int64_t count) {
-    const bool half = w.a.cache_dtype == Dtype::bfloat16;
-    const int64_t words = half ? w.a.head_width / 2 : w.a.head_width;
-    for (int64_t t = 0; t < count; t += Vec::W) {
-        for (int64_t first = 0; first < words; first += Vec::W) {
-            const int n = static_cast<int>(min(words - first, Vec::W));
-            Words square[Vec::W];
-            for (int i = 0; i < Vec::W; ++i) {
-                const float* p = static_cast<const float*>(token[min(t + i, count - 1)]) + first;
-                square[i] = bits_as<Words>(n == Vec::W ? Vec::load(p).v : Vec::load(p, n).v);
-            }
-            transpose(square);
-            float* out = w.keys + t;
-            if (half) {
-                out += 2 * first * kKeyBlock;
-                for (int i = 0; i < n; ++i, out += 2 * kKeyBlock) {
-                    Vec{bits_as<Floats>(square[i] << 16)}.store(out);
-                    Vec{bits_as<Floats>(square[i] & 0xffff0000u)}.store(out + kKeyBlock);
-                }
-            } else {
-                out += first * kKeyBlock;
-                for (int i = 0; i < n; ++i, out += kKeyBlock) Vec{bits_as<Floats>(square[i])}.store(out);
-            }
-        }
-    }
-}
-
-// Values [count, head width] -> [count, width], in float, padding zero.
-template <class T>
-void stage_values(const Work& w, const void* const* token, int64_t count) {
-    for (int64_t t = 0; t < count; ++t) {
-        const T* p = static_cast<const T*>(token[t]);
-        float* out = w.values + t * w.width;
-        int64_t e = 0;
-        for (; e + Vec::W <= w.a.head_width; e += Vec::W) Vec::load(p + e).store(out + e);
-        if (e < w.a.head_width) Vec::load(p + e, static_cast<int>(w.a.head_width - e)).store(out + e), e += Vec::W;
-        for (; e < w.width; e += Vec::W) Vec::zero().store(out + e);
-    }
-}
-
-// Brings positions [start, start + count) of the item's head into `keys` and `values`.
-void stage(const Work& w, const int32_t* pages, int64_t kv_head, int64_t start, int64_t count) {
-    const AttentionArgs& a = w.a;
-    const int64_t row = a.head_width * (a.cache_dtype == Dtype::bfloat16 ? 2 : 4);
-    const void *key[kKeyBlock], *value[kKeyBlock];
-    for (int64_t t = 0; t < count;) {
-        const int64_t offset = (start + t) % a.page_size;
-        const int64_t run = min(count - t, a.page_size - offset);
-        const int64_t at = ((pages[(start + t) / a.page_size] * a.kv_heads + kv_head) * a.page_size + offset) * row;
-        for (int64_t i = 0; i < run; ++i, ++t) {
-            key[t] = static_cast<const char*>(a.k_cache) + at + i * row;
-            value[t] = static_cast<const char*>(a.v_cache) + at + i * row;
-        }
-    }
-    stage_keys(w, key, count);
-    a.cache_dtype == Dtype::bfloat16 ? stage_values<bf16>(w, value, count) : stage_values<float>(w, value, count);
 }
 
 // Replaces the scores of a row by exponentials and updates its maximum and sum. `seen`: scores that the row may see,
@@ -186,40 +133,71 @@ float softmax(float* scores, int64_t seen, int64_t count, State state) {
     return factor;
 }
 
-// R rows from `row` on against `count` staged positions, the first of which is `start`.
-template <int R>
-void attend_tile(const Work& w, int64_t row, int64_t start, int64_t count) {
+// How the staged words are read.
+struct F32Cache {
+    using Keys = F32Weights;
+    using Values = F32Weights;
+    static constexpr int64_t kValuesPerWord = 1;
+};
+struct Bf16Cache {
+    using Keys = Bf16Weights;
+    using Values = Bf16Columns;
+    static constexpr int64_t kValuesPerWord = 2;
+};
+
+// R rows from `row` on against `count` positions of the loaded block, the first of which is `start`.
+template <class Cache, int R>
+void attend_tile(const Work& w, int64_t row, int64_t start, int64_t count, Ahead& ahead) {
+    using Keys = typename Cache::Keys;
+    using Values = typename Cache::Values;
     constexpr int C = R <= kWideTileRows ? 4 : 2;
     constexpr int64_t kColumns = C * Vec::W;
     static_assert(kKeyBlock % kColumns == 0 && kKeyBlock <= kDepthBlock);
     for (int64_t n = 0; n < count; n += kColumns) {
         Vec sum[R][C];
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
             for (int c = 0; c < C; ++c) sum[r][c] = Vec::zero();
         }
         const float* q = w.q + row * kDepthBlock;
+        const auto* keys = reinterpret_cast<const typename Keys::Word*>(w.block.keys) + n;
         for (int64_t e = 0; e < w.a.head_width; e += kDepthBlock, q += w.rows * kDepthBlock) {
-            accumulate<F32Weights>(sum, min(w.a.head_width - e, kDepthBlock), q, w.keys + e * kKeyBlock + n, kKeyBlock,
-                                   2 * Vec::W);
+            const int64_t steps = min(w.a.head_width - e, kDepthBlock) / Keys::kParts;
+            accumulate<Keys>(sum, steps, q, keys, kKeyBlock, 2 * Vec::W);
+            keys += steps * kKeyBlock;
         }
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
             for (int c = 0; c < C; ++c) sum[r][c].store(w.scores + r * kDepthBlock + n + c * Vec::W);
         }
     }
+    ahead.ask();
     float factor[R];
     for (int r = 0; r < R; ++r) {
         const int64_t seen = w.position[row + r] - start + 1;
         factor[r] = softmax(w.scores + r * kDepthBlock, seen, count, w.running_of(row + r));
     }
+    ahead.ask();
     const int64_t stride = state_floats(w.a.head_width);
     const auto add_values = [&]<int D>(int64_t e, Vec(&sum)[R][D]) {
         float* out = w.running + row * stride + e;
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             const Vec f = Vec::broadcast(factor[r]);
+#pragma GCC unroll 4
             for (int c = 0; c < D; ++c) sum[r][c] = Vec::load(out + r * stride + c * Vec::W) * f;
         }
-        accumulate<F32Weights>(sum, count, w.scores, w.values + e, w.width, 2 * Vec::W);
+        const float* p = w.scores;
+        for (const KeyBlock::Run* run = w.block.runs; run->count > 0 && p < w.scores + count; p += run++->count) {
+            const auto* values = reinterpret_cast<const typename Values::Word*>(run->values) + e / Cache::kValuesPerWord;
+            accumulate<Values>(sum, min(run->count, w.scores + count - p), p, values, w.cache.padded,
+                               2 * Vec::W / Cache::kValuesPerWord);
+        }
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
             for (int c = 0; c < D; ++c) sum[r][c].store(out + r * stride + c * Vec::W);
         }
     };
@@ -234,59 +212,82 @@ void attend_tile(const Work& w, int64_t row, int64_t start, int64_t count) {
     }
 }
 
-using AttendTile = void (*)(const Work&, int64_t row, int64_t start, int64_t count);
+using AttendTile = void (*)(const Work&, int64_t row, int64_t start, int64_t count, Ahead&);
 
 // Entry r is for r + 1 rows.
+template <class Cache>
 struct ByRows {
     AttendTile entry[kTileRows];
     template <int R>
     constexpr void fill() {
-        entry[R - 1] = attend_tile<R>;
+        entry[R - 1] = attend_tile<Cache, R>;
         if constexpr (R > 1) fill<R - 1>();
     }
     constexpr ByRows() : entry{} { fill<kTileRows>(); }
 };
-constexpr ByRows kByRows;
+constexpr ByRows<F32Cache> kF32ByRows;
+constexpr ByRows<Bf16Cache> kBf16ByRows;
 
-// Rows [begin, end), all of the same pages, against key blocks [first, last).
+int64_t furthest(const Work& w, int64_t begin, int64_t end) {
+    int64_t position = -1;
+    for (int64_t r = begin; r < end; ++r) position = w.position[r] > position ? w.position[r] : position;
+    return position;
+}
+
+// Rows [begin, end) against key blocks [first, last) of one sequence, as far as they see. `after`: what comes next.
 void attend_blocks(const Work& w, const int32_t* pages, int64_t kv_head, int64_t begin, int64_t end, int64_t first,
-                   int64_t last) {
-    int64_t furthest = -1;
-    for (int64_t r = begin; r < end; ++r) furthest = w.position[r] > furthest ? w.position[r] : furthest;
+                   int64_t last, const Positions& after, Ahead& ahead) {
+    const int64_t length = furthest(w, begin, end) + 1;
+    const AttendTile* by_rows = (w.a.cache_dtype == Dtype::bfloat16 ? kBf16ByRows.entry : kF32ByRows.entry) - 1;
     const int64_t tiles = (end - begin + kTileRows - 1) / kTileRows;
+    last = min(last, (length + kKeyBlock - 1) / kKeyBlock);
+    const auto positions = [&](int64_t block) {
+        return Positions{pages, kv_head, block * kKeyBlock, min(kKeyBlock, length - block * kKeyBlock)};
+    };
     for (int64_t block = first; block < last; ++block) {
         const int64_t start = block * kKeyBlock;
-        if (start > furthest) return;
         if (start % kSplit == 0 && start > 0) {
             for (int64_t r = begin; r < end; ++r) {
                 w.total_of(r).add(w.running_of(r));
                 w.running_of(r).clear();
             }
         }
-        stage(w, pages, kv_head, start, min(kKeyBlock, furthest + 1 - start));
+        ahead.aim(w.cache, block + 1 < last ? positions(block + 1) : after);
+        w.block.load(w.cache, positions(block), ahead);
         for (int64_t i = 0; i < tiles; ++i) {
             const int64_t row = begin + (end - begin) * i / tiles, next = begin + (end - begin) * (i + 1) / tiles;
-            int64_t seen = 0;  // by any row of the tile
-            for (int64_t r = row; r < next; ++r) {
-                seen = w.position[r] - start + 1 > seen ? w.position[r] - start + 1 : seen;
-            }
-            if (seen > 0) kByRows.entry[next - row - 1](w, row, start, min(seen, kKeyBlock));
+            const int64_t seen = furthest(w, row, next) + 1 - start;  // by any row of the tile
+            if (seen > 0) by_rows[next - row](w, row, start, min(seen, kKeyBlock), ahead);
         }
     }
+}
+
+// The start of a sequence's pages that a query range reads from block `first` on.
+Positions beginning(const QueryRange& queries, int64_t kv_head, int64_t first) {
+    const int64_t start = first * kKeyBlock, length = queries.position + queries.tokens;
+    return {queries.pages, kv_head, start, start < length ? min(kKeyBlock, length - start) : 0};
+}
+
+Positions beginning(const AttentionItem& item) {
+    return beginning(item.queries[0], item.kv_head, item.partial ? item.split * kSplitBlocks : 0);
 }
 
 void finish(const AttentionArgs& a, const QueryRange& queries, int64_t kv_head, int64_t index, State state) {
     const int64_t group = a.heads / a.kv_heads;
     const int64_t row = (queries.token + index / group) * a.heads + kv_head * group + index % group;
     const Vec sum = Vec::broadcast(state.sum());
-    for (int64_t e = 0; e < a.head_width; e += Vec::W) {
-        const int count = static_cast<int>(min(a.head_width - e, Vec::W));
-        (Vec::load(state.values + e) / sum).store(a.out + row * a.head_width + e, count);
+    float* out = a.out + row * a.head_width;
+    for (int64_t e = 0; e < a.head_width; e += 2 * Vec::W) {
+        Vec pair[2] = {Vec::load(state.values + e) / sum, Vec::load(state.values + e + Vec::W) / sum};
+        if (a.cache_dtype == Dtype::bfloat16) interleave(pair);  // as Bf16Columns left them
+        for (int64_t i = 0; i < 2 && e + i * Vec::W < a.head_width; ++i) {
+            pair[i].store(out + e + i * Vec::W, static_cast<int>(min(a.head_width - e - i * Vec::W, Vec::W)));
+        }
     }
     a.lse[row] = state.maximum() + __builtin_logf(state.sum());
 }
 
-void attend(const AttentionArgs& a, const AttentionItem& item, void* scratch) {
+void attend(const AttentionArgs& a, const AttentionItem& item, const AttentionItem* next, void* scratch) {
     const int64_t group = a.heads / a.kv_heads;
     int64_t rows = 0;
     for (int64_t i = 0; i < item.num_queries; ++i) rows += item.queries[i].tokens * group;
@@ -298,17 +299,22 @@ void attend(const AttentionArgs& a, const AttentionItem& item, void* scratch) {
         w.running_of(r).clear();
         w.total_of(r).clear();
     }
+    const Positions after = next ? beginning(*next) : Positions{};
+    Ahead ahead;
     if (item.partial) {
-        constexpr int64_t blocks = kSplit / kKeyBlock;
-        attend_blocks(w, item.queries->pages, item.kv_head, 0, rows, item.split * blocks, (item.split + 1) * blocks);
+        attend_blocks(w, item.queries->pages, item.kv_head, 0, rows, item.split * kSplitBlocks,
+                      (item.split + 1) * kSplitBlocks, after, ahead);
         __builtin_memcpy(item.partial, w.running, rows * state_floats(a.head_width) * sizeof(float));
         return;
     }
-    attend_blocks(w, item.queries->pages, item.kv_head, 0, rows, 0, item.shared_blocks);
+    const int64_t shared = item.shared_blocks;
+    attend_blocks(w, item.queries->pages, item.kv_head, 0, rows, 0, shared,
+                  beginning(item.queries[0], item.kv_head, shared), ahead);
     for (int64_t i = 0, row = 0; i < item.num_queries; ++i) {
         const QueryRange& queries = item.queries[i];
         const int64_t count = queries.tokens * group;
-        attend_blocks(w, queries.pages, item.kv_head, row, row + count, item.shared_blocks, INT64_MAX);
+        attend_blocks(w, queries.pages, item.kv_head, row, row + count, shared, INT64_MAX,
+                      i + 1 < item.num_queries ? beginning(item.queries[i + 1], item.kv_head, shared) : after, ahead);
         for (int64_t r = 0; r < count; ++r, ++row) {
             w.total_of(row).add(w.running_of(row));
             finish(a, queries, item.kv_head, r, w.total_of(row));

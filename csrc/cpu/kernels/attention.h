@@ -41,7 +41,8 @@ struct AttentionItem {
 struct AttentionKernel {
     size_t (*scratch_bytes)(const AttentionArgs&, int64_t rows);
     int64_t (*state_floats)(int64_t head_width);
-    void (*attend)(const AttentionArgs&, const AttentionItem&, void* scratch);
+    // `next`: the item that this thread will do after this one, or null; its first keys are prefetched.
+    void (*attend)(const AttentionArgs&, const AttentionItem&, const AttentionItem* next, void* scratch);
     // Adds up the splits of an item's rows, in order: partial [splits, rows, state_floats].
     void (*merge)(const AttentionArgs&, const QueryRange&, int64_t kv_head, const float* partial, int64_t splits,
                   void* scratch);

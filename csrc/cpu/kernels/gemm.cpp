@@ -16,7 +16,7 @@ struct Bf16DotWeights {
     using Activation = uint32_t;
     using Operand = Words;
     static constexpr int kParts = 1, kDepth = 2;
-    static Words load(const Word* w) { return load_words(w); }
+    static Words load(const Word* w, int64_t pair, int c) { return load_words(w + c / 2 * pair + c % 2 * Vec::W); }
     static Operand part(Words w, int) { return w; }
     static Operand broadcast(Activation x) { return x - Words{}; }
     static Vec add(Operand x, Operand w, Vec sum) {

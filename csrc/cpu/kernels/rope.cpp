@@ -1,5 +1,5 @@
-// Splits the fused projection of a token, normalises and rotates its heads, and writes keys and values straight to their
-// page: no separate k and v tensors exist.
+// Splits the fused projection of a token, normalises and rotates its heads, and writes keys and values straight to
+// their page: no separate k and v tensors exist.
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/rms_norm_row.h"
 
@@ -26,7 +26,8 @@ void rotate(const float* x, const float* cos_sin, int64_t rotary, int64_t width,
 
 // One query or key head: norm, rotation, conversion. `norm` and `cos_sin` may be null.
 template <class T>
-void write_head(const RopeAndCacheArgs& a, const float* x, const float* norm, const float* cos_sin, float* scratch, T* out) {
+void write_head(const RopeAndCacheArgs& a, const float* x, const float* norm, const float* cos_sin, float* scratch,
+                T* out) {
     if (norm) {
         rms_norm_row(x, norm, a.head_width, a.norm_eps, scratch);
         x = scratch;

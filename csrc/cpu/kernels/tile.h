@@ -19,43 +19,53 @@ inline constexpr int kTileRows = 6, kWideTileRows = 2;  // 16 registers
 #endif
 
 // A weight format says what one step along K takes: kParts activations per row, each for kDepth values of k, and as
-// many operands made from one loaded weight vector.
-
-struct F32Weights {
-    using Word = float;
-    using Activation = float;
-    using Operand = Vec;
-    static constexpr int kParts = 1, kDepth = 1;
-    static Vec load(const Word* w) { return Vec::load(w); }
-    static Operand part(Vec w, int) { return w; }
-    static Operand broadcast(Activation x) { return Vec::broadcast(x); }
-    static Vec add(Operand x, Operand w, Vec sum) { return fma(x, w, sum); }
-};
+// many operands per vector of columns. Every two vectors c, c + 1 of columns stand together, pairs `pair` words apart.
 
 inline Words load_words(const uint32_t* p) {
     Words r;
     __builtin_memcpy(&r, p, sizeof(r));
     return r;
 }
+inline Vec low_half(Words w) { return {bits_as<Floats>(w << 16)}; }
+inline Vec high_half(Words w) { return {bits_as<Floats>(w & 0xffff0000u)}; }
 
-// Words of two bfloat16, k in the lower half and k + 1 in the upper one.
+struct F32Weights {
+    using Word = float;
+    using Activation = float;
+    using Operand = Vec;
+    static constexpr int kParts = 1, kDepth = 1;
+    static Vec load(const Word* w, int64_t pair, int c) { return Vec::load(w + c / 2 * pair + c % 2 * Vec::W); }
+    static Operand part(Vec w, int) { return w; }
+    static Operand broadcast(Activation x) { return Vec::broadcast(x); }
+    static Vec add(Operand x, Operand w, Vec sum) { return fma(x, w, sum); }
+};
+
+// Words of two bfloat16 of one column: k in the lower half and k + 1 in the upper one.
 struct Bf16Weights : F32Weights {
     using Word = uint32_t;
     static constexpr int kParts = 2;
-    static Words load(const Word* w) { return load_words(w); }
-    static Operand part(Words w, int i) { return {bits_as<Floats>(i == 0 ? w << 16 : w & 0xffff0000u)}; }
+    static Words load(const Word* w, int64_t pair, int c) { return load_words(w + c / 2 * pair + c % 2 * Vec::W); }
+    static Operand part(Words w, int i) { return i == 0 ? low_half(w) : high_half(w); }
 };
 
-// Adds `steps` steps to the tile. Rows of x are kDepthBlock values of k apart. The weights of a step are `step` words after
-// the previous one's; every two vectors of columns stand together, pairs are `pair` words apart.
+// Words of two bfloat16 of one k: a pair of vectors has the even columns first, then the odd ones.
+struct Bf16Columns : F32Weights {
+    using Word = uint32_t;
+    static Vec load(const Word* w, int64_t pair, int c) {
+        const Words both = load_words(w + c / 2 * pair);
+        return c % 2 ? high_half(both) : low_half(both);
+    }
+};
+
+// Adds `steps` steps to the tile. Rows of x are kDepthBlock values of k apart, the weights of two steps `step` words.
 template <class Format, int R, int C>
 inline void accumulate(Vec (&sum)[R][C], int64_t steps, const typename Format::Activation* x,
                        const typename Format::Word* w, int64_t step, int64_t pair) {
     constexpr int64_t row = kDepthBlock / Format::kDepth;
     for (; steps > 0; --steps, x += Format::kParts, w += step) {
-        decltype(Format::load(w)) loaded[C];
+        decltype(Format::load(w, pair, 0)) loaded[C];
 #pragma GCC unroll 16
-        for (int c = 0; c < C; ++c) loaded[c] = Format::load(w + c / 2 * pair + c % 2 * Vec::W);
+        for (int c = 0; c < C; ++c) loaded[c] = Format::load(w, pair, c);
 #pragma GCC unroll 2
         for (int i = 0; i < Format::kParts; ++i) {
             typename Format::Operand part[C];

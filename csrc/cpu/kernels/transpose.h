@@ -1,25 +1,40 @@
-// Transposes a square of 32-bit words: row i of the result holds word i of every input.
+// Shuffles: a square of words transposed, two vectors interleaved.
 #pragma once
 
 #include "cpu/vec.h"
 
 namespace batchinfer::BATCHINFER_ISA {
 
+// transpose: row i of the result holds word i of every input.
+// interleave: a0 a1 a2 .., b0 b1 b2 .. -> a0 b0 a1 .. and the rest.
+
 #if BATCHINFER_VEC_AVX512
+
+inline void interleave(Vec (&v)[2]) {
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const __m512 a = v[0].v, b = v[1].v;
+    v[0] = {_mm512_permutex2var_ps(a, low, b)};
+    v[1] = {_mm512_permutex2var_ps(a, high, b)};
+}
 
 inline void transpose(Words (&w)[16]) {
     __m512i a[16], b[16];
+#pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) a[i] = (__m512i)w[i];
+#pragma GCC unroll 16
     for (int i = 0; i < 16; i += 2) {  // words of neighbours
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < 16; i += 4) {  // pairs of words: a[i + j] has column j of each 128-bit lane of rows i .. i+3
         a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
         a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
         a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
         a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
     }
+#pragma GCC unroll 16
     for (int j = 0; j < 4; ++j) {  // lanes
         const __m512i low_even = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);       // lanes 0, 2 of rows 0-3 and 4-7
         const __m512i low_odd = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);        // lanes 1, 3
@@ -34,19 +49,29 @@ inline void transpose(Words (&w)[16]) {
 
 #elif BATCHINFER_VEC_AVX2
 
+inline void interleave(Vec (&v)[2]) {
+    const __m256 low = _mm256_unpacklo_ps(v[0].v, v[1].v), high = _mm256_unpackhi_ps(v[0].v, v[1].v);
+    v[0] = {_mm256_permute2f128_ps(low, high, 0x20)};
+    v[1] = {_mm256_permute2f128_ps(low, high, 0x31)};
+}
+
 inline void transpose(Words (&w)[8]) {
     __m256i a[8], b[8];
+#pragma GCC unroll 16
     for (int i = 0; i < 8; ++i) a[i] = (__m256i)w[i];
+#pragma GCC unroll 16
     for (int i = 0; i < 8; i += 2) {
         b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < 8; i += 4) {
         a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
         a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
         a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
         a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
     }
+#pragma GCC unroll 16
     for (int j = 0; j < 4; ++j) {
         w[j] = (Words)_mm256_permute2x128_si256(a[j], a[4 + j], 0x20);
         w[4 + j] = (Words)_mm256_permute2x128_si256(a[j], a[4 + j], 0x31);
@@ -54,6 +79,14 @@ inline void transpose(Words (&w)[8]) {
 }
 
 #else
+
+inline void interleave(Vec (&v)[2]) {
+    const Floats a = v[0].v, b = v[1].v;
+    for (int i = 0; i < Vec::W; ++i) {
+        v[i / (Vec::W / 2)].v[2 * i % Vec::W] = a[i];
+        v[i / (Vec::W / 2)].v[2 * i % Vec::W + 1] = b[i];
+    }
+}
 
 inline void transpose(Words (&w)[Vec::W]) {
     for (int i = 0; i < Vec::W; ++i) {

@@ -1,4 +1,5 @@
-// The bfloat16 storage type: the upper half of an IEEE float. Only storage: conversions live with each backend's vectors.
+// The bfloat16 storage type: the upper half of an IEEE float. Only storage: conversions live with each backend's
+// vectors.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,51 @@
+# _gpu: the ops for NVIDIA GPUs, as a module of its own, so that the CPU extension neither needs nor links the CUDA runtime.
+#
+# Architectures: -DCMAKE_CUDA_ARCHITECTURES, else what this nvcc knows of 7.0 to 10.0. CUDA 13 no longer compiles for 7.0;
+# the last one also travels as PTX, for GPUs that come later.
+function(batchinfer_cuda_architectures out)
+  execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known ERROR_QUIET)
+  set(chosen "")
+  set(missing "")
+  foreach(arch IN ITEMS 70 75 80 86 89 90 100)
+    if(known MATCHES "compute_${arch}\n")
+      list(APPEND chosen "${arch}-real")
+      set(newest "${arch}")
+    else()
+      list(APPEND missing "${arch}")
+    endif()
+  endforeach()
+  if(NOT chosen)
+    set(chosen "80-real" "90-real")
+    set(newest "90")
+  endif()
+  if(missing)
+    message(STATUS "batchinfer: this nvcc has no code for compute capability ${missing}; left out")
+  endif()
+  list(APPEND chosen "${newest}-virtual")
+  set(${out} "${chosen}" PARENT_SCOPE)
+endfunction()
+
+function(batchinfer_add_cuda)
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES 80) # enable_language would store its own default and hide whether one was given
+    set(choose ON)
+  endif()
+  enable_language(CUDA)
+  if(choose)
+    batchinfer_cuda_architectures(CMAKE_CUDA_ARCHITECTURES)
+  endif()
+  message(STATUS "batchinfer: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
+
+  file(GLOB sources CONFIGURE_DEPENDS csrc/gpu/*.cu)
+  add_library(batchinfer_gpu STATIC ${sources})
+  target_include_directories(batchinfer_gpu PUBLIC csrc csrc/include)
+  target_compile_options(batchinfer_gpu PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall>")
+  set_target_properties(batchinfer_gpu PROPERTIES
+    CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}" CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON
+    CUDA_RUNTIME_LIBRARY Static POSITION_INDEPENDENT_CODE ON)
+  pybind11_add_module(_gpu csrc/bindings/gpu.cpp)
+  target_link_libraries(_gpu PRIVATE batchinfer_gpu)
+  target_compile_definitions(_gpu PRIVATE BATCHINFER_GPU_VENDOR="cuda")
+  set_target_properties(_gpu PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+  install(TARGETS _gpu LIBRARY DESTINATION batchinfer)
+endfunction()

@@ -1,0 +1,153 @@
+// Brings the keys and values of a block of positions from their pages into the form that the attention tiles read.
+#pragma once
+
+#include "cpu/kernels/attention.h"
+#include "cpu/kernels/transpose.h"
+#include "cpu/vec.h"
+
+namespace batchinfer::BATCHINFER_ISA {
+
+// Positions [start, start + count) of a sequence, at most kKeyBlock of them, for one key/value head.
+struct Positions {
+    const int32_t* pages;
+    int64_t kv_head, start, count;
+};
+
+// A cache's tokens in 32-bit words: one float, or two bfloat16.
+struct CacheShape {
+    const AttentionArgs& a;
+    int64_t words;   // of a token's key or value
+    int64_t padded;  // the same, up to whole pairs of vectors
+};
+
+// Calls f(first, count, words) for every stretch of the positions that lies in one page.
+template <class F>
+inline void for_pages(const CacheShape& c, const Positions& p, F f) {
+    const int64_t page_size = c.a.page_size;
+    const int32_t* page = p.pages + p.start / page_size;
+    int64_t offset = p.start % page_size;
+    for (int64_t t = 0, n; t < p.count; t += n, ++page, offset = 0) {
+        n = page_size - offset < p.count - t ? page_size - offset : p.count - t;
+        f(t, n, ((*page * c.a.kv_heads + p.kv_head) * page_size + offset) * c.words);
+    }
+}
+
+// Prefetches a coming block a little at a time, between pieces of work: pages are too short for the processor to see a
+// pattern, and all requests at once would only block the load units. On a context in memory this is worth 20-50 %.
+class Ahead {
+  public:
+    void aim(const CacheShape& c, const Positions& p) {
+        current_ = ranges_ = 0;
+        int64_t bytes = 0;
+        for_pages(c, p, [&](int64_t, int64_t n, int64_t at) {
+            range_[ranges_++] = {static_cast<const char*>(c.a.k_cache) + at * 4, n * c.words * 4};
+            range_[ranges_++] = {static_cast<const char*>(c.a.v_cache) + at * 4, n * c.words * 4};
+            bytes += 2 * n * c.words * 4;
+        });
+        portion_ = (bytes / kPortions + 63) / 64 * 64;
+    }
+
+    // The next 1/kPortions of the block, if it is not all asked for.
+    void ask() {
+        for (int64_t left = portion_; left > 0 && current_ < ranges_;) {
+            Range& r = range_[current_];
+            const char* const end = r.bytes < left ? r.at + r.bytes : r.at + left;
+            for (const char* at = r.at; at < end; at += 64) __builtin_prefetch(at, 0, 2);
+            left -= end - r.at;
+            r.bytes -= end - r.at;
+            r.at = end;
+            current_ += r.bytes == 0;
+        }
+    }
+
+  private:
+    static constexpr int kPortions = 8;
+    struct Range {
+        const char* at;
+        int64_t bytes;
+    };
+    Range range_[2 * kKeyBlock];
+    int ranges_ = 0, current_ = 0;
+    int64_t portion_ = 0;  // bytes
+};
+
+// A block as the tiles read it. Keys are transposed: scores of W positions are then sums of vectors. Values are
+// read where they lie, in runs, unless rows need padding to whole vectors.
+struct KeyBlock {
+    struct Run {
+        const uint32_t* values;  // CacheShape::padded words per position
+        int64_t count;
+    };
+    uint32_t* keys;    // [words, kKeyBlock]; what stands beyond the last position is of no meaning
+    uint32_t* values;  // [kKeyBlock, padded]
+    Run* runs;         // [kKeyBlock + 1], ends with a count of 0
+
+    static int64_t bytes(const CacheShape& c) {
+        return (c.words + c.padded) * kKeyBlock * sizeof(uint32_t) + (kKeyBlock + 1) * sizeof(Run);
+    }
+
+    KeyBlock(const CacheShape& c, void* memory)
+        : keys(static_cast<uint32_t*>(memory)),
+          values(keys + c.words * kKeyBlock),
+          runs(reinterpret_cast<Run*>(values + c.padded * kKeyBlock)) {}
+
+    void load(const CacheShape& c, const Positions& p, Ahead& ahead) const {
+        const uint32_t* key[kKeyBlock];
+        Run* run = runs;
+        for_pages(c, p, [&](int64_t t, int64_t n, int64_t at) {
+            const uint32_t* k = static_cast<const uint32_t*>(c.a.k_cache) + at;
+            for (const int64_t end = t + n; t < end; ++t, k += c.words) key[t] = k;
+            *run++ = {static_cast<const uint32_t*>(c.a.v_cache) + at, n};
+        });
+        run->count = 0;
+        if (c.words != c.padded) pad_values(c, p.count);
+        for (int64_t t = p.count; t % Vec::W != 0; ++t) key[t] = key[p.count - 1];
+        for (int64_t t = 0; t < p.count; t += Vec::W) {
+            transpose_keys(key + t, c.words, keys + t);
+            ahead.ask();
+        }
+    }
+
+  private:
+    static int lanes(All) { return Vec::W; }
+    static int lanes(int count) { return count; }
+
+    template <class Count>
+    static Words load_words(const uint32_t* p, Count count) {
+        return bits_as<Words>(Vec::load(reinterpret_cast<const float*>(p), count).v);
+    }
+    static void store_words(Words w, uint32_t* out) { __builtin_memcpy(out, &w, sizeof(w)); }
+
+    // Keys of W positions [W, words] -> [words, kKeyBlock].
+    static void transpose_keys(const uint32_t* const* key, int64_t words, uint32_t* out) {
+        for_vectors(words, [&](int64_t first, auto n) {
+            Words square[Vec::W];
+#pragma GCC unroll 16
+            for (int i = 0; i < Vec::W; ++i) square[i] = load_words(key[i] + first, n);
+            transpose(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < Vec::W; ++i) {
+                if (i >= lanes(n)) return;
+                store_words(square[i], out + (first + i) * kKeyBlock);
+            }
+        });
+    }
+
+    // All runs -> one run in `values`, padding zero.
+    void pad_values(const CacheShape& c, int64_t count) const {
+        uint32_t* out = values;
+        for (const Run* run = runs; run->count > 0; ++run) {
+            for (int64_t i = 0; i < run->count; ++i, out += c.padded) {
+                for_vectors(c.words, [&](int64_t j, auto n) {
+                    store_words(load_words(run->values + i * c.words + j, n), out + j);
+                });
+                const int64_t filled = (c.words + Vec::W - 1) / Vec::W * Vec::W;
+                for (int64_t j = filled; j < c.padded; j += Vec::W) store_words(Words{}, out + j);
+            }
+        }
+        runs[0] = {values, count};
+        runs[1].count = 0;
+    }
+};
+
+}  // namespace batchinfer::BATCHINFER_ISA

@@ -1,0 +1,114 @@
+// What the attention kernels share: how a step becomes work items, and how an item finds its sequence and its pages.
+//
+// Three kernels. Sequences with one token in the step go to attention_decode.cu, cut into (split of the KV range, kv
+// head) items; the others to attention_prefill.cu, cut into (tile of query rows, kv head) items. A row is one query
+// head of one token, and the heads of a kv head stand together, token by token, so that they share its keys. Other
+// dtypes, head widths and older GPUs take attention_generic.cu.
+//
+// Both lists are running sums over the sequences, made by one small kernel a step and read by a persistent grid that
+// draws item numbers from a counter. So the launch never depends on the data, and a captured step can be replayed with
+// other lengths. The split is fixed and starts at position 0: a sequence's sums do not depend on its neighbours.
+#pragma once
+
+#include "gpu/mma.cuh"
+
+namespace batchinfer::gpu {
+
+inline constexpr int kDecodeRows = 16;    // rows of a decode item: one matrix-unit tile
+inline constexpr int kPrefillRows = 128;  // rows of a prefill item
+inline constexpr float kLog2e = 1.44269504088896f;
+inline constexpr float kLn2 = 0.693147180559945f;
+
+// A sequence's part of the step, with every number clamped into its tensor.
+struct Sequence {
+    int token;   // first row in the step
+    int tokens;  // rows
+    int length;  // keys, this step's included
+    const int32_t* page_row;
+};
+
+__device__ __forceinline__ Sequence sequence_of(const AttentionPlan& p, int s, int step_tokens) {
+    Sequence q;
+    q.token = min(max(p.q_start[s], 0), step_tokens);
+    q.tokens = min(max(p.q_start[s + 1], q.token), step_tokens) - q.token;
+    // Keys up to the first query's own are always there: a shorter kv_len would leave rows without any key.
+    q.length = min(max(p.kv_len[s], q.tokens), p.slot_pages * p.page_size);
+    q.page_row = p.page_table + clamp_index(p.slot[s], p.slots) * int64_t{p.slot_pages};
+    return q;
+}
+
+// Offset of (kv head, position) in the caches [pages, kv_heads, page_size, head_width]; page_size is a power of two.
+struct Pages {
+    const int32_t* row;
+    int kv_head, kv_heads, head_width, pages, log_page;
+
+    __device__ __forceinline__ Pages(const AttentionPlan& p, const int32_t* row_, int kv_head_)
+        : row(row_), kv_head(kv_head_), kv_heads(p.kv_heads), head_width(p.head_width), pages(p.pages) {
+        log_page = 31 - __clz(p.page_size);
+    }
+    __device__ __forceinline__ int64_t offset(int position) const {
+        const int page = min(max(__ldg(row + (position >> log_page)), 0), pages - 1);
+        const int inside = position & ((1 << log_page) - 1);
+        return ((int64_t{page} * kv_heads + kv_head << log_page) + inside) * head_width;
+    }
+};
+
+// Largest s with start[s] <= item, for item < start[count]; all lanes of a warp together, 33-fold a step.
+__device__ __forceinline__ int find_sequence(const int32_t* start, int count, int item) {
+    const int lane = threadIdx.x % kWarp;
+    int low = 0, high = count;  // start[low] <= item < start[high]
+    while (high - low > 1) {
+        const int stride = (high - low + kWarp) / (kWarp + 1);
+        const int probe = min(low + (lane + 1) * stride, high);
+        const unsigned below = __ballot_sync(kAllLanes, start[probe] <= item);  // a run of ones from lane 0
+        const int steps = __popc(below);
+        high = min(low + (steps + 1) * stride, high);
+        low += steps * stride;
+    }
+    return low;
+}
+
+// Hands a block its item numbers until the list is empty: its own number first, then numbers drawn from a counter. The
+// draw is asked for when an item's loop is done, so that its latency passes with the writing of the results; earlier
+// would take items from blocks that have none. The last block to finish puts the counters back to zero.
+class Queue {
+  public:
+    __device__ __forceinline__ Queue(int32_t* counters, int items, int* mailbox)
+        : counters_(counters), items_(items), mailbox_(mailbox), drawn_(blockIdx.x) {}
+    __device__ __forceinline__ void draw() {
+        if (threadIdx.x == 0) drawn_ = gridDim.x + atomicAdd(counters_, 1);
+    }
+    // The item drawn or -1, the same in all threads. Also a barrier.
+    __device__ __forceinline__ int next() {
+        __syncthreads();
+        if (threadIdx.x == 0) *mailbox_ = drawn_;
+        __syncthreads();
+        const int item = *mailbox_;
+        return item < items_ ? item : -1;
+    }
+    __device__ __forceinline__ void finish() {
+        if (threadIdx.x != 0) return;
+        __threadfence();
+        if (atomicAdd(counters_ + 1, 1) == gridDim.x - 1) counters_[0] = counters_[1] = 0;
+    }
+
+  private:
+    int32_t* counters_;
+    int items_;
+    int* mailbox_;
+    int drawn_;
+};
+
+// Blocks of a persistent grid: as many as the device can hold at once.
+template <class Kernel>
+int persistent_blocks(Kernel kernel, int threads, int shared_bytes) {
+    int device = 0, multiprocessors = 0, per_multiprocessor = 0;
+    check(gpuGetDevice(&device), "attention");
+    check(gpuMultiprocessors(&multiprocessors, device), "attention");
+    check(gpuAllowSharedMemory(kernel, shared_bytes), "attention");
+    check(gpuBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, shared_bytes), "attention");
+    if (per_multiprocessor == 0) throw std::runtime_error("attention: the kernel does not fit on this device");
+    return multiprocessors * per_multiprocessor;
+}
+
+}  // namespace batchinfer::gpu

@@ -1,0 +1,322 @@
+// Attention of sequences with one token in the step: bound by reading the KV cache once.
+//
+// A block of four warps takes one (split, kv head). The up to 16 query heads of the kv head are the rows of one
+// matrix-unit tile, so keys and values are read once for all of them; with 4 heads three quarters of the products are
+// wasted, which costs a fifth of the time that the bytes take. Each warp walks every fourth chunk of 16 positions with
+// its own asynchronous copies, running maximum and sums: no block barrier in the loop. Bytes in flight are what counts:
+// 3.0 TB/s with about 1 us of latency wants 23 KB a multiprocessor; 2 blocks x 4 warps x (kStages - 1) chunks of 8 KB
+// (width 128) keep 128 KB in flight.
+// A sequence longer than the split leaves normalised partial results; the block that finishes last adds them up in
+// order.
+#include "gpu/attention.cuh"
+
+namespace batchinfer::gpu {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kChunk = 16;  // positions; pages hold a whole number of them
+
+template <int E>
+constexpr int kStages = E == 128 ? 3 : 4;
+template <int E>
+constexpr int kBlocks = E == 128 ? 2 : 3;  // per multiprocessor
+template <int E>
+constexpr int kStageBytes = 2 * kChunk * E * 2;
+template <int E>
+constexpr int kSharedBytes = kWarps * kStages<E> * kStageBytes<E>;
+
+// What one item is about.
+struct Item {
+    int sequence, split, kv_head, row_tile;
+    int begin, end;  // positions
+    int splits;      // of the sequence
+};
+
+__device__ __forceinline__ Item decode_item(const AttentionPlan& p, const Sequence& q, int sequence, int index) {
+    const int row_tiles = (p.heads / p.kv_heads + kDecodeRows - 1) / kDecodeRows;
+    Item item;
+    item.sequence = sequence;
+    item.row_tile = index % row_tiles;
+    item.kv_head = index / row_tiles % p.kv_heads;
+    item.split = index / row_tiles / p.kv_heads;
+    item.begin = item.split * p.split;
+    item.end = min(q.length, item.begin + p.split);
+    item.splits = (q.length + p.split - 1) / p.split;
+    return item;
+}
+
+#if BATCHINFER_MMA
+
+// The 16 x E query tile as A fragments, straight from global memory; missing rows are zero.
+template <class T, int E>
+__device__ __forceinline__ void load_queries(const T* q, int rows, uint32_t (&fragment)[E / 16][4]) {
+    const int lane = threadIdx.x % kWarp, row = lane / 4, column = lane % 4 * 2;
+#pragma unroll
+    for (int k = 0; k < E / 16; ++k) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int r = row + i % 2 * 8;
+            fragment[k][i] = r < rows ? *reinterpret_cast<const uint32_t*>(q + r * E + k * 16 + i / 2 * 8 + column) : 0;
+        }
+    }
+}
+
+// Starts copying one chunk of keys and values. Rows at or after `end` become zeros, as no memory may hold a NaN there.
+// A row's 16-byte pieces are permuted by its number, so that the 8 rows of a tile load fall into different banks.
+template <class T, int E>
+__device__ __forceinline__ void copy_chunk(uint32_t to, const T* k, const T* v, int64_t offset, int left) {
+    constexpr int kPieces = E / 8;
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < kChunk * kPieces / kWarp; ++i) {
+        const int piece = (lane + i * kWarp) % kPieces, row = (lane + i * kWarp) / kPieces;
+        const uint32_t target = to + row * E * 2 + (piece ^ row % 8) * 16;
+        const int64_t source = offset + row * E + piece * 8;
+        copy_async(target, k + source, row < left);
+        copy_async(target + kChunk * E * 2, v + source, row < left);
+    }
+}
+
+// Online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867) over the chunks of one warp, base 2. Row h of a lane is
+// row lane / 4 + 8 h of the tile; sum is per lane until the end.
+template <class T, int E>
+struct RowState {
+    float out[E / 8][4], maximum[2], sum[2];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int n = 0; n < E / 8; ++n) {
+            out[n][0] = out[n][1] = out[n][2] = out[n][3] = 0;
+        }
+        maximum[0] = maximum[1] = -INFINITY;
+        sum[0] = sum[1] = 0;
+    }
+
+    __device__ __forceinline__ void add_chunk(uint32_t shared, const uint32_t (&query)[E / 16][4], int left,
+                                              float scale) {
+        const int lane = threadIdx.x % kWarp;
+        float score[2][4] = {};
+        const int key_row = lane % 8 + lane / 16 * 8, key_half = lane / 8 % 2;
+#pragma unroll
+        for (int k = 0; k < E / 16; ++k) {
+            uint32_t tiles[4];
+            load_tiles(tiles, shared + key_row * E * 2 + ((2 * k + key_half) ^ key_row % 8) * 16);
+            multiply_add<T>(score[0], query[k], tiles[0], tiles[1]);
+            multiply_add<T>(score[1], query[k], tiles[2], tiles[3]);
+        }
+        if (left < kChunk) {
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    if (n * 8 + lane % 4 * 2 + i % 2 >= left) score[n][i] = -INFINITY;
+                }
+            }
+        }
+        float shrink[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float top = fmaxf(fmaxf(score[0][2 * h], score[0][2 * h + 1]), fmaxf(score[1][2 * h], score[1][2 * h + 1]));
+            top = fmaxf(top, shuffle_xor(top, 1));
+            top = fmaxf(top, shuffle_xor(top, 2));
+            top = fmaxf(maximum[h], top * scale);
+            shrink[h] = exp2_fast(maximum[h] - top);  // 0 for the first chunk, which always has a key
+            maximum[h] = top;
+            sum[h] *= shrink[h];
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                for (int i = 2 * h; i < 2 * h + 2; ++i) {
+                    score[n][i] = exp2_fast(score[n][i] * scale - top);
+                    sum[h] += score[n][i];
+                }
+            }
+        }
+        if (__any_sync(kAllLanes, shrink[0] != 1 || shrink[1] != 1)) {
+#pragma unroll
+            for (int n = 0; n < E / 8; ++n) {
+                out[n][0] *= shrink[0], out[n][1] *= shrink[0];
+                out[n][2] *= shrink[1], out[n][3] *= shrink[1];
+            }
+        }
+        const uint32_t weights[4] = {pack2<T>(score[0][0], score[0][1]), pack2<T>(score[0][2], score[0][3]),
+                                     pack2<T>(score[1][0], score[1][1]), pack2<T>(score[1][2], score[1][3])};
+        const int value_row = lane % 16, value_half = lane / 16;
+        const uint32_t values = shared + (kChunk + value_row) * E * 2;
+#pragma unroll
+        for (int n = 0; n < E / 16; ++n) {
+            uint32_t tiles[4];
+            load_tiles_transposed(tiles, values + ((2 * n + value_half) ^ value_row % 8) * 16);
+            multiply_add<T>(out[2 * n], weights, tiles[0], tiles[1]);
+            multiply_add<T>(out[2 * n + 1], weights, tiles[2], tiles[3]);
+        }
+    }
+};
+
+// A warp's share of the item: chunks warp, warp + kWarps, ... of the range.
+template <class T, int E>
+__device__ __forceinline__ void walk(RowState<T, E>& state, const uint32_t (&query)[E / 16][4], const Pages& pages,
+                                     const T* k, const T* v, const Item& item, uint32_t shared, float scale) {
+    const int warp = threadIdx.x / kWarp;
+    const int chunks = (item.end - item.begin + kChunk - 1) / kChunk;
+    const int mine = (chunks - warp + kWarps - 1) / kWarps;
+    const auto position = [&](int i) { return item.begin + (i * kWarps + warp) * kChunk; };
+    const auto start = [&](int i) {
+        if (i < mine) {
+            const int at = position(i);
+            copy_chunk<T, E>(shared + i % kStages<E> * kStageBytes<E>, k, v, pages.offset(at), item.end - at);
+        }
+        copy_commit();
+    };
+#pragma unroll
+    for (int i = 0; i < kStages<E> - 1; ++i) {
+        start(i);
+    }
+    for (int i = 0; i < mine; ++i) {
+        copy_wait<kStages<E> - 2>();
+        __syncwarp();  // chunk i is there for all lanes, and all have left chunk i - 1, whose place is filled now
+        start(i + kStages<E> - 1);
+        state.add_chunk(shared + i % kStages<E> * kStageBytes<E>, query, item.end - position(i), scale);
+    }
+    copy_wait<0>();
+}
+
+// Adds up `parts` results of one row in order: part i has values at out + i * out_stride and base-2 log-sum at
+// lse[i * lse_stride]. Returns four of this thread's columns; `total` is the log-sum of all.
+__device__ __forceinline__ float4 merge_row(const float* out, int64_t out_stride, const float* lse, int64_t lse_stride,
+                                            int parts, float& total) {
+    float top = -INFINITY;
+#pragma unroll 8
+    for (int i = 0; i < parts; ++i) {
+        top = fmaxf(top, lse[i * lse_stride]);
+    }
+    float sum = 0;
+    float4 value = {};
+#pragma unroll 8
+    for (int i = 0; i < parts; ++i) {
+        const float weight = exp2_fast(lse[i * lse_stride] - top);  // part 0 always has a key: top is finite
+        const float4 part = *reinterpret_cast<const float4*>(out + i * out_stride);
+        sum += weight;
+        value.x += weight * part.x, value.y += weight * part.y;
+        value.z += weight * part.z, value.w += weight * part.w;
+    }
+    total = top + log2f(sum);
+    const float inverse = 1 / sum;
+    return {value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse};
+}
+
+template <class T>
+__device__ __forceinline__ void store4(T* to, const float4& x) {
+    *reinterpret_cast<uint2*>(to) = {pack2<T>(x.x, x.y), pack2<T>(x.z, x.w)};
+}
+
+template <class T, int E>
+__global__ void __launch_bounds__(kThreads, kBlocks<E>) decode_kernel(AttentionArgs a) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    __shared__ int mailbox;
+    __shared__ bool last;
+    __shared__ float warp_lse[kWarps][kDecodeRows];
+    const AttentionPlan& p = a.plan;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int group = p.heads / p.kv_heads;
+    const uint32_t stages = shared_address(shared) + warp * kStages<E> * kStageBytes<E>;
+    float* warp_out = reinterpret_cast<float*>(shared);  // [kWarps][kDecodeRows][E], once the chunks are done
+
+    Queue queue(p.queues, p.decode_start[p.sequences], &mailbox);
+    for (int index = queue.next(); index >= 0; index = queue.next()) {
+        const int s = find_sequence(p.decode_start, p.sequences, index);
+        const Sequence q = sequence_of(p, s, a.tokens);
+        const Item item = decode_item(p, q, s, index - p.decode_start[s]);
+        const int head = item.kv_head * group + item.row_tile * kDecodeRows;
+        const int rows = min(group - item.row_tile * kDecodeRows, kDecodeRows);
+        const int64_t out_row = int64_t{q.token} * p.heads + head;
+
+        uint32_t query[E / 16][4];
+        load_queries<T, E>(static_cast<const T*>(a.q) + out_row * E, rows, query);
+        RowState<T, E> state;
+        state.clear();
+        walk<T, E>(state, query, Pages(p, q.page_row, item.kv_head), static_cast<const T*>(a.k_cache),
+                   static_cast<const T*>(a.v_cache), item, stages, a.scale * kLog2e);
+
+        queue.draw();
+        __syncthreads();  // all warps have left their chunks
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = lane / 4 + 8 * h;
+            float sum = state.sum[h];
+            sum += shuffle_xor(sum, 1);
+            sum += shuffle_xor(sum, 2);
+            const float inverse = sum > 0 ? 1 / sum : 0;  // a warp may have had no chunk
+            if (lane % 4 == 0) warp_lse[warp][row] = sum > 0 ? state.maximum[h] + log2f(sum) : -INFINITY;
+            if (row < rows) {
+#pragma unroll
+                for (int n = 0; n < E / 8; ++n) {
+                    const float2 pair = {state.out[n][2 * h] * inverse, state.out[n][2 * h + 1] * inverse};
+                    *reinterpret_cast<float2*>(warp_out + (warp * kDecodeRows + row) * E + n * 8 + lane % 4 * 2) = pair;
+                }
+            }
+        }
+        __syncthreads();
+        const bool whole = item.splits == 1;
+        const int64_t first_part = int64_t{p.partial_start[s]} * p.heads + head;
+        const int64_t part_row = first_part + int64_t{item.split} * p.heads;
+        for (int i = 4 * threadIdx.x; i < rows * E; i += 4 * kThreads) {
+            const int row = i / E;
+            float total;
+            const float4 value =
+                merge_row(warp_out + i, kDecodeRows * E, &warp_lse[0][row], kDecodeRows, kWarps, total);
+            if (whole) {
+                store4(static_cast<T*>(a.out) + out_row * E + i, value);
+                if (i % E == 0) a.lse[out_row + row] = total * kLn2;
+            } else {
+                *reinterpret_cast<float4*>(p.partial_out + part_row * E + i) = value;
+                if (i % E == 0) p.partial_lse[part_row + row] = total;
+            }
+        }
+        if (whole) continue;
+
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            const int row_tiles = (group + kDecodeRows - 1) / kDecodeRows;
+            int32_t* arrived = p.arrivals + (s * p.kv_heads + item.kv_head) * row_tiles + item.row_tile;
+            last = atomicAdd(arrived, 1) == item.splits - 1;
+            if (last) *arrived = 0;
+        }
+        __syncthreads();
+        if (!last) continue;
+        __threadfence();
+        for (int i = 4 * threadIdx.x; i < rows * E; i += 4 * kThreads) {
+            const int row = i / E;
+            float total;
+            const float4 value = merge_row(p.partial_out + first_part * E + i, int64_t{p.heads} * E,
+                                           p.partial_lse + first_part + row, p.heads, item.splits, total);
+            store4(static_cast<T*>(a.out) + out_row * E + i, value);
+            if (i % E == 0) a.lse[out_row + row] = total * kLn2;
+        }
+    }
+    queue.finish();
+}
+
+#else
+template <class T, int E>
+__global__ void decode_kernel(AttentionArgs) {}
+#endif  // BATCHINFER_MMA
+
+template <class T, int E>
+void launch(const AttentionArgs& a, Stream stream) {
+    static const int blocks = persistent_blocks(decode_kernel<T, E>, kThreads, kSharedBytes<E>);
+    decode_kernel<T, E><<<blocks, kThreads, kSharedBytes<E>, native(stream)>>>(a);
+    check_launch("attention (decode)");
+}
+
+}  // namespace
+
+void attention_decode(const AttentionArgs& a, Stream stream) {
+    const bool wide = a.plan.head_width == 128;
+    if (a.dtype == GpuDtype::bfloat16) return wide ? launch<bf16, 128>(a, stream) : launch<bf16, 64>(a, stream);
+    return wide ? launch<f16, 128>(a, stream) : launch<f16, 64>(a, stream);
+}
+
+}  // namespace batchinfer::gpu

@@ -1,0 +1,95 @@
+// plan_attention: the step's work lists, on the device; and the choice of kernel.
+#include "gpu/attention.cuh"
+
+namespace batchinfer::gpu {
+namespace {
+
+constexpr int kThreads = 1024;
+
+// One block; the running sums of 2,000 sequences take two rounds of 1,024.
+__global__ void __launch_bounds__(kThreads) plan_kernel(AttentionPlan p) {
+    __shared__ int sums[3][kThreads];
+    int carry[3] = {};
+    int32_t* lists[3] = {p.decode_start, p.prefill_start, p.partial_start};
+    const int group = p.heads / p.kv_heads;
+    const int t = threadIdx.x;
+    for (int base = 0; base < p.sequences; base += kThreads) {
+        const int s = base + t;
+        int mine[3] = {};
+        if (s < p.sequences) {
+            const Sequence q = sequence_of(p, s, INT32_MAX);
+            if (q.tokens == 1) {
+                const int splits = (q.length + p.split - 1) / p.split;
+                mine[0] = splits * p.kv_heads * ((group + kDecodeRows - 1) / kDecodeRows);
+                mine[2] = splits > 1 ? splits : 0;
+            } else {
+                mine[1] = (q.tokens * group + kPrefillRows - 1) / kPrefillRows * p.kv_heads;
+            }
+        }
+#pragma unroll
+        for (int list = 0; list < 3; ++list) {
+            sums[list][t] = mine[list];
+        }
+        __syncthreads();
+        for (int reach = 1; reach < kThreads; reach *= 2) {
+            int add[3];
+#pragma unroll
+            for (int list = 0; list < 3; ++list) {
+                add[list] = t >= reach ? sums[list][t - reach] : 0;
+            }
+            __syncthreads();
+#pragma unroll
+            for (int list = 0; list < 3; ++list) {
+                sums[list][t] += add[list];
+            }
+            __syncthreads();
+        }
+#pragma unroll
+        for (int list = 0; list < 3; ++list) {
+            if (s < p.sequences) lists[list][s + 1] = carry[list] + sums[list][t];
+            carry[list] += sums[list][kThreads - 1];
+        }
+        __syncthreads();
+    }
+    if (t < 3) lists[t][0] = 0;
+}
+
+bool has_matrix_unit() {
+    int device = 0, major = 0;
+    check(gpuGetDevice(&device), "attention");
+    check(gpuComputeMajor(&major, device), "attention");
+    return major >= 8;
+}
+
+}  // namespace
+
+void plan_attention(const AttentionPlan& p, Stream stream) {
+    if (p.page_size < 16 || (p.page_size & (p.page_size - 1)) || p.heads % p.kv_heads || p.head_width % 16 ||
+        p.head_width > 256) {
+        throw std::invalid_argument("attention: pages of " + std::to_string(p.page_size) + " tokens, " +
+                                    std::to_string(p.heads) + " heads on " + std::to_string(p.kv_heads) +
+                                    " kv heads of width " + std::to_string(p.head_width) +
+                                    "; wanted: pages of a power of two from 16, heads a multiple of kv heads, width a "
+                                    "multiple of 16 up to 256");
+    }
+    plan_kernel<<<1, kThreads, 0, native(stream)>>>(p);
+    check_launch("plan_attention");
+}
+
+void attention(const AttentionArgs& a, Stream stream) {
+    if (a.tokens == 0 || a.plan.sequences == 0) return;
+    const bool matrix_shape = a.dtype != GpuDtype::float32 && (a.plan.head_width == 64 || a.plan.head_width == 128);
+    if (matrix_shape && has_matrix_unit()) {
+        attention_decode(a, stream);
+        attention_prefill(a, stream);  // 3 us if the list is empty, which only the device knows
+    } else {
+        attention_generic(a, stream);
+    }
+}
+
+int device_count() {
+    int count = 0;
+    return gpuGetDeviceCount(&count) == gpuSuccess ? count : 0;
+}
+
+}  // namespace batchinfer::gpu

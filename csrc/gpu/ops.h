@@ -1,0 +1,115 @@
+// The ops of the GPU backend: arguments and launchers. Every pointer is a device pointer, nothing here waits for the
+// device, and no launch geometry depends on device data, so that a whole step can be captured in a graph.
+//
+// Contracts and notation: batchinfer/ops/__init__.py. Activations have the engine's dtype here. An index outside its
+// table cannot be raised without waiting: it is clamped, or its write is dropped, so that no byte outside the tensors
+// is touched.
+#pragma once
+
+#include <cstdint>
+
+#include "batchinfer/ops.h"
+
+namespace batchinfer::gpu {
+
+using Stream = void*;  // cudaStream_t
+
+enum class GpuDtype : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// out [rows, width] = scale * table[ids]: embedding and row gather in one.
+struct LookupArgs {
+    const int32_t* ids;  // [rows]
+    const void* table;   // [table_rows, width]
+    void* out;
+    GpuDtype dtype;
+    int64_t rows, width, table_rows;
+    float scale;
+};
+
+struct RmsNormArgs {
+    const void* x;        // [tokens, width]
+    const float* weight;  // [width]
+    void* residual;       // [tokens, width] or null
+    void* out;            // [tokens, width], may be x
+    GpuDtype dtype;
+    int64_t tokens, width;
+    float eps;
+};
+
+struct SiluMulArgs {
+    const void* gate_up;  // [tokens, 2 * width]
+    void* out;            // [tokens, width]
+    GpuDtype dtype;
+    int64_t tokens, width;
+};
+
+struct RopeAndCacheArgs {
+    const void* qkv;           // [tokens, heads + 2 * kv_heads, head_width]
+    const int32_t* positions;  // [tokens]
+    const int64_t* kv_index;   // [tokens]; outside the cache (-1): q is written, k and v are not
+    const float* cos_sin;      // [max_positions, rotary_width] or null
+    const float* q_norm;       // [head_width] or null
+    const float* k_norm;       // [head_width], null together with q_norm
+    void* k_cache;             // [pages, kv_heads, page_size, head_width]
+    void* v_cache;
+    void* q_out;  // [tokens, heads, head_width]
+    GpuDtype dtype;
+    int64_t tokens, heads, kv_heads, head_width;
+    int64_t max_positions, rotary_width;
+    int64_t pages, page_size;
+    float norm_eps;
+};
+
+// The work list of a step, compressed: running sums over the sequences. Item i belongs to the sequence s with
+// start[s] <= i < start[s + 1]. Made by plan_attention, read by attention; see attention.cuh.
+struct AttentionPlan {
+    const int32_t* q_start;     // [sequences + 1]
+    const int32_t* kv_len;      // [sequences]
+    const int32_t* slot;        // [sequences]
+    const int32_t* page_table;  // [slots, slot_pages]
+    int32_t sequences, slots, slot_pages;
+    int32_t heads, kv_heads, head_width;
+    int32_t pages, page_size;
+    int32_t split;  // KV positions that one decode item covers
+
+    int32_t* decode_start;   // [sequences + 1]
+    int32_t* prefill_start;  // [sequences + 1]
+    int32_t* partial_start;  // [sequences + 1], in splits
+    int32_t* queues;         // [4]: next item and finished blocks, for decode and for prefill; zero between launches
+    int32_t* arrivals;       // [sequences, kv_heads * row_tiles]: finished splits; zero between launches
+    float* partial_out;      // [partial rows, head_width], partial rows = sequences * splits * heads
+    float* partial_lse;      // [partial rows], base 2
+};
+
+struct AttentionArgs {
+    AttentionPlan plan;
+    const void* q;        // [tokens, heads, head_width]
+    const void* k_cache;  // [pages, kv_heads, page_size, head_width]
+    const void* v_cache;
+    void* out;   // [tokens, heads, head_width]
+    float* lse;  // [tokens, heads]
+    GpuDtype dtype;
+    int32_t tokens;
+    float scale;
+};
+
+// Each throws std::invalid_argument for a shape it cannot do and std::runtime_error if the launch fails.
+void lookup(const LookupArgs&, Stream);
+void rms_norm(const RmsNormArgs&, Stream);
+void silu_mul(const SiluMulArgs&, Stream);
+void rope_and_cache(const RopeAndCacheArgs&, Stream);
+void plan_attention(const AttentionPlan&, Stream);
+void attention(const AttentionArgs&, Stream);
+void attention_decode(const AttentionArgs&, Stream);
+void attention_prefill(const AttentionArgs&, Stream);
+void attention_generic(const AttentionArgs&, Stream);
+
+// Each reads `a.logits` as they are and leaves its part of the answer; sample() runs them in the order of the contract.
+// `raw` are the logits before penalties (a.logits itself if there are none).
+void penalise(const SampleArgs& a, Stream);
+void choose(const SampleArgs& a, Stream);
+void logprobs(const SampleArgs& a, const float* raw, Stream);
+
+int device_count();
+
+}  // namespace batchinfer::gpu

@@ -1,0 +1,137 @@
+"""Completions -> output table: row for row, with a schema that no data can change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from data.fakes import INVALID, complete, invalid_text
+
+from batchinfer.config import InputConfig, OutputConfig
+from batchinfer.data.results import LOGPROBS, ResultOptions, count_results, result_schema, result_table
+from batchinfer.types import Completion, ErrorCode, ExitCode, JobError, Request, RowError, SamplingParams
+
+SOURCE = pa.table({"id": [7, 8], "prompt": ["ab", None]})
+GENERATED = ["generated_text", "finish_reason", "prompt_tokens", "completion_tokens", "status", "error_code", "error"]
+
+
+def answers(samples: int = 1) -> list[Completion]:
+    good = Request(0, np.array([97, 98], np.int32), SamplingParams())
+    return [complete(good, samples), Completion(1, 0, error=RowError(ErrorCode.NULL_PROMPT, "the value is null"))]
+
+
+def test_one_sample():
+    table = result_table(SOURCE, answers(), ResultOptions())
+    assert table.to_pylist() == [
+        {
+            **{"id": 7, "prompt": "ab", "generated_text": "0:6261", "finish_reason": "stop", "prompt_tokens": 2},
+            **{"completion_tokens": 3, "status": "ok", "error_code": None, "error": None},
+        },
+        {
+            **{"id": 8, "prompt": None, "generated_text": None, "finish_reason": None, "prompt_tokens": 0},
+            **{"completion_tokens": None, "status": "error", "error_code": "NULL_PROMPT", "error": "the value is null"},
+        },
+    ]
+    assert table.column_names == ["id", "prompt", *GENERATED]
+
+
+def test_several_samples_are_lists_in_their_order():
+    options = ResultOptions(columns=(), token_ids=True, logprobs=True, many=True)
+    first, second = result_table(SOURCE, answers(samples=2), options).to_pylist()
+    assert first["generated_text"] == ["0:6261", "1:6261"]
+    assert first["finish_reason"] == ["stop", "stop"]
+    assert first["completion_tokens"] == [3, 3]
+    assert first["token_ids"] == [[0, 98, 97], [1, 98, 97]]
+    assert first["logprobs"][1] == {
+        "chosen": [-1.0, -98.0, -97.0],
+        "top_ids": [[1, 2], [98, 99], [97, 98]],
+        "top": [[-1.0, -2.0], [-98.0, -99.0], [-97.0, -98.0]],
+    }
+    assert [second[name] for name in ("generated_text", "token_ids", "logprobs", "status")] == [
+        None,
+        None,
+        None,
+        "error",
+    ]
+
+
+def test_logprobs_of_one_sample():
+    (row, _) = result_table(SOURCE, answers(), ResultOptions(logprobs=True))["logprobs"].to_pylist()
+    assert row["chosen"] == [0.0, -98.0, -97.0]
+    assert row["top_ids"] == [[0, 1], [98, 99], [97, 98]]
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize("token_ids", [False, True])
+def test_the_schema_follows_from_the_configuration_alone(many: bool, logprobs: bool, token_ids: bool):
+    options = ResultOptions(token_ids=token_ids, logprobs=logprobs, many=many)
+    schema = result_schema(SOURCE.schema, options)
+    good, bad = answers()
+    for completions in ([good, bad], [bad, bad], [good, good]):
+        assert result_table(SOURCE, completions, options).schema == schema
+    assert result_table(SOURCE.slice(0, 0), [], options).schema == schema
+    assert schema.field("prompt_tokens").type == pa.int32()
+    for name, kind, there in (("token_ids", pa.list_(pa.int32()), token_ids), ("logprobs", LOGPROBS, logprobs)):
+        assert (name in schema.names) == there
+        if there:
+            assert schema.field(name).type == (pa.list_(kind) if many else kind)
+
+
+def test_options_of_a_configuration():
+    def options(input: dict[str, Any], sampling: dict[str, Any]) -> ResultOptions:
+        return ResultOptions.of(InputConfig(**input), OutputConfig(prefix="p_"), SamplingParams(**sampling))
+
+    assert options({}, {}) == ResultOptions(prefix="p_")
+    assert options({"columns": ["a", "b", "a"]}, {"n": 2}) == ResultOptions(("a", "b"), "p_", many=True)
+    assert options({"sampling_columns": {"n": "x"}}, {}) == ResultOptions(prefix="p_", many=True)
+    assert options({}, {"logprobs": 0}) == ResultOptions(prefix="p_", logprobs=True)
+    assert options({"sampling_columns": {"logprobs": "x"}}, {}) == ResultOptions(prefix="p_", logprobs=True)
+
+
+def test_columns_passed_through():
+    assert result_table(SOURCE, answers(), ResultOptions(columns=("prompt",))).column_names == ["prompt", *GENERATED]
+    assert result_table(SOURCE, answers(), ResultOptions(columns=(), prefix="m_")).column_names == [
+        f"m_{name}" for name in GENERATED
+    ]
+
+
+def test_text_that_is_not_utf8_passes_through():
+    source = pa.table({"x": invalid_text([b"a", INVALID])})
+    table = result_table(source, answers(), ResultOptions())
+    assert table["x"].cast(pa.binary()).to_pylist() == [b"a", INVALID]
+
+
+def test_a_name_that_the_input_has_already():
+    source = pa.table({"status": ["new", "old"], "x": [1, 2]})
+    with pytest.raises(JobError, match="the input has a column 'status'") as caught:
+        result_table(source, answers(), ResultOptions())
+    assert caught.value.exit_code == ExitCode.USAGE
+    assert "output.prefix" in str(caught.value)
+    assert "input.columns" in str(caught.value)
+    assert result_table(source, answers(), ResultOptions(prefix="m_"))["m_status"].to_pylist() == ["ok", "error"]
+    assert result_table(source, answers(), ResultOptions(columns=("x",)))["status"].to_pylist() == ["ok", "error"]
+
+
+@pytest.mark.parametrize("message", ["x" * 5000, "é" * 5000, "\U0001f600" * 5000, "\ud800 lone"])
+def test_long_messages_are_cut_between_characters(message: str):
+    bad = Completion(0, 0, error=RowError(ErrorCode.TEMPLATE_ERROR, message))
+    (text,) = result_table(SOURCE.slice(0, 1), [bad], ResultOptions())["error"].to_pylist()
+    assert len(text.encode()) <= 1000
+    assert len(text.encode()) > 996 or text == "? lone"
+    assert message.startswith(text[:100]) or text == "? lone"
+
+
+def test_the_wrong_number_of_completions():
+    with pytest.raises(ValueError, match="1 completions for 2 rows"):
+        result_table(SOURCE, answers()[:1], ResultOptions())
+
+
+def test_counts():
+    long = Completion(2, 900, error=RowError(ErrorCode.PROMPT_TOO_LONG, "..."))
+    assert count_results([*answers(samples=2), long]) == {
+        **{"ok": 1, "error": 2, "prompt_tokens": 902, "completion_tokens": 6},
+        **{"error:NULL_PROMPT": 1, "error:PROMPT_TOO_LONG": 1},
+    }

@@ -1,0 +1,41 @@
+#!/bin/bash
+# Builds the GPU extension into the source tree, runs the GPU tests and times the ops. For a machine with an NVIDIA GPU,
+# nvcc, torch, pybind11 and pytest; nothing else of the project needs to be built.
+#   tests/gpu/check.sh            build, test, time
+#   tests/gpu/check.sh build      one or more of: build test sanitize bench
+# ARCH=sm_80 for another GPU; PYTHON for another interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python=${PYTHON:-python3}
+arch=${ARCH:-sm_90}
+steps=${*:-build test bench}
+
+build() {
+  local objects=build/gpu-check
+  mkdir -p "$objects"
+  flags=(-O3 -Icsrc -Icsrc/include -gencode "arch=${arch/sm/compute},code=$arch" -Xcompiler -fPIC,-Wall -Xptxas -v)
+  pids=()
+  for source in csrc/gpu/*.cu; do
+    name=$(basename "$source" .cu)
+    nvcc -std=c++17 "${flags[@]}" -c "$source" -o "$objects/$name.o" > "$objects/$name.log" 2>&1 & pids+=($!)
+  done
+  # shellcheck disable=SC2046
+  g++ -std=c++20 -O2 -fPIC -Wall -Icsrc -Icsrc/include $("$python" -m pybind11 --includes) \
+    '-DBATCHINFER_GPU_VENDOR="cuda"' -c csrc/bindings/gpu.cpp -o "$objects/binding.o" & pids+=($!)
+  for pid in "${pids[@]}"; do wait "$pid" || { cat "$objects"/*.log | grep -E 'error|fatal'; exit 1; }; done
+  grep -H -E '[1-9][0-9]* bytes spill' "$objects"/*.log || true
+  nvcc -shared -cudart static "$objects"/*.o \
+    -o "batchinfer/_gpu$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')"
+}
+
+for step in $steps; do
+  case $step in
+    build) build ;;
+    test) PYTHONPATH=. "$python" -m pytest -q tests/gpu ${PYTEST_ARGS:-} ;;
+    # memcheck over the small attention cases and one of each sampler path; minutes even so
+    sanitize) PYTHONPATH=. compute-sanitizer --error-exitcode 9 "$python" -m pytest -q tests/gpu -x \
+      -k 'split_boundaries or wild or (mixed_batches and 0-shape1) or penalties or (rope and shape1)' ;;
+    bench) PYTHONPATH=. "$python" tests/gpu/bench_ops.py ${BENCH_ARGS:-} ;;
+    *) echo "unknown step $step: build, test, sanitize, bench"; exit 64 ;;
+  esac
+done

@@ -1,0 +1,216 @@
+"""Paged attention on the GPU against the reference in float64: mixed batches, page boundaries, long contexts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from batchinfer.ops import AttentionInput
+from batchinfer.ops.reference import ReferenceOps
+
+TRUTH = ReferenceOps(torch.float64)
+ROUNDOFF = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+SHAPES = [(32, 8, 128), (9, 3, 64), (16, 8, 128), (8, 8, 64), (20, 1, 128), (7, 1, 64), (71, 1, 64)]
+
+
+@dataclass
+class Case:
+    """One step on the host. Pages that no sequence owns, and places after a sequence's end, hold NaN."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    inputs: AttentionInput
+
+    def truth(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        out = torch.zeros(self.q.shape, dtype=torch.float64)
+        lse = torch.zeros(self.q.shape[:2], dtype=torch.float64)
+        TRUTH.attention(self.q, self.k, self.v, self.inputs, scale, out, lse)
+        return out, lse
+
+    def run(self, gpu, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = self.q.cuda(), self.k.cuda(), self.v.cuda()
+        out = torch.full_like(q, torch.nan)
+        lse = torch.full(q.shape[:2], torch.nan, device="cuda")
+        plan = gpu.plan_attention(self.on_device(), q.shape[1], k)
+        gpu.attention(q, k, v, plan, scale, out, lse)
+        return out.cpu(), lse.cpu()
+
+    def on_device(self) -> AttentionInput:
+        i = self.inputs
+        return AttentionInput(i.q_start.cuda(), i.kv_len.cuda(), i.slot.cuda(), i.page_table.cuda())
+
+
+def make_case(shape, dtype, lengths: list[tuple[int, int]], page_size: int = 16, seed: int = 0, slots: int = 0) -> Case:
+    """``lengths``: (tokens in the step, keys) of each sequence."""
+    random = torch.Generator().manual_seed(seed)
+    heads, kv_heads, width = shape
+    tokens = [t for t, _ in lengths]
+    pages_of = [-(-n // page_size) for _, n in lengths]
+    pages = sum(pages_of) + 3
+    order = torch.randperm(pages, generator=random, dtype=torch.int32)
+    slots = slots or len(lengths) + 2
+    table = torch.full((slots, max(pages_of) + 1), -1, dtype=torch.int32)
+    slot = torch.randperm(slots, generator=random, dtype=torch.int32)[: len(lengths)].clone()
+    k = torch.full((pages, kv_heads, page_size, width), torch.nan, dtype=dtype)
+    v = k.clone()
+    used = 0
+    for i, (_, n) in enumerate(lengths):
+        mine = order[used : used + pages_of[i]]
+        used += pages_of[i]
+        table[slot[i], : pages_of[i]] = mine
+        for cache in (k, v):
+            rows = torch.randn(kv_heads, n, width, generator=random).to(dtype)
+            padded = torch.full((kv_heads, pages_of[i] * page_size, width), torch.nan, dtype=dtype)
+            padded[:, :n] = rows
+            cache[mine.long()] = padded.view(kv_heads, -1, page_size, width).transpose(0, 1)
+    q = torch.randn(sum(tokens), heads, width, generator=random).to(dtype)
+    start = torch.tensor([0, *tokens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    kv_len = torch.tensor([n for _, n in lengths], dtype=torch.int32)
+    return Case(q, k, v, AttentionInput(start, kv_len, slot, table))
+
+
+def draw_lengths(seed: int, count: int, longest: int) -> list[tuple[int, int]]:
+    """Decodes, whole prompts, later chunks, page boundaries and empty sequences, in any order."""
+    random = torch.Generator().manual_seed(seed)
+
+    def below(n: int) -> int:
+        return int(torch.randint(n, (1,), generator=random))
+
+    lengths = []
+    for _ in range(count):
+        n = [1 + below(longest), 16 * (1 + below(longest // 16)), 1 + below(40)][below(3)]
+        tokens = [1, 1, n, 1 + below(n), 0][below(5)]
+        lengths.append((tokens, n if tokens else below(2) * n))
+    return [*lengths, (1, 5)]
+
+
+def assert_attention(case: Case, gpu, scale: float) -> None:
+    out, lse = case.run(gpu, scale)
+    want, want_lse = case.truth(scale)
+    # The weights are rounded to the dtype (values are of size 1 to 4), then the result.
+    error = ((out.double() - want).abs() / (2 + 2 * want.abs())).max().item()
+    assert error <= ROUNDOFF[out.dtype], error  # false for NaN
+    lse_error = (lse.double() - want_lse).abs().max().item()
+    assert lse_error <= 1e-4, lse_error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(4))
+def test_mixed_batches(gpu, shape, dtype, seed):
+    page_size = 16 << seed
+    lengths = draw_lengths(seed + 10 * shape[0], 12, 700)
+    assert_attention(make_case(shape, dtype, lengths, page_size, seed), gpu, shape[2] ** -0.5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((4, 2, width), torch.float32) for width in (16, 64, 80, 128, 256)]
+    + [((6, 2, width), torch.bfloat16) for width in (32, 96, 112, 256)]
+    + [((4, 4, 48), torch.float16)],
+)
+def test_other_widths_and_float32(gpu, shape, dtype):
+    assert_attention(make_case(shape, dtype, draw_lengths(shape[2], 10, 300), 32, 1), gpu, shape[2] ** -0.5)
+
+
+@pytest.mark.parametrize("shape", [(32, 8, 128), (9, 3, 64), (20, 1, 128)])
+def test_split_boundaries(gpu, shape):
+    lengths = [(1, n) for n in (1, 15, 16, 17, 1023, 1024, 1025, 2047, 2048, 2049, 3000, 5000)]
+    assert_attention(make_case(shape, torch.bfloat16, lengths, 64), gpu, shape[2] ** -0.5)
+
+
+@pytest.mark.parametrize("shape", [(8, 2, 128), (4, 4, 64)])
+def test_long_context(gpu, shape):
+    lengths = [(1, 100_000), (200, 100_001), (1, 131_072), (3, 9)]
+    assert_attention(make_case(shape, torch.bfloat16, lengths, 256), gpu, shape[2] ** -0.5)
+
+
+def test_long_context_float32(gpu):
+    assert_attention(make_case((2, 1, 64), torch.float32, [(1, 100_000), (2, 50_000)], 16), gpu, 0.125)
+
+
+@pytest.mark.parametrize("scale", [0.02, 4.0])
+def test_extreme_scores(gpu, scale):
+    """A scale of 4 makes scores of +-150: one key takes all, and the running maximum must move."""
+    assert_attention(make_case((8, 2, 128), torch.float16, [(1, 900), (90, 200), (300, 300)]), gpu, scale)
+
+
+@pytest.mark.parametrize("shape", [(32, 8, 128), (9, 3, 64)])
+def test_independent_of_neighbours(gpu, shape):
+    """Bit for bit: alone, and among others, in another place of the batch."""
+    mine = [(1, 2500), (77, 301)]
+    alone = make_case(shape, torch.bfloat16, mine, seed=3)
+    out, lse = alone.run(gpu, 0.1)
+    for seed in range(3):
+        others = draw_lengths(seed, 20, 3000)
+        crowd = make_case(shape, torch.bfloat16, others + mine, seed=seed, slots=64)
+        self_start = int(crowd.inputs.q_start[len(others)])
+        crowd.q[self_start:] = alone.q
+        for i in range(2):
+            ours, theirs = crowd.inputs.slot[len(others) + i], alone.inputs.slot[i]
+            count = -(-mine[i][1] // 16)
+            to = crowd.inputs.page_table[ours, :count].long()
+            source = alone.inputs.page_table[theirs, :count].long()
+            crowd.k[to], crowd.v[to] = alone.k[source], alone.v[source]
+        crowd_out, crowd_lse = crowd.run(gpu, 0.1)
+        assert torch.equal(crowd_out[self_start:], out)
+        assert torch.equal(crowd_lse[self_start:], lse)
+
+
+def test_graph_replay(gpu):
+    """One captured step serves other lengths: nothing of the launch depends on the data."""
+    shape, dtype, sizes = (32, 8, 128), torch.bfloat16, 13
+    cases = [make_case(shape, dtype, draw_lengths(seed, sizes - 1, 3000), seed=seed, slots=16) for seed in range(4)]
+    tokens = max(len(case.q) for case in cases)
+    columns = max(case.inputs.page_table.shape[1] for case in cases)
+    pages = max(len(case.k) for case in cases)
+    q = torch.zeros(tokens, *shape[::2], dtype=dtype, device="cuda")
+    k = torch.zeros(pages, shape[1], 16, shape[2], dtype=dtype, device="cuda")
+    v, out = torch.zeros_like(k), torch.zeros_like(q)
+    lse = torch.zeros(q.shape[:2], device="cuda")
+    inputs = AttentionInput(
+        *(torch.zeros(size, dtype=torch.int32, device="cuda") for size in (sizes + 1, sizes, sizes, (16, columns)))
+    )
+
+    def step() -> None:
+        gpu.attention(q, k, v, gpu.plan_attention(inputs, shape[0], k), 0.1, out, lse)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for case in [*cases, cases[0]]:
+        i = case.inputs
+        q[: len(case.q)], k[: len(case.k)], v[: len(case.v)] = case.q.cuda(), case.k.cuda(), case.v.cuda()
+        inputs.q_start.copy_(i.q_start), inputs.kv_len.copy_(i.kv_len), inputs.slot.copy_(i.slot)
+        inputs.page_table[:, : i.page_table.shape[1]] = i.page_table.cuda()
+        graph.replay()
+        want, want_lse = case.run(gpu, 0.1)
+        assert torch.equal(out[: len(case.q)].cpu(), want)
+        assert torch.equal(lse[: len(case.q)].cpu(), want_lse)
+
+
+def test_wild_metadata_stays_inside(gpu):
+    """Contradictory lengths and pages give some number, and write nothing beyond the step's rows."""
+    case = make_case((8, 2, 64), torch.bfloat16, [(1, 40), (20, 30), (1, 3)])
+    case.k.nan_to_num_(0), case.v.nan_to_num_(0)
+    i = case.inputs
+    i.kv_len[:] = torch.tensor([2**31 - 1, 3, -7], dtype=torch.int32)
+    i.slot[:] = torch.tensor([-4, 1000, 0], dtype=torch.int32)
+    i.page_table[0, 0] = 2**30
+    out, lse = case.run(gpu, 0.1)
+    assert torch.isfinite(out.float()).all()
+    assert torch.isfinite(lse).all()
+
+
+def test_rejects_unusable_shapes(gpu):
+    case = make_case((8, 2, 64), torch.bfloat16, [(1, 40)])
+    k = torch.zeros(4, 2, 24, 64, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(ValueError, match="pages of 24 tokens"):
+        gpu.plan_attention(case.on_device(), 8, k)
+    with pytest.raises(ValueError, match="num_heads=7"):
+        gpu.plan_attention(case.on_device(), 7, case.k.cuda())

@@ -1,0 +1,141 @@
+"""Every GPU op but the sampler against the reference in float64, over shapes drawn at random."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from batchinfer.ops import HeadNorm, Rope
+from batchinfer.ops.reference import ReferenceOps
+
+TRUTH = ReferenceOps(torch.float64)
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+DTYPES = list(TOLERANCE)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def empty_like(t: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Output on the device, full of NaN: what an op forgets to write shows."""
+    return torch.full(t.shape, torch.nan, dtype=dtype or t.dtype, device="cuda")
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float | None = None) -> None:
+    """Largest error against the size of the values: element errors of sums do not scale with the element."""
+    error = (got.cpu().double() - want.double()).abs().max().item()
+    limit = (tolerance or TOLERANCE[got.dtype]) * max(1.0, want.double().abs().max().item())
+    assert error <= limit, f"{error} > {limit}"  # false for NaN
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (7, 576), (33, 4096), (5, 8192), (9, 100), (3, 32768)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm(gpu, dtype, tokens, width, with_residual):
+    x, weight = randn(tokens, width, dtype=dtype), randn(width, seed=1)
+    residual = randn(tokens, width, dtype=dtype, seed=2) if with_residual else None
+    want = torch.empty(tokens, width, dtype=torch.float64)
+    TRUTH.rms_norm(x, weight, 1e-5, want, summed := residual.clone() if with_residual else None)
+    device_residual = residual.cuda() if with_residual else None
+    out = empty_like(x)
+    gpu.rms_norm(x.cuda(), weight.cuda(), 1e-5, out, device_residual)
+    assert_close(out, want)
+    if with_residual:
+        assert torch.equal(device_residual.cpu(), summed)
+    in_place = x.cuda()
+    gpu.rms_norm(in_place, weight.cuda(), 1e-5, in_place, residual.cuda() if with_residual else None)
+    assert torch.equal(in_place, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 8), (300, 1536), (17, 14336), (4, 50)])
+def test_silu_mul(gpu, dtype, tokens, width):
+    gate_up = 4 * randn(tokens, 2 * width, dtype=dtype)
+    gate_up[0, :2] = torch.tensor([-1e4, 1e4])
+    want = torch.empty(tokens, width, dtype=torch.float64)
+    TRUTH.silu_mul(gate_up, want)
+    out = empty_like(want, dtype)
+    gpu.silu_mul(gate_up.cuda(), out)
+    assert_close(out, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [576, 4096, 30])
+def test_embed_and_gather(gpu, dtype, width):
+    table, ids = randn(1000, width, dtype=dtype), torch.randint(0, 1000, (77,), dtype=torch.int32)
+    want = torch.empty(77, width, dtype=torch.float64)
+    TRUTH.embed(ids, table, want, 1.5)
+    out = empty_like(want, dtype)
+    gpu.embed(ids.cuda(), table.cuda(), out, 1.5)
+    assert_close(out, want)
+    gpu.gather_rows(table.cuda(), ids.cuda(), out)
+    assert torch.equal(out.cpu(), table[ids.long()])
+    wild = torch.tensor([-5, 0, 2**31 - 1, 999], dtype=torch.int32)
+    out = empty_like(want[:4], dtype)
+    gpu.gather_rows(table.cuda(), wild.cuda(), out)
+    assert torch.equal(out.cpu(), table[[0, 0, 999, 999]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "rotary", "page_size"),
+    [(9, 3, 64, 64, 16), (32, 8, 128, 128, 64), (4, 4, 80, 80, 32), (16, 1, 256, 128, 256), (6, 2, 96, 32, 16)],
+)
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("with_rope", [False, True])
+def test_rope_and_cache(gpu, dtype, heads, kv_heads, width, rotary, page_size, with_norm, with_rope):
+    tokens, pages, longest = 45, 12, 500
+    qkv = randn(tokens, (heads + 2 * kv_heads) * width, dtype=dtype)
+    positions = torch.randint(0, longest, (tokens,), dtype=torch.int32)
+    kv_index = torch.randperm(pages * page_size)[:tokens]
+    rope = Rope(randn(longest, rotary, seed=1)) if with_rope else None
+    norm = HeadNorm(randn(width, seed=2), randn(width, seed=3), 1e-6) if with_norm else None
+    caches = [randn(pages, kv_heads, page_size, width, dtype=dtype, seed=4 + i) for i in range(2)]
+    truth = [cache.double() for cache in caches]
+    want = torch.empty(tokens, heads, width, dtype=torch.float64)
+    TRUTH.rope_and_cache(qkv, positions, kv_index, rope, *truth, want, norm)
+
+    on_device = [cache.cuda() for cache in caches]
+    q_out = empty_like(want, dtype)
+    device_rope = Rope(rope.cos_sin.cuda()) if rope else None
+    device_norm = HeadNorm(norm.q.cuda(), norm.k.cuda(), norm.eps) if norm else None
+    gpu.rope_and_cache(qkv.cuda(), positions.cuda(), kv_index.cuda(), device_rope, *on_device, q_out, device_norm)
+    assert_close(q_out, want)
+    assert_close(on_device[0], truth[0])
+    assert torch.equal(on_device[1].cpu(), truth[1].to(dtype))
+
+    untouched = [cache.cuda() for cache in caches]
+    nowhere = torch.full((tokens,), -1)
+    nowhere[1::2] = pages * page_size
+    again = empty_like(want, dtype)
+    gpu.rope_and_cache(qkv.cuda(), positions.cuda(), nowhere.cuda(), device_rope, *untouched, again, device_norm)
+    assert torch.equal(again, q_out)
+    assert all(torch.equal(cache.cpu(), old) for cache, old in zip(untouched, caches, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "depth", "outputs"), [(1, 576, 192), (130, 1536, 576), (40, 256, 4096)])
+def test_linear(gpu, dtype, tokens, depth, outputs):
+    x, weight = randn(tokens, depth, dtype=dtype), randn(outputs, depth, dtype=dtype, seed=1) / depth**0.5
+    bias = randn(outputs, dtype=dtype, seed=2).float()
+    for added in (None, bias):
+        want = torch.empty(tokens, outputs, dtype=torch.float64)
+        TRUTH.linear(x, weight.double(), want, None if added is None else added.double())
+        packed = gpu.pack_weight(weight)
+        for out_dtype in {dtype, torch.float32}:
+            out = empty_like(want, out_dtype)
+            gpu.linear(x.cuda(), packed, out, None if added is None else added.cuda())
+            assert_close(out, want, 1e-5 if out_dtype is torch.float32 else None)
+
+
+def test_rejects_wrong_tensors(gpu):
+    x, weight = randn(3, 64).cuda(), randn(64).cuda()
+    with pytest.raises(ValueError, match="out has shape"):
+        gpu.rms_norm(x, weight, 1e-5, empty_like(x[:2]))
+    with pytest.raises(ValueError, match="weight has dtype"):
+        gpu.rms_norm(x, weight.half(), 1e-5, empty_like(x))
+    with pytest.raises(ValueError, match="must be contiguous and on cuda"):
+        gpu.rms_norm(x.cpu(), weight, 1e-5, empty_like(x))
+    with pytest.raises(ValueError, match="rows of 32776 elements"):
+        gpu.rms_norm(wide := randn(1, 32776).cuda(), randn(32776).cuda(), 1e-5, empty_like(wide))

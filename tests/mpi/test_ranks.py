@@ -1,0 +1,150 @@
+"""Real MPI ranks with the fake engine: the same output for any number of them, and an end when one fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchinfer.data.audit import verify
+
+MPIEXEC = next((str(p) for p in [Path(sys.executable).with_name("mpiexec")] if p.exists()), shutil.which("mpiexec"))
+pytestmark = [pytest.mark.mpi, pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec: pip install 'batchinfer[mpi]'")]
+pytest.importorskip("mpi4py", reason="pip install 'batchinfer[mpi]'")
+
+RANK = Path(__file__).with_name("rank.py")
+OUTSIDE = ("PMI_", "PMIX_", "OMPI_", "SLURM_", "MPI_LOCAL", "HYDRA_")
+
+
+def launch(ranks: int, inputs: Path, output: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(OUTSIDE)}
+    start = [MPIEXEC, "-n", str(ranks)] if ranks else []
+    paths = ["model.path=fake", f"input.path={inputs}", f"output.path={output}", "output.rows_per_chunk=10"]
+    return subprocess.run(
+        [*start, sys.executable, str(RANK), "run", *paths, "engine.max_slots=8", *overrides],
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two files with 300 rows, one of them bad."""
+    folder = tmp_path_factory.mktemp("in")
+    for name, rows in (("a", 180), ("b", 120)):
+        texts = [f"{name} {i} {'y' * (i % 11)}" for i in range(rows)]
+        texts[7] = None if name == "b" else texts[7]
+        pq.write_table(pa.table({"prompt": texts}), folder / f"{name}.parquet", row_group_size=60)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a plain run, without launcher."""
+    output = tmp_path_factory.mktemp("alone") / "out"
+    result = launch(0, inputs, output, "sampling.temperature=1", "cluster.mpi=auto")
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def tables(output: Path) -> dict[str, list]:
+    return {path.name: pq.read_table(path).to_pylist() for path in sorted(output.glob("part-*.parquet"))}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_output_does_not_depend_on_the_number_of_ranks(
+    ranks: int, inputs: Path, alone: Path, tmp_path: Path
+) -> None:
+    result = launch(ranks, inputs, tmp_path / "out", "sampling.temperature=1", STEP_SECONDS="0.002")
+    assert result.returncode == 0, result.stderr
+    assert tables(tmp_path / "out") == tables(alone)
+    assert verify(str(tmp_path / "out")).ok
+    assert result.stderr.count("rows       300: 299 ok, 1 failed (NULL_PROMPT 1)") == 1
+    assert f"on {ranks} rank" in result.stderr
+    committed = {_committer(path) for path in (tmp_path / "out").glob("part-*.parquet")}
+    assert len(committed) == ranks  # everybody had some of the 30 chunks
+
+    again = launch(ranks, inputs, tmp_path / "out", "sampling.temperature=1", FAIL_WHEN="at the start", FAIL_RANK="0")
+    assert again.returncode == 0, again.stderr  # nothing to do: no engine is loaded
+
+
+def _committer(part: Path) -> int:
+    import json
+
+    return json.loads(pq.read_metadata(part).metadata[b"batchinfer"])["provenance"]["rank"]
+
+
+def test_more_ranks_than_chunks(inputs: Path, tmp_path: Path) -> None:
+    result = launch(4, inputs, tmp_path / "out", "output.rows_per_chunk=200", SHOW_SHARES="1")
+    assert result.returncode == 0, result.stderr
+    assert verify(str(tmp_path / "out")).ok
+    shares = {line for line in result.stdout.splitlines() if line.startswith("rank")}
+    cpus = max(1, len(os.sched_getaffinity(0)) // 4)
+    assert shares == {f"rank {rank}: {cpus} threads, 4 ranks" for rank in range(2)}  # two chunks, two engines
+
+
+@pytest.mark.parametrize(
+    ("when", "rank", "code", "text"),
+    [
+        ("before MPI", 2, 69, "[rank 2 on {host}] a launcher started several ranks (PMI_SIZE), but"),
+        ("importing", 2, 70, "no_such_module"),
+        ("at the start", 3, 69, "[rank 3 on {host}] no device for this rank"),
+        ("midway", 1, 70, "the device went away"),
+        ("midway", 0, 70, "the device went away"),
+        ("killed", 2, None, ""),
+        ("at the end", 2, 74, "the last breath failed"),
+    ],
+)
+def test_a_failing_rank_ends_the_job(
+    when: str, rank: int, code: int | None, text: str, inputs: Path, alone: Path, tmp_path: Path
+) -> None:
+    start = time.monotonic()
+    result = launch(4, inputs, tmp_path / "out", "sampling.temperature=1", FAIL_WHEN=when, FAIL_RANK=str(rank))
+    assert time.monotonic() - start < 60
+    assert result.returncode == code if code is not None else result.returncode != 0
+    assert text.format(host=os.uname().nodename) in result.stderr + result.stdout
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+    if when in ("midway", "killed"):
+        finished = launch(0, inputs, tmp_path / "out", "sampling.temperature=1")
+        assert finished.returncode == 0, finished.stderr
+        assert tables(tmp_path / "out") == tables(alone)
+
+
+def test_ranks_do_not_wait_for_ever_for_one_that_never_starts(inputs: Path, tmp_path: Path) -> None:
+    """mpiexec says nothing about a process that ends before it has loaded MPI."""
+    result = launch(3, inputs, tmp_path / "out", FAIL_WHEN="silently", FAIL_RANK="1", START_SECONDS="3")
+    assert result.returncode != 0
+    assert "_wait_for_all_ranks_to_start" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_configuration_is_told_once(inputs: Path, tmp_path: Path) -> None:
+    result = launch(4, inputs, tmp_path / "out", "sampling.temprature=1")
+    assert result.returncode == 64
+    assert result.stderr.count("no key 'sampling.temprature'") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_that_do_not_see_each_other_are_refused(inputs: Path, tmp_path: Path) -> None:
+    """What a launcher with the wrong PMI gives: singletons, each of which would do the whole job."""
+    result = launch(0, inputs, tmp_path / "out", SLURM_PROCID="1", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="4")
+    assert result.returncode == 69
+    assert "SLURM_STEP_NUM_TASKS=4" in result.stderr
+    assert "srun --mpi=pmi2" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_cfg_is_printed_by_one_rank(inputs: Path, tmp_path: Path) -> None:
+    result = launch(2, inputs, tmp_path / "out", "--cfg", "job")
+    assert result.returncode == 0
+    assert result.stdout.count("max_tokens") == 1

@@ -1,0 +1,99 @@
+"""The README's tables, made of what they describe, so that they can't tell anything else.
+
+    python tests/readme_tables.py           print them
+    python tests/readme_tables.py --write   put them into README.md, between their comment lines
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from batchinfer.models.rope import ROPE_TYPES
+from batchinfer.models.spec import ARCHITECTURES, GGUF_ARCHITECTURES
+
+TESTS = Path(__file__).parent
+README = TESTS.parent / "README.md"
+CONFIGS = TESTS.parent / "configs"
+PACKAGE = TESTS.parent / "batchinfer"
+
+
+def feature_matrix() -> str:
+    """A line for each ``@pytest.mark.feature("area", "feature")``: what no test proves is not listed."""
+    found: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for path in sorted(TESTS.rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "feature":
+                area, feature = (ast.literal_eval(argument) for argument in node.args)
+                found[area, feature].add(f"`{path.relative_to(TESTS).as_posix()}`")
+    lines = [f"| {area} | {feature} | {', '.join(sorted(files))} |" for (area, feature), files in sorted(found.items())]
+    return "\n".join(["| area | feature | proved by, in tests/ |", "|---|---|---|", *lines])
+
+
+def configuration() -> str:
+    """A line for each key of the YAML files, with the comment that stands above it there."""
+    files = [CONFIGS / "config.yaml", *sorted(CONFIGS.glob("*/default.yaml"))]
+    lines = [line for path in files for line in _keys_of(path)]
+    return "\n".join(["| key | default | meaning |", "|---|---|---|", *sorted(lines)])
+
+
+def _keys_of(path: Path) -> list[str]:
+    section, comment, rows = path.parent.name, [], []
+    for line in path.read_text().splitlines():
+        if match := re.fullmatch(r"(?:  )?(\w+):\s*(\S.*)", line):
+            name, value = match.groups()
+            rows.append(f"| `{section}.{name}` | `{value}` | {' '.join(comment)} |")
+            comment = []
+        elif match := re.fullmatch(r"(job|bench):", line):
+            section, comment = match[1], []
+        elif line.lstrip().startswith("# "):
+            comment.append(line.strip(" #"))
+        elif line.startswith("  - ") or line == "defaults:" or not line:
+            comment = []
+    return rows
+
+
+def models() -> str:
+    gguf = {name: key for key, name in GGUF_ARCHITECTURES.items()}
+    lines = []
+    for name, traits in ARCHITECTURES.items():
+        notes = [note for note, on in (("query/key norms", traits.qk_norm), ("window up to its length", traits.window)) if on]
+        lines.append(f"| `{name}` | `{gguf.get(name, 'llama')}` | {', '.join(notes)} |")
+    footer = f"Rope types: {', '.join(ROPE_TYPES)}."
+    return "\n".join(["| architecture (config.json) | GGUF | notes |", "|---|---|---|", *lines, "", footer])
+
+
+def tree() -> str:
+    """A line for each module, with the first line of its docstring."""
+    lines = []
+    for path in sorted(PACKAGE.rglob("*.py"), key=lambda path: (len(path.parts), path)):
+        name = path.relative_to(PACKAGE).as_posix()
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        if docstring and "configs" not in path.parts:
+            lines.append(f"| `{name}` | {docstring.split(chr(10) * 2)[0].replace(chr(10), ' ')} |")
+    return "\n".join(["| batchinfer/ | |", "|---|---|", *lines])
+
+
+TABLES = {"configuration": configuration, "models": models, "feature matrix": feature_matrix, "modules": tree}
+
+
+def in_readme(name: str) -> str:
+    """The table as the README has it."""
+    return re.split(_marks(name), README.read_text())[1].strip()
+
+
+def _marks(name: str) -> str:
+    return rf"<!-- (?:begin|end) {name}[^>]* -->"
+
+
+if __name__ == "__main__":
+    for name, table in TABLES.items():
+        if "--write" in sys.argv:
+            before, _, after = re.split(_marks(name), README.read_text())
+            marked = f"<!-- begin {name}: made by `make readme` -->\n{table()}\n<!-- end {name} -->"
+            README.write_text(before + marked + after)
+        else:
+            print(table(), end="\n\n")

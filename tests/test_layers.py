@@ -1,0 +1,115 @@
+"""Who may import whom. The two halves meet in job.py alone, and heavy libraries stay where they belong."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "batchinfer"
+
+ALLOWED = {
+    "__init__": {"llm"},
+    "__main__": {"job", "inquire", "bench", "doctor", "cluster"},
+    "job": {"data", "cluster", "engine", "models.identity", "pipeline", "report"},
+    "inquire": {"data"},
+    "pipeline": set(),
+    "report": set(),
+    "bench": {"data", "engine"},
+    "doctor": {"cluster", "engine", "_ops", "_engine", "_gpu"},
+    "llm": {"engine"},
+    "data": set(),
+    "cluster": set(),
+    "engine": {"models", "ops", "_engine"},
+    "models": {"ops"},
+    "ops": {"_ops", "_gpu"},
+    "config": set(),
+    "types": set(),
+}
+"""Part -> parts that it may import beside itself, types, config and the version in __init__."""
+
+ONLY_IN = {
+    "mpi4py": {"cluster"},
+    "pyarrow": {"data"},
+    "hydra": {"__main__"},
+    "omegaconf": {"__main__"},
+    "torch": {"engine", "models", "ops", "llm", "bench"},
+    "triton": {"ops"},
+    "transformers": {"models"},
+    "tokenizers": {"models"},
+    "rich": {"report"},
+}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of all modules that a file imports, at its top or inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            names = {alias.name for alias in node.names}
+            submodules = {n for n in names if _exists(f"{node.module}.{n}")}
+            yield from (f"{node.module}.{name}" for name in submodules)
+            if names - submodules:
+                yield node.module
+
+
+def _exists(module: str) -> bool:
+    path = ROOT.joinpath(*module.split("."))
+    return path.with_suffix(".py").exists() or path.is_dir() or re.fullmatch(r"batchinfer\._[a-z]+", module) is not None
+
+
+def broken_rules(path: Path) -> Iterator[str]:
+    part = part_of(path)
+    for name in imports(path):
+        first, _, rest = name.partition(".")
+        if first in ONLY_IN and part not in ONLY_IN[first]:
+            yield f"{name} belongs to {sorted(ONLY_IN[first])}"
+        if first == "batchinfer" and rest:
+            other = rest.split(".")[0]
+            if not ({rest, other} & (ALLOWED[part] | {part, "types", "config"})):
+                yield f"{part} may not import {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_keep_to_the_layers(path: Path) -> None:
+    assert list(broken_rules(path)) == []
+
+
+def test_every_part_has_its_rule() -> None:
+    assert {part_of(path) for path in MODULES} <= set(ALLOWED)
+
+
+def test_the_walk_sees_what_it_should(tmp_path: Path) -> None:
+    text = "def f():\n    from batchinfer import job\n    import torch.nn\n    from batchinfer.data.plan import Plan\n"
+    (tmp_path / "x.py").write_text(text)
+    assert set(imports(tmp_path / "x.py")) == {"batchinfer.job", "torch.nn", "batchinfer.data.plan"}
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("batchinfer.__main__", {"torch", "pyarrow", "mpi4py", "hydra", "omegaconf", "rich"}),
+        ("batchinfer.inquire", {"torch", "mpi4py", "hydra"}),
+        ("batchinfer.job", {"torch", "mpi4py", "hydra", "transformers"}),
+        ("batchinfer.models.identity", {"torch"}),
+    ],
+)
+def test_what_a_module_loads(module: str, absent: set[str]) -> None:
+    """Help, status and verify start fast on a login node, also where torch or MPI is broken."""
+    code = f"import {module}, sys; print(*sorted({absent!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

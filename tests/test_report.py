@@ -1,0 +1,110 @@
+"""Counters, the progress line, the summary."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+
+from batchinfer.report import REPORT_SECONDS, Counters, Meter, Progress, duration, summary, total, write_record
+from batchinfer.types import Completion, EngineStats, ErrorCode, RowError, Sample
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_meter_counts_rows_and_looks_at_the_engine_now_and_then() -> None:
+    clock, stats = Clock(), EngineStats(prompt_tokens=7, output_tokens=1, running=1, pages_used=2, pages_total=4)
+    meter = Meter(lambda: stats, clock)
+    first = meter.report()
+    assert first == Counters(0, 0, 7, 1, 1, 2, 4)
+    meter.count(Completion(0, 3, (Sample(np.zeros(1, np.int32), "a", "stop"),)))
+    meter.count(Completion(1, 0, error=RowError(ErrorCode.NULL_PROMPT, "null")))
+    stats.output_tokens = 9
+    clock.now += REPORT_SECONDS / 2
+    assert meter.report() is first
+    assert meter.report(fresh=True) == Counters(2, 1, 7, 9, 1, 2, 4)
+    stats.output_tokens = 10
+    clock.now += REPORT_SECONDS
+    assert meter.report().output_tokens == 10
+
+
+def test_totals_over_ranks() -> None:
+    assert total([Counters(rows=2, running=3), None, Counters(rows=5, failed=1)]) == Counters(7, 1, running=3)
+    assert total([]) == Counters()
+
+
+def test_plain_lines_come_at_their_interval_with_rates_of_the_last_minute() -> None:
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress(rows=1000, done=100, seconds=60, stream=stream, clock=clock)
+    progress.show([Counters(), None])
+    clock.now += 59
+    progress.show([Counters(rows=59), None])
+    assert stream.getvalue() == ""
+    clock.now += 1
+    progress.show(
+        [Counters(rows=60, failed=2, prompt_tokens=6000, output_tokens=60_000, running=8, pages_total=4), None]
+    )
+    clock.now += 60
+    progress.show([Counters(180, 2, 12_000, 180_000, running=7, pages_used=3, pages_total=4), None])
+    progress.close()
+    first, second = stream.getvalue().splitlines()
+    assert first == (
+        "160/1,000 rows, 2 failed | prompt 100 tok/s | output 1,000 tok/s | 14:00 left | 8 running | KV 0 %"
+    )
+    assert second == (
+        "280/1,000 rows, 2 failed | prompt 100 tok/s | output 2,000 tok/s | 6:00 left | 7 running | KV 75 %"
+    )
+
+
+def test_nothing_done_yet_divides_by_nothing() -> None:
+    clock = Clock()
+    line = Progress(rows=10, seconds=1, stream=io.StringIO(), clock=clock).line(Counters())
+    assert "0/10 rows" in line
+    assert "time left unknown" in line
+    assert "KV -" in line
+
+
+def test_a_terminal_gets_one_live_line() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    clock, stream = Clock(), Terminal()
+    progress = Progress(rows=1000, seconds=60, stream=stream, clock=clock)
+    for rows in (1, 2, 3):
+        clock.now += 1
+        progress.show([Counters(rows=rows), None])
+    progress.close()
+    shown = stream.getvalue()
+    assert shown.count("/1,000 rows") >= 3
+    assert shown.count("\n") <= 1  # redrawn in place, cut to the terminal's width
+    assert shown.rstrip("\r\n").endswith(("\x1b[?25h", "\x1b[2K"))  # the cursor is back, the line cleared
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0, 59.6, 61, 3600, 3 * 86400 + 62)] == ["0:00", "1:00", "1:01", "1:00:00", "72:01:02"]
+
+
+def test_the_summary_names_what_a_person_asks_first() -> None:
+    counts = {"ok": 995, "error": 5, "error:NULL_PROMPT": 2, "error:BAD_MESSAGES": 3}
+    counts |= {"prompt_tokens": 12_345, "completion_tokens": 67_890}
+    times = {"seconds": 130.0, "computing_seconds": 120.0}
+    text = summary(counts, Counters(rows=600, output_tokens=6000), times, 4, "/data/out")
+    assert "1,000: 995 ok, 5 failed (BAD_MESSAGES 3, NULL_PROMPT 2)" in text
+    assert "12,345 prompt, 67,890 output" in text
+    assert "600 rows in 2:10 on 4 ranks, 50.0 output tok/s after loading" in text
+    assert "/data/out" in text
+
+
+def test_a_record_is_replaced_whole(tmp_path: Path) -> None:
+    write_record(tmp_path, "first", {"a": 1})
+    write_record(tmp_path, "first", {"a": 2})
+    assert [path.name for path in (tmp_path / "attempts").iterdir()] == ["first.json"]
+    assert json.loads((tmp_path / "attempts" / "first.json").read_text()) == {"a": 2}
