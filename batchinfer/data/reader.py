@@ -51,7 +51,7 @@ class ChunkReader:
             if self._own_columns(file) != []:
                 table = pa.Table.from_batches(self._take(file, chunk.start, chunk.rows))
                 columns = dict(zip(table.column_names, table.columns, strict=True))
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             self.close()
             where = f"input file {file.full_path}, rows {chunk.start} to {chunk.start + chunk.rows - 1}"
             raise JobError(f"{where}: cannot be decoded, write the file again: {error}", ExitCode.INPUT) from None

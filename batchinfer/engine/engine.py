@@ -50,7 +50,9 @@ class Engine:
         max_seq_len: int,
         max_slots: int,
         num_pages: int,
+        vocab_size: int,
     ):
+        self._vocab_size = vocab_size
         self._lengths = lengths
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
@@ -156,8 +158,8 @@ class Engine:
                 f"the prompt has {length} tokens and needs room for one more; engine.max_model_len is "
                 f"{self.max_seq_len}",
             )
-        if int(request.prompt.min()) < 0 or int(request.prompt.max()) >= self.tokenizer.vocab_size:
-            return RowError(ErrorCode.BAD_TOKEN_IDS, f"token ids must lie in [0, {self.tokenizer.vocab_size - 1}]")
+        if int(request.prompt.min()) < 0 or int(request.prompt.max()) >= self._vocab_size:
+            return RowError(ErrorCode.BAD_TOKEN_IDS, f"token ids must lie in [0, {self._vocab_size - 1}]")
         try:
             request.sampling.check()
         except ValueError as error:

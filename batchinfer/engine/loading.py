@@ -67,4 +67,5 @@ def load_engine(model: ModelConfig, engine: EngineConfig, *, threads: int = 0, r
         max_seq_len=max_len,
         max_slots=engine.max_slots,
         num_pages=pages,
+        vocab_size=spec.vocab_size,
     )

@@ -192,3 +192,9 @@ def test_extension_types_are_their_storage(tmp_path: Path):
     ids = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"0" * 16], pa.binary(16)))
     path = write(tmp_path / "a.parquet", {"id": ids})
     assert input_schema(list_inputs(str(path))) == pa.schema([("id", pa.binary(16))])
+
+
+def test_a_column_name_that_is_not_utf8(tmp_path: Path):
+    path = write(tmp_path / "a.parquet", {"name": ["a"]}, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"name", b"na\xffe"))
+    assert "columns that Arrow cannot represent" in refusal(path)

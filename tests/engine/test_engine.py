@@ -86,6 +86,7 @@ def make_engine(decoder: Decoder, expected_share: float = 0.0, **options: Any) -
         max_seq_len=128,
         max_slots=given["max_slots"],
         num_pages=given["num_pages"],
+        vocab_size=VOCAB,
     )
 
 
