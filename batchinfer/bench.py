@@ -10,8 +10,10 @@ import time
 from collections.abc import Sequence
 
 from batchinfer.config import Config
+from batchinfer.data.columns import check_input
 from batchinfer.data.prompts import PromptBuilder
-from batchinfer.data.tables import check_input, list_inputs, read_chunk
+from batchinfer.data.reader import read_chunk
+from batchinfer.data.tables import list_inputs
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.loading import load_engine
 from batchinfer.types import Chunk, EngineStats, Request, SamplingParams

@@ -161,9 +161,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def summary(
-    counts: Mapping[str, int], attempt: Counters, times: Mapping[str, float], ranks: int, output: str
-) -> str:
+def summary(counts: Mapping[str, int], attempt: Counters, times: Mapping[str, float], ranks: int, output: str) -> str:
     """The closing lines. ``counts`` are the whole job's (keys ok, error, error:CODE, prompt_tokens,
     completion_tokens), ``attempt`` and ``times`` this attempt's: "seconds" in all, and "computing_seconds" without
     the loading of the model, to which the rate refers."""

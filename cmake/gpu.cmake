@@ -1,11 +1,13 @@
 # _gpu: the ops for NVIDIA GPUs, as a module of its own, so that the CPU extension neither needs nor links the CUDA runtime.
 #
 # Architectures: -DCMAKE_CUDA_ARCHITECTURES, else what this nvcc knows of 7.0 to 10.0. CUDA 13 no longer compiles for 7.0;
-# the last one also travels as PTX, for GPUs that come later.
+# the newest also travels as PTX, for GPUs that come later. 9.0 is always built as 90a, which has the warpgroup products of
+# attention_prefill_sm90.cu and runs on every GPU of 9.0.
 function(batchinfer_cuda_architectures out)
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known ERROR_QUIET)
   set(chosen "")
   set(missing "")
+  set(newest "")
   foreach(arch IN ITEMS 70 75 80 86 89 90 100)
     if(known MATCHES "compute_${arch}\n")
       list(APPEND chosen "${arch}-real")
@@ -14,32 +16,40 @@ function(batchinfer_cuda_architectures out)
       list(APPEND missing "${arch}")
     endif()
   endforeach()
-  if(NOT chosen)
+  if(NOT chosen) # a compiler without --list-gpu-arch
     set(chosen "80-real" "90-real")
     set(newest "90")
-  endif()
-  if(missing)
+  elseif(missing)
     message(STATUS "batchinfer: this nvcc has no code for compute capability ${missing}; left out")
   endif()
   list(APPEND chosen "${newest}-virtual")
   set(${out} "${chosen}" PARENT_SCOPE)
 endfunction()
 
-function(batchinfer_add_cuda)
-  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES 80) # enable_language would store its own default and hide whether one was given
-    set(choose ON)
+# A macro, to be called from the top CMakeLists.txt: enable_language leaves its variables in the caller's scope.
+macro(batchinfer_add_cuda)
+  if(NOT CMAKE_CUDA_ARCHITECTURES)
+    # enable_language would store a default of its own, and hide that none was given.
+    set(CMAKE_CUDA_ARCHITECTURES OFF)
+    set(BATCHINFER_CHOOSES_ARCHITECTURES ON)
   endif()
   enable_language(CUDA)
-  if(choose)
+  if(BATCHINFER_CHOOSES_ARCHITECTURES)
     batchinfer_cuda_architectures(CMAKE_CUDA_ARCHITECTURES)
   endif()
-  message(STATUS "batchinfer: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
+  batchinfer_add_gpu()
+endmacro()
 
+function(batchinfer_add_gpu)
+  list(TRANSFORM CMAKE_CUDA_ARCHITECTURES REPLACE "^90(-real)?$" "90a-real")
+  message(STATUS "batchinfer: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
   file(GLOB sources CONFIGURE_DEPENDS csrc/gpu/*.cu)
   add_library(batchinfer_gpu STATIC ${sources})
   target_include_directories(batchinfer_gpu PUBLIC csrc csrc/include)
   target_compile_options(batchinfer_gpu PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall>")
+  if("90a-real" IN_LIST CMAKE_CUDA_ARCHITECTURES)
+    target_compile_definitions(batchinfer_gpu PRIVATE BATCHINFER_SM90A)
+  endif()
   set_target_properties(batchinfer_gpu PROPERTIES
     CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}" CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON
     CUDA_RUNTIME_LIBRARY Static POSITION_INDEPENDENT_CODE ON)

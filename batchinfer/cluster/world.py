@@ -13,13 +13,14 @@ import select
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from batchinfer.types import ExitCode, JobError
 
-MESSAGE_TAG, GATHER_TAG = 0, 1
+_MESSAGE, _GATHER = 0, 1
 
 POLL_SECONDS = 0.005
 """Sleep between two looks at an operation under way: far below a step of any engine, and no load on the core."""
@@ -135,6 +136,8 @@ class MpiWorld(World):
         node.Free()
         self.place = f" [rank {self.rank} on {self.hostname}]"
         self._sending: list[Any] = []
+        self._inbox: deque[tuple[int, Any]] = deque()
+        self._gathered: list[deque[Any]] = [deque() for _ in range(self.size)]
 
     def bcast(self, value: Any) -> Any:
         data = pickle.dumps(value) if self.rank == 0 else b""
@@ -145,35 +148,46 @@ class MpiWorld(World):
         return value if self.rank == 0 else pickle.loads(buffer)
 
     def gather(self, value: Any) -> list[Any] | None:
+        """Afterwards no message sent before is under way: a job that ends with it may finalise MPI."""
         if self.rank != 0:
-            request = self._comm.isend(value, dest=0, tag=GATHER_TAG)
-            self._wait(lambda: request.test()[0])
+            self._start(0, _GATHER, value)
+            self._wait(self._all_sent)
             return None
-        values = [value]
-        for rank in range(1, self.size):
-            self._wait(lambda rank=rank: self._comm.Iprobe(source=rank, tag=GATHER_TAG))
-            values.append(self._comm.recv(source=rank, tag=GATHER_TAG))
-        return values
+        self._wait(lambda: self._all_sent() and self._arrived() and all(self._gathered[1:]))
+        return [value, *(values.popleft() for values in self._gathered[1:])]
 
     def send(self, rank: int, message: Any) -> None:
-        self._unsent()
-        self._sending.append(self._comm.isend(message, dest=rank, tag=MESSAGE_TAG))
+        self._all_sent()
+        self._start(rank, _MESSAGE, message)
 
     def receive(self) -> tuple[int, Any] | None:
-        self._unsent()
-        status = self._mpi.Status()
-        if not self._comm.Iprobe(source=self._mpi.ANY_SOURCE, tag=MESSAGE_TAG, status=status):
-            return None
-        return status.Get_source(), self._comm.recv(source=status.Get_source(), tag=MESSAGE_TAG)
+        self._all_sent()
+        self._arrived()
+        return self._inbox.popleft() if self._inbox else None
 
     def abort(self, code: int) -> None:
         time.sleep(LAST_WORDS_SECONDS)
         self._comm.Abort(code)
 
-    def _unsent(self) -> list[Any]:
-        """Messages still on their way; a finished one gives its buffer back."""
+    def _start(self, rank: int, kind: int, value: Any) -> None:
+        self._sending.append(self._comm.isend((kind, value), dest=rank))
+
+    def _all_sent(self) -> bool:
+        """Give the buffers of finished messages back; whether none is left."""
         self._sending = [request for request in self._sending if not request.test()[0]]
-        return self._sending
+        return not self._sending
+
+    def _arrived(self) -> bool:
+        """Sort what has arrived. Both kinds come in one stream per sender, so that none overtakes the other."""
+        status = self._mpi.Status()
+        while self._comm.Iprobe(status=status):
+            sender = status.Get_source()
+            kind, value = self._comm.recv(source=sender)
+            if kind == _GATHER:
+                self._gathered[sender].append(value)
+            else:
+                self._inbox.append((sender, value))
+        return True
 
     def _finish(self, request: Any) -> None:
         self._wait(request.Test)

@@ -70,7 +70,10 @@ class Ledger:
     def missing(self) -> list[Chunk]:
         """Chunks without a part file, in order. A folder listing can be out of date on network file systems: then a
         chunk is computed once more, and its commit loses."""
-        names = set(os.listdir(self.path))
+        try:
+            names = set(os.listdir(self.path))
+        except OSError as error:
+            raise output_error(self.path, error) from None
         return [chunk for chunk in self.plan.chunks if part_name(chunk) not in names]
 
     def commit(self, chunk: Chunk, table: pa.Table, provenance: dict[str, Any] | None = None) -> Literal["won", "lost"]:

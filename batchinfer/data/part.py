@@ -24,6 +24,7 @@ from batchinfer.types import Chunk
 
 META_KEY = b"batchinfer"
 NO_DIGEST = "0" * 64
+DIGEST_KEY = b'"sha256":"'
 ROW_GROUP_ROWS = 1 << 16  # only chunks beyond this have more than one row group
 PAGE_BYTES = 1 << 20
 
@@ -86,17 +87,21 @@ def encode_part(table: pa.Table, info: PartInfo, compression: str = "zstd") -> b
         writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
         writer.add_key_value_metadata({META_KEY: json.dumps(asdict(info), separators=(",", ":"))})
     data = bytearray(sink.getvalue())
-    place = _digest_place(data, NO_DIGEST)
+    place = _digest_place(data)
     data[place : place + len(NO_DIGEST)] = _digest_around(data, place).encode()
     return bytes(data)
 
 
 def decode_part(data: bytes) -> tuple[PartInfo, pa.Table]:
-    """Check every byte and decode every value. BadPart says what is wrong."""
+    """Check every byte and decode every value. BadPart says what is wrong. Arrow sees the bytes only if they are those
+    that were written: some of its versions do not come back from a damaged footer."""
+    place = _digest_place(data)
+    if place is None:
+        raise BadPart("it is truncated, or was not written by batchinfer (it has no digest)")
+    if _digest_around(data, place) != data[place : place + len(NO_DIGEST)].decode("ascii", "replace"):
+        raise BadPart("its bytes are not those that were written (SHA-256 differs)")
     try:
         info = _info(pq.read_metadata(pa.BufferReader(data)))
-        if _digest_around(data, _digest_place(data, info.sha256)) != info.sha256:
-            raise BadPart("its bytes are not those that were written (SHA-256 differs)")
         table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise BadPart(f"it cannot be decoded: {error}") from None
@@ -142,9 +147,10 @@ def _row_ids_digest(chunk: Chunk) -> str:
     return hashlib.sha256(np.arange(first, first + chunk.rows, dtype="<u8").tobytes()).hexdigest()
 
 
-def _digest_place(data: bytes | bytearray, digest: str) -> int:
-    marker = f'"sha256":"{digest}"'.encode()
-    return data.rindex(marker) + len(b'"sha256":"')
+def _digest_place(data: bytes | bytearray) -> int | None:
+    """Where the digest stands. It is the last one: only Arrow's base64 schema and its own name follow in the footer."""
+    found = data.rfind(DIGEST_KEY)
+    return None if found < 0 else found + len(DIGEST_KEY)
 
 
 def _digest_around(data: bytes | bytearray, place: int) -> str:

@@ -119,7 +119,7 @@ def read_footer(path: str) -> tuple[int, pq.FileMetaData, str]:
                 tail = file.read()
         footer = tail[-length:]
         metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: a name that is not UTF-8
         raise _unreadable(path, f"cannot be read: {_first_line(error)}") from None
     return size, metadata, hashlib.sha256(footer).hexdigest()
 
@@ -170,7 +170,7 @@ def _inspect(ordinal: int, path: str, root: str) -> InputFile:
     values = {unquote(key): None if value == NULL_PARTITION else unquote(value) for key, value in keys.items()}
     try:
         schema = _plain_schema(metadata)
-    except (OSError, ValueError, pa.ArrowException) as error:  # names that are not UTF-8 are ValueErrors
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise _unreadable(full, f"has columns that Arrow cannot represent: {_first_line(error)}") from None
     partitions = {k: v for k, v in values.items() if k not in schema.names}  # a column of the file itself goes first
     return InputFile(ordinal, path, root, metadata.num_rows, groups, size, digest, partitions, schema)

@@ -7,6 +7,7 @@ reading the data (token ids, positions, cache indices) is checked by the extensi
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -250,7 +251,7 @@ _SAMPLING = {
 }
 
 
-def _extension(device: str):
+def _extension(device: str) -> ModuleType:
     try:
         module = importlib.import_module("batchinfer._ops")
         compiled = ", ".join(module.compiled_for)

@@ -51,7 +51,7 @@ class ReferenceOps:
         tokens, heads, width = q_out.shape
         pages, kv_heads, page_size, _ = k_cache.shape
         _check_range("kv_index", kv_index, pages * page_size)
-        q, k, v = qkv.view(tokens, -1, width).to(self.dtype).split([heads, kv_heads, kv_heads], dim=1)
+        q, k, v = qkv.view(tokens, heads + 2 * kv_heads, width).to(self.dtype).split([heads, kv_heads, kv_heads], dim=1)
         if norm is not None:
             q = self._rms_norm(q, norm.q, norm.eps)
             k = self._rms_norm(k, norm.k, norm.eps)

@@ -86,6 +86,7 @@ def _mass_above(x: np.ndarray, top_p: float) -> np.ndarray:
     return (before[first_tie] < top_p * before[-1]) | (first_tie == 0)
 
 
+@np.errstate(invalid="ignore")  # a row of nothing but -inf has NaN everywhere
 def _logprobs(raw: np.ndarray, tokens: np.ndarray, wanted: np.ndarray) -> tuple[torch.Tensor, ...]:
     rows, vocab = raw.shape
     wide = max(0, int(wanted.max(initial=0)))

@@ -10,18 +10,24 @@
 namespace batchinfer {
 namespace {
 
-// Query rows of an item: many rows share the work of bringing keys and values into cache, but there must be enough items
-// for all threads. 112 rows of 64 floats with their sums are 60 KiB.
-constexpr int64_t kMinRows = 32, kMaxRows = 112;
+// Query rows of an item: many rows share the work of bringing keys and values into cache, but there must be enough
+// items for all threads. 104 rows of 64 floats with their sums are 60 KiB.
+constexpr int64_t kMinRows = 32, kMaxRows = 104;
 // Cost of bringing in a key block, in units of one row's work on it (measured: 2-4).
 constexpr double kStageCost = 3.0;
 // Rows of an item whose splits may run side by side: their partial sums are written out.
 constexpr int64_t kMaxSplitRows = 64;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
 
-int64_t length(const QueryRange& q) { return q.position + q.tokens; }
-int64_t key_blocks(const QueryRange& q) { return ceil_div(length(q), kKeyBlock); }
+int64_t length(const QueryRange& q) {
+    return q.position + q.tokens;
+}
+int64_t key_blocks(const QueryRange& q) {
+    return ceil_div(length(q), kKeyBlock);
+}
 
 [[noreturn]] void fail(int64_t sequence, const std::string& what) {
     throw std::invalid_argument("plan_attention: sequence " + std::to_string(sequence) + ": " + what);
@@ -68,7 +74,8 @@ std::vector<QueryRange> AttentionPlan::copy_sequences() {
         sequences.push_back({nullptr, a.q_start[i], tokens, length - tokens});
         tokens_ = a.q_start[i + 1];
     }
-    for (size_t i = 0; i < sequences.size(); ++i) sequences[i].pages = pages_.data() + first_page[i];
+    for (size_t i = 0; i < sequences.size(); ++i)
+        sequences[i].pages = pages_.data() + first_page[i];
     return sequences;
 }
 
@@ -88,7 +95,8 @@ void AttentionPlan::cut(const std::vector<QueryRange>& sequences, int threads) {
         }
     }
     const double limit = total / (2 * threads);
-    for (size_t i = 0; i < queries_.size(); ++i) add_items(i, 1, 0, limit);
+    for (size_t i = 0; i < queries_.size(); ++i)
+        add_items(i, 1, 0, limit);
 
     std::sort(small.begin(), small.end(), [&](const QueryRange& a, const QueryRange& b) {
         return std::lexicographical_compare(a.pages, a.pages + ceil_div(length(a), shape_.page_size), b.pages,

@@ -9,20 +9,23 @@
 namespace batchinfer {
 namespace {
 
-// Rows packed together. Their activations and the weights of a task stay in a core's L2 (1-2 MiB): 112 rows of 1536 floats
-// are 672 KiB, but only one tile of them is in use at a time.
-constexpr int64_t kBlockRows = 112;
-// Weights of a task: read from L2 by every tile after the first.
+// Rows packed together; one tile of them is in use at a time.
+constexpr int64_t kBlockRows = 104;
+// Weights of a task, per depth slice: read from L2 (1-2 MiB) by every tile after the first.
 constexpr int64_t kTaskWeightBytes = 256 * 1024;
+// The kernels take up to so many panels at once.
+constexpr int64_t kMinTaskPanels = 4;
 // Enough tasks that a thread which lost its core for a while does not hold up the others.
 constexpr int64_t kTasksPerThread = 4;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
 
 }  // namespace
 
-PackedWeight::PackedWeight(const GemmKernel& kernel, Dtype dtype, const void* weight, int64_t outputs,
-                           int64_t depth, ThreadPool& pool)
+PackedWeight::PackedWeight(const GemmKernel& kernel, Dtype dtype, const void* weight, int64_t outputs, int64_t depth,
+                           ThreadPool& pool)
     : kernel_(kernel),
       dtype_(dtype),
       outputs_(outputs),
@@ -35,7 +38,8 @@ PackedWeight::PackedWeight(const GemmKernel& kernel, Dtype dtype, const void* we
         for (int64_t i = begin; i < end; ++i) {
             const int64_t first = i * kernel.panel_columns;
             kernel.pack_panel(dtype, static_cast<const std::byte*>(weight) + first * row_bytes,
-                              std::min<int64_t>(kernel.panel_columns, outputs - first), depth, data_.get() + i * panel_bytes_);
+                              std::min<int64_t>(kernel.panel_columns, outputs - first), depth,
+                              data_.get() + i * panel_bytes_);
         }
     });
 }
@@ -49,8 +53,9 @@ void PackedWeight::multiply(const float* x, int64_t rows, const float* bias, flo
     const int64_t block_rows = ceil_div(tiles, row_blocks) * tile_rows;
     // Panels of a task: what fits into L2, less where that would leave threads without work.
     const int64_t fair = panels_ * row_blocks / (kTasksPerThread * pool.size());
-    const int64_t fit = kTaskWeightBytes / static_cast<int64_t>(panel_bytes_);
-    const int64_t task_panels = std::clamp<int64_t>(std::min(fair, fit), 1, panels_);
+    const int64_t slice_bytes = kernel_.panel_bytes(dtype_, std::min(depth_, kDepthSlice));
+    const int64_t least = std::min(kMinTaskPanels, ceil_div(panels_, pool.size()));
+    const int64_t task_panels = std::max(least, std::min(fair, kTaskWeightBytes / slice_bytes));
     const int64_t column_blocks = ceil_div(panels_, task_panels);
     const int64_t tasks = ceil_div(rows, block_rows) * column_blocks;
 

@@ -63,10 +63,13 @@ class Gate {
     void wait(std::chrono::microseconds spin, Condition holds) {
         const auto deadline = std::chrono::steady_clock::now() + spin;
         do {
-            for (int i = 0; i < 16; ++i) {
+            for (int i = 0; i < 64; ++i) {
                 if (holds()) return;
                 pause();
             }
+            // Whom we wait for may be queued behind us on this CPU: on a busy machine the median of an empty job was
+            // 208 us without this, and 3 us with it. An idle machine does not get here: it takes 0.3 us.
+            std::this_thread::yield();
         } while (std::chrono::steady_clock::now() < deadline);
         std::unique_lock lock(mutex_);
         ++sleepers_;  // before the condition is read again, as wake() reads it after the condition was written

@@ -1,4 +1,5 @@
-// Working memory of the calling thread, kept between calls: an allocation of this size is a system call and page faults.
+// Working memory of the calling thread, kept between calls: an allocation of this size is a system call and page
+// faults.
 #pragma once
 
 #include <cstddef>

@@ -37,7 +37,7 @@ __device__ __forceinline__ Sequence sequence_of(const AttentionPlan& p, int s, i
     return q;
 }
 
-// Offset of (kv head, position) in the caches [pages, kv_heads, page_size, head_width]; page_size is a power of two.
+// Where (kv head, position) stands in the caches [pages, kv_heads, page_size, head_width]; page_size is a power of two.
 struct Pages {
     const int32_t* row;
     int kv_head, kv_heads, head_width, pages, log_page;
@@ -46,11 +46,12 @@ struct Pages {
         : row(row_), kv_head(kv_head_), kv_heads(p.kv_heads), head_width(p.head_width), pages(p.pages) {
         log_page = 31 - __clz(p.page_size);
     }
-    __device__ __forceinline__ int64_t offset(int position) const {
+    // The caches as [rows, head_width]; 80 GB of rows of 64 bytes still count in 31 bits.
+    __device__ __forceinline__ int cache_row(int position) const {
         const int page = min(max(__ldg(row + (position >> log_page)), 0), pages - 1);
-        const int inside = position & ((1 << log_page) - 1);
-        return ((int64_t{page} * kv_heads + kv_head << log_page) + inside) * head_width;
+        return (page * kv_heads + kv_head << log_page) + (position & ((1 << log_page) - 1));
     }
+    __device__ __forceinline__ int64_t offset(int position) const { return int64_t{cache_row(position)} * head_width; }
 };
 
 // Largest s with start[s] <= item, for item < start[count]; all lanes of a warp together, 33-fold a step.

@@ -26,6 +26,8 @@ constexpr int kStageBytes = 2 * kChunk * E * 2;
 template <int E>
 constexpr int kSharedBytes = kWarps * kStages<E> * kStageBytes<E>;
 
+#if BATCHINFER_MMA
+
 // What one item is about.
 struct Item {
     int sequence, split, kv_head, row_tile;
@@ -45,8 +47,6 @@ __device__ __forceinline__ Item decode_item(const AttentionPlan& p, const Sequen
     item.splits = (q.length + p.split - 1) / p.split;
     return item;
 }
-
-#if BATCHINFER_MMA
 
 // The 16 x E query tile as A fragments, straight from global memory; missing rows are zero.
 template <class T, int E>

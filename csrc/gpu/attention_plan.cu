@@ -54,11 +54,17 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionPlan p) {
     if (t < 3) lists[t][0] = 0;
 }
 
-bool has_matrix_unit() {
+#ifdef BATCHINFER_SM90A
+constexpr bool kWithSm90a = true;
+#else
+constexpr bool kWithSm90a = false;
+#endif
+
+int compute_major() {
     int device = 0, major = 0;
     check(gpuGetDevice(&device), "attention");
     check(gpuComputeMajor(&major, device), "attention");
-    return major >= 8;
+    return major;
 }
 
 }  // namespace
@@ -79,9 +85,11 @@ void plan_attention(const AttentionPlan& p, Stream stream) {
 void attention(const AttentionArgs& a, Stream stream) {
     if (a.tokens == 0 || a.plan.sequences == 0) return;
     const bool matrix_shape = a.dtype != GpuDtype::float32 && (a.plan.head_width == 64 || a.plan.head_width == 128);
-    if (matrix_shape && has_matrix_unit()) {
+    static const int major = compute_major();
+    if (matrix_shape && major >= 8) {
         attention_decode(a, stream);
-        attention_prefill(a, stream);  // 3 us if the list is empty, which only the device knows
+        // 3 us if the list is empty, which only the device knows.
+        kWithSm90a&& major == 9 ? attention_prefill_sm90(a, stream) : attention_prefill(a, stream);
     } else {
         attention_generic(a, stream);
     }

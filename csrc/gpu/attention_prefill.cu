@@ -14,9 +14,7 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kKeys = 64;                            // positions of a tile
-constexpr int kMTiles = kPrefillRows / kWarps / 16;  // matrix-unit tiles of a warp's rows
-constexpr float kSlack = 8;
+constexpr int kKeys = 64;  // positions of a tile
 
 template <int E>
 constexpr int kTileBytes = kKeys * E * 2;  // of keys, or of values
@@ -26,6 +24,9 @@ template <int E>
 constexpr int kSharedBytes = kQueryBytes<E> + 4 * kTileBytes<E>;
 
 #if BATCHINFER_MMA
+
+constexpr int kMTiles = kPrefillRows / kWarps / 16;  // matrix-unit tiles of a warp's rows
+constexpr float kSlack = 8;
 
 // Address of 16-byte piece `piece` of row `row`, permuted against bank conflicts; E * 2 bytes a row.
 template <int E>
@@ -64,15 +65,17 @@ __device__ __forceinline__ void copy_queries(uint32_t to, const T* q, const Rows
 template <class T, int E>
 __device__ __forceinline__ void copy_tile(uint32_t to, const T* k, const T* v, const Pages& pages, int begin,
                                           int length) {
-    constexpr int kPieces = E / 8, kRowsAtOnce = kThreads / kPieces;
-    const int piece = threadIdx.x % kPieces, first = threadIdx.x / kPieces;
+    constexpr int kPieces = E / 8, kRowsAtOnce = kThreads / kPieces;  // 8 or 16: a page holds whole runs of 16
+    const int piece = threadIdx.x % kPieces, row = threadIdx.x / kPieces;
 #pragma unroll
-    for (int i = 0; i < kKeys / kRowsAtOnce; ++i) {
-        const int row = first + i * kRowsAtOnce, position = begin + row;
-        const bool wanted = position < length;
-        const int64_t source = pages.offset(wanted ? position : length - 1) + piece * 8;
-        copy_async(to + place<E>(row, piece), k + source, wanted);
-        copy_async(to + kTileBytes<E> + place<E>(row, piece), v + source, wanted);
+    for (int run = 0; run < kKeys; run += 16) {
+        const int64_t source = pages.offset(min(begin + run, length - 1) & ~15) + row * E + piece * 8;
+#pragma unroll
+        for (int i = 0; i < 16; i += kRowsAtOnce) {
+            const bool wanted = begin + run + i + row < length;
+            copy_async(to + place<E>(run + i + row, piece), k + source + i * E, wanted);
+            copy_async(to + kTileBytes<E> + place<E>(run + i + row, piece), v + source + i * E, wanted);
+        }
     }
 }
 

@@ -102,6 +102,7 @@ void plan_attention(const AttentionPlan&, Stream);
 void attention(const AttentionArgs&, Stream);
 void attention_decode(const AttentionArgs&, Stream);
 void attention_prefill(const AttentionArgs&, Stream);
+void attention_prefill_sm90(const AttentionArgs&, Stream);  // compiled for sm_90a
 void attention_generic(const AttentionArgs&, Stream);
 
 // Each reads `a.logits` as they are and leaves its part of the answer; sample() runs them in the order of the contract.

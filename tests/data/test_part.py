@@ -88,7 +88,7 @@ def test_every_byte_counts(plan: Plan):
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_a_truncated_part(plan: Plan, keep: int):
-    with pytest.raises(BadPart, match="cannot be decoded"):
+    with pytest.raises(BadPart, match=r"truncated|SHA-256"):
         decode_part(part_of(plan, plan.chunks[0])[:keep])
 
 
@@ -114,7 +114,7 @@ def test_a_table_that_spells_the_digest_of_a_part(plan: Plan):
 def test_parquet_of_another_program(plan: Plan, tmp_path: Path):
     path = tmp_path / "x.parquet"
     pq.write_table(rows_of(plan.chunks[0]), path)
-    with pytest.raises(BadPart, match="not written by batchinfer"):
+    with pytest.raises(BadPart, match="was not written by batchinfer"):
         decode_part(path.read_bytes())
     with pytest.raises(BadPart, match="not written by batchinfer"):
         read_info(str(path))

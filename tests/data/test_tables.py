@@ -197,4 +197,4 @@ def test_extension_types_are_their_storage(tmp_path: Path):
 def test_a_column_name_that_is_not_utf8(tmp_path: Path):
     path = write(tmp_path / "a.parquet", {"name": ["a"]}, store_schema=False)
     path.write_bytes(path.read_bytes().replace(b"name", b"na\xffe"))
-    assert "columns that Arrow cannot represent" in refusal(path)
+    assert "a.parquet cannot be read: 'utf-8' codec" in refusal(path)

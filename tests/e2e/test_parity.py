@@ -48,10 +48,10 @@ def expected(smollm_dir: Path, prompts: list[list[int]]) -> list[list[int]]:
     return out
 
 
-def generate(gguf: Path, prompts: list[list[int]], **options: Any) -> tuple[list[np.ndarray], Any]:
+def generate(model: Path, prompts: list[list[int]], **options: Any) -> tuple[list[np.ndarray], Any]:
     from batchinfer import LLM, SamplingParams
 
-    llm = LLM(str(gguf), max_model_len=1024, **options)
+    llm = LLM(str(model), max_model_len=1024, **options)
     done = llm.generate(prompts, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True))
     stats = llm.stats()
     llm.close()
@@ -59,9 +59,9 @@ def generate(gguf: Path, prompts: list[list[int]], **options: Any) -> tuple[list
 
 
 @pytest.fixture(scope="module")
-def whole(smollm_gguf: Path, prompts: list[list[int]]) -> list[np.ndarray]:
+def whole(smollm_dir: Path, prompts: list[list[int]]) -> list[np.ndarray]:
     """Our tokens in float32 with nothing in the way: room for everything."""
-    tokens, stats = generate(smollm_gguf, prompts, dtype="fp32")
+    tokens, stats = generate(smollm_dir, prompts, dtype="fp32")
     assert stats.preemptions == 0
     return tokens
 
@@ -72,11 +72,11 @@ def test_greedy_tokens_are_those_of_transformers(whole: list[np.ndarray], expect
 
 
 def test_chunked_prefill_prefix_cache_and_preemption_change_nothing(
-    smollm_gguf: Path, prompts: list[list[int]], whole: list[np.ndarray]
+    smollm_dir: Path, prompts: list[list[int]], whole: list[np.ndarray]
 ) -> None:
     """A pool of 60 pages holds about four of the 64 sequences, and no prompt's prefill fits into one step."""
     tokens, stats = generate(
-        smollm_gguf,
+        smollm_dir,
         prompts,
         dtype="fp32",
         num_pages=60,
@@ -90,7 +90,7 @@ def test_chunked_prefill_prefix_cache_and_preemption_change_nothing(
     assert [t.tolist() for t in tokens] == [t.tolist() for t in whole]
 
 
-def test_tokens_do_not_depend_on_the_batch_in_bf16(smollm_gguf: Path, prompts: list[list[int]]) -> None:
-    wide, _ = generate(smollm_gguf, prompts[:16])
-    narrow, _ = generate(smollm_gguf, prompts[:16], max_slots=3, max_step_tokens=100, prefix_cache=False, threads=1)
+def test_tokens_do_not_depend_on_the_batch_in_bf16(smollm_dir: Path, prompts: list[list[int]]) -> None:
+    wide, _ = generate(smollm_dir, prompts[:16])
+    narrow, _ = generate(smollm_dir, prompts[:16], max_slots=3, max_step_tokens=100, prefix_cache=False, threads=1)
     assert [t.tolist() for t in narrow] == [t.tolist() for t in wide]

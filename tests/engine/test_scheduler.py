@@ -253,9 +253,10 @@ def test_admission_waits_for_pages_that_will_be_needed() -> None:
 def test_admission_knows_that_a_long_prompt_takes_many_steps() -> None:
     """One prompt token fits beside each decode: the second sequence will last until the first has grown."""
     s = scheduler(num_pages=8, page_size=4, max_slots=2, max_step_tokens=2, max_seq_len=32)
-    s.add(0, [0] * 2, max_new_tokens=23)
+    s.add(0, [0] * 4, max_new_tokens=23)
     run(s)
-    s.add(1, [1] * 12, max_new_tokens=3)  # 4 pages to the end; in 14 steps the other will need 5
+    run(s)
+    s.add(1, [1] * 12, max_new_tokens=3)  # 4 pages, to the end of 14 steps; the other will need 5 by then
     assert run(s).num_seqs == 1
     while s.num_open:
         run(s)

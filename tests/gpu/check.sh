@@ -3,17 +3,18 @@
 # nvcc, torch, pybind11 and pytest; nothing else of the project needs to be built.
 #   tests/gpu/check.sh            build, test, time
 #   tests/gpu/check.sh build      one or more of: build test sanitize bench
-# ARCH=sm_80 for another GPU; PYTHON for another interpreter.
+# ARCH=sm_80 for another GPU, ARCH=sm_90 to run the 8.0 kernels on a 9.0 one; PYTHON for another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
-arch=${ARCH:-sm_90}
+arch=${ARCH:-sm_90a}
 steps=${*:-build test bench}
 
 build() {
   local objects=build/gpu-check
   mkdir -p "$objects"
   flags=(-O3 -Icsrc -Icsrc/include -gencode "arch=${arch/sm/compute},code=$arch" -Xcompiler -fPIC,-Wall -Xptxas -v)
+  if [ "$arch" = sm_90a ]; then flags+=(-DBATCHINFER_SM90A); fi
   pids=()
   for source in csrc/gpu/*.cu; do
     name=$(basename "$source" .cu)

@@ -72,7 +72,7 @@ def test_against_float64(
 
 @isas
 @dtypes
-@pytest.mark.parametrize(("outputs", "depth"), [(960, 576), (576, 1536), (2048, 576)])
+@pytest.mark.parametrize(("outputs", "depth"), [(960, 576), (576, 1536), (100, 4100)])
 def test_shapes_of_a_real_model(isa: str, dtype: torch.dtype, outputs: int, depth: int) -> None:
     x, weight, bias = problem(33, outputs, depth, dtype)
     check(native(isa), x, weight, bias)
@@ -130,7 +130,7 @@ def test_wrong_arguments_are_named() -> None:
     ops = native(ISAS[0])
     weight = ops.pack_weight(torch.ones(3, 5))
     x, out = torch.ones(2, 5), torch.empty(2, 3)
-    with pytest.raises(ValueError, match="weight has dtype torch.float16"):
+    with pytest.raises(ValueError, match=r"weight has dtype torch\.float16"):
         ops.pack_weight(torch.ones(3, 5, dtype=torch.float16))
     with pytest.raises(ValueError, match="weight must be contiguous"):
         ops.pack_weight(torch.ones(5, 3).T)

@@ -2,50 +2,44 @@
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/key_block.h"
+#include "cpu/kernels/online_softmax.h"
 #include "cpu/kernels/tile.h"
 
 namespace batchinfer::BATCHINFER_ISA {
 namespace {
 
 constexpr int64_t kSplitBlocks = kSplit / kKeyBlock;
-constexpr float kNegInf = -__builtin_inff();
 
-int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+int64_t min(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+int64_t round_up(int64_t n, int64_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
 
-// Head width in the buffers: whole tiles of two vectors.
-int64_t padded_width(int64_t head_width) { return round_up(head_width, 2 * Vec::W); }
+CacheShape cache_shape(const AttentionArgs& a) {
+    const int64_t per_word = a.cache_dtype == Dtype::bfloat16 ? 2 : 1;
+    return {a, a.head_width / per_word, padded_width(a.head_width) / per_word};
+}
 
-// Running sums of a row: weighted values [padded width], then the maximum of the scores and the sum of exponentials.
-struct State {
-    float* values;
-    int64_t width;
+// Sizes in bytes of an item's buffers, each rounded up to a cache line.
+struct Sizes {
+    int64_t block, q, states, scores, positions;
 
-    float& maximum() const { return values[width]; }
-    float& sum() const { return values[width + 1]; }
+    Sizes(const AttentionArgs& a, int64_t rows)
+        : block(lines(KeyBlock::bytes(cache_shape(a)))),
+          q(lines(round_up(a.head_width, kDepthBlock) * rows * sizeof(float))),
+          states(lines(rows * state_floats(a.head_width) * sizeof(float))),
+          scores(lines(kTileRows * kDepthBlock * sizeof(float))),
+          positions(lines(rows * sizeof(int64_t))) {}
 
-    void clear() const {
-        for (int64_t i = 0; i < width; i += Vec::W) Vec::zero().store(values + i);
-        maximum() = kNegInf;
-        sum() = 0.0f;
-    }
+    int64_t total() const { return block + q + 2 * states + scores + positions; }
 
-    void add(State other) const {
-        if (other.maximum() == kNegInf) return;  // the row lies before the other split
-        const float top = maximum() > other.maximum() ? maximum() : other.maximum();
-        const Vec mine = exp(Vec::broadcast(maximum() - top)), theirs = exp(Vec::broadcast(other.maximum() - top));
-        for (int64_t i = 0; i < width; i += Vec::W) {
-            fma(Vec::load(values + i), mine, Vec::load(other.values + i) * theirs).store(values + i);
-        }
-        const Vec total = fma(Vec::broadcast(sum()), mine, Vec::broadcast(other.sum()) * theirs);
-        maximum() = top;
-        sum() = total.v[0];
-    }
+  private:
+    static int64_t lines(int64_t bytes) { return round_up(bytes, 64); }
 };
 
-int64_t state_floats(int64_t head_width) { return padded_width(head_width) + Vec::W; }
-
-// The buffers of one item, carved out of the thread's scratch memory.
+// An item's buffers in the thread's scratch memory.
 struct Work {
     const AttentionArgs& a;
     int64_t rows, width, group;
@@ -56,28 +50,26 @@ struct Work {
     float* total;       // [rows, state_floats]: closed splits
     float* scores;      // [tile rows, kDepthBlock]
     int64_t* position;  // [rows]
-    size_t bytes;       // of all buffers
 
-    // With scratch null only `bytes` is of use.
     Work(const AttentionArgs& args, int64_t num_rows, void* scratch)
         : a(args),
           rows(num_rows),
           width(padded_width(args.head_width)),
           group(args.heads / args.kv_heads),
-          cache(args.cache_dtype == Dtype::bfloat16 ? CacheShape{args, args.head_width / 2, width / 2}
-                                                    : CacheShape{args, args.head_width, width}),
-          block(cache, scratch),
-          bytes(round_up(KeyBlock::bytes(cache), 64)) {
-        const auto take = [&](int64_t floats) {
-            char* p = scratch ? static_cast<char*>(scratch) + bytes : nullptr;
-            bytes += round_up(floats * sizeof(float), 64);
-            return reinterpret_cast<float*>(p);
+          cache(cache_shape(args)),
+          block(cache, scratch) {
+        const Sizes size(args, rows);
+        char* next = static_cast<char*>(scratch) + size.block;
+        const auto take = [&](int64_t bytes) {
+            char* p = next;
+            next += bytes;
+            return p;
         };
-        q = take(round_up(a.head_width, kDepthBlock) * rows);
-        running = take(rows * state_floats(a.head_width));
-        total = take(rows * state_floats(a.head_width));
-        scores = take(kTileRows * kDepthBlock);
-        position = reinterpret_cast<int64_t*>(take(2 * rows));
+        q = reinterpret_cast<float*>(take(size.q));
+        running = reinterpret_cast<float*>(take(size.states));
+        total = reinterpret_cast<float*>(take(size.states));
+        scores = reinterpret_cast<float*>(take(size.scores));
+        position = reinterpret_cast<int64_t*>(take(size.positions));
     }
 
     State running_of(int64_t row) const { return {running + row * state_floats(a.head_width), width}; }
@@ -85,7 +77,7 @@ struct Work {
 };
 
 size_t scratch_bytes(const AttentionArgs& a, int64_t rows) {
-    return Work(a, rows, nullptr).bytes;
+    return Sizes(a, rows).total();
 }
 
 void load_queries(const Work& w, const QueryRange& queries, int64_t kv_head, int64_t row) {
@@ -100,37 +92,6 @@ void load_queries(const Work& w, const QueryRange& queries, int64_t kv_head, int
         }
         w.position[row] = queries.position + i / w.group;
     }
-}
-
-// Replaces the scores of a row by exponentials and updates its maximum and sum. `seen`: scores that the row may see,
-// of `count` computed. Returns the factor for what was summed before.
-float softmax(float* scores, int64_t seen, int64_t count, State state) {
-    if (seen <= 0) {
-        for (int64_t i = 0; i < count; i += Vec::W) Vec::zero().store(scores + i);
-        return 1.0f;
-    }
-    Vec top = Vec::broadcast(state.maximum());
-    for (int64_t i = 0; i < count; i += Vec::W) {
-        Vec s = Vec::load(scores + i);
-        if (i + Vec::W > seen) {
-            const Ints visible = lane_index() < static_cast<int>(seen - i);
-            s = select(visible, s, Vec::broadcast(kNegInf));
-            s.store(scores + i);
-        }
-        top = max(s, top);
-    }
-    const float maximum = reduce_max(top);
-    const Vec shift = Vec::broadcast(maximum);
-    Vec sum = Vec::zero();
-    for (int64_t i = 0; i < count; i += Vec::W) {
-        const Vec p = exp(Vec::load(scores + i) - shift);
-        p.store(scores + i);
-        sum = sum + p;
-    }
-    const float factor = maximum == state.maximum() ? 1.0f : exp(Vec::broadcast(state.maximum() - maximum)).v[0];
-    state.maximum() = maximum;
-    state.sum() = state.sum() * factor + reduce_sum(sum);
-    return factor;
 }
 
 // How the staged words are read.
@@ -158,7 +119,8 @@ void attend_tile(const Work& w, int64_t row, int64_t start, int64_t count, Ahead
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-            for (int c = 0; c < C; ++c) sum[r][c] = Vec::zero();
+            for (int c = 0; c < C; ++c)
+                sum[r][c] = Vec::zero();
         }
         const float* q = w.q + row * kDepthBlock;
         const auto* keys = reinterpret_cast<const typename Keys::Word*>(w.block.keys) + n;
@@ -170,7 +132,8 @@ void attend_tile(const Work& w, int64_t row, int64_t start, int64_t count, Ahead
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-            for (int c = 0; c < C; ++c) sum[r][c].store(w.scores + r * kDepthBlock + n + c * Vec::W);
+            for (int c = 0; c < C; ++c)
+                sum[r][c].store(w.scores + r * kDepthBlock + n + c * Vec::W);
         }
     }
     ahead.ask();
@@ -187,18 +150,21 @@ void attend_tile(const Work& w, int64_t row, int64_t start, int64_t count, Ahead
         for (int r = 0; r < R; ++r) {
             const Vec f = Vec::broadcast(factor[r]);
 #pragma GCC unroll 4
-            for (int c = 0; c < D; ++c) sum[r][c] = Vec::load(out + r * stride + c * Vec::W) * f;
+            for (int c = 0; c < D; ++c)
+                sum[r][c] = Vec::load(out + r * stride + c * Vec::W) * f;
         }
         const float* p = w.scores;
         for (const KeyBlock::Run* run = w.block.runs; run->count > 0 && p < w.scores + count; p += run++->count) {
-            const auto* values = reinterpret_cast<const typename Values::Word*>(run->values) + e / Cache::kValuesPerWord;
+            const auto* values =
+                reinterpret_cast<const typename Values::Word*>(run->values) + e / Cache::kValuesPerWord;
             accumulate<Values>(sum, min(run->count, w.scores + count - p), p, values, w.cache.padded,
                                2 * Vec::W / Cache::kValuesPerWord);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-            for (int c = 0; c < D; ++c) sum[r][c].store(out + r * stride + c * Vec::W);
+            for (int c = 0; c < D; ++c)
+                sum[r][c].store(out + r * stride + c * Vec::W);
         }
     };
     int64_t e = 0;
@@ -230,7 +196,8 @@ constexpr ByRows<Bf16Cache> kBf16ByRows;
 
 int64_t furthest(const Work& w, int64_t begin, int64_t end) {
     int64_t position = -1;
-    for (int64_t r = begin; r < end; ++r) position = w.position[r] > position ? w.position[r] : position;
+    for (int64_t r = begin; r < end; ++r)
+        position = w.position[r] > position ? w.position[r] : position;
     return position;
 }
 
@@ -238,7 +205,7 @@ int64_t furthest(const Work& w, int64_t begin, int64_t end) {
 void attend_blocks(const Work& w, const int32_t* pages, int64_t kv_head, int64_t begin, int64_t end, int64_t first,
                    int64_t last, const Positions& after, Ahead& ahead) {
     const int64_t length = furthest(w, begin, end) + 1;
-    const AttendTile* by_rows = (w.a.cache_dtype == Dtype::bfloat16 ? kBf16ByRows.entry : kF32ByRows.entry) - 1;
+    const AttendTile* by_rows = w.a.cache_dtype == Dtype::bfloat16 ? kBf16ByRows.entry : kF32ByRows.entry;
     const int64_t tiles = (end - begin + kTileRows - 1) / kTileRows;
     last = min(last, (length + kKeyBlock - 1) / kKeyBlock);
     const auto positions = [&](int64_t block) {
@@ -257,7 +224,7 @@ void attend_blocks(const Work& w, const int32_t* pages, int64_t kv_head, int64_t
         for (int64_t i = 0; i < tiles; ++i) {
             const int64_t row = begin + (end - begin) * i / tiles, next = begin + (end - begin) * (i + 1) / tiles;
             const int64_t seen = furthest(w, row, next) + 1 - start;  // by any row of the tile
-            if (seen > 0) by_rows[next - row](w, row, start, min(seen, kKeyBlock), ahead);
+            if (seen > 0) by_rows[next - row - 1](w, row, start, min(seen, kKeyBlock), ahead);
         }
     }
 }
@@ -290,7 +257,8 @@ void finish(const AttentionArgs& a, const QueryRange& queries, int64_t kv_head, 
 void attend(const AttentionArgs& a, const AttentionItem& item, const AttentionItem* next, void* scratch) {
     const int64_t group = a.heads / a.kv_heads;
     int64_t rows = 0;
-    for (int64_t i = 0; i < item.num_queries; ++i) rows += item.queries[i].tokens * group;
+    for (int64_t i = 0; i < item.num_queries; ++i)
+        rows += item.queries[i].tokens * group;
     const Work w(a, rows, scratch);
     for (int64_t i = 0, row = 0; i < item.num_queries; row += item.queries[i++].tokens * group) {
         load_queries(w, item.queries[i], item.kv_head, row);

@@ -1,11 +1,11 @@
 // What an instruction set's attention kernels offer to csrc/cpu/attention.cpp (made by kernels/attention.cpp).
 //
-// A work item is some query rows against one key/value head. A row is one query head of one token; the heads that share a
-// key/value head stand together, so that they read it once. Keys and values are taken in blocks of kKeyBlock positions, counted
-// from the start of the sequence, with the running maximum of Milakov & Gimelshein (2018, arXiv:1805.02867) as in
-// FlashAttention (Dao et al. 2022, arXiv:2205.14135). Every kSplit positions the running sums are closed and added to the
-// row's total. So the order of a row's additions follows from its position alone, and an item may hold rows of any
-// sequences, or only some splits of a row, without a change in any bit.
+// A work item is some query rows against one key/value head. A row is one query head of one token; the heads that share
+// a key/value head stand together, so that they read it once. Keys and values are taken in blocks of kKeyBlock
+// positions, counted from the start of the sequence, with the running maximum of Milakov & Gimelshein (2018,
+// arXiv:1805.02867) as in FlashAttention (Dao et al. 2022, arXiv:2205.14135). Every kSplit positions the running sums
+// are closed and added to the row's total. So the order of a row's additions follows from its position alone, and an
+// item may hold rows of any sequences, or only some splits of a row, without a change in any bit.
 #pragma once
 
 #include <stddef.h>

@@ -33,12 +33,16 @@ using HalfWeights = Bf16DotWeights;
 using HalfWeights = Bf16Weights;
 #endif
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t round_up(int64_t n, int64_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
+int64_t min(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
 
 // Words of a panel per step; a step is one word per column.
 template <class Format>
-constexpr int64_t kStepDepth = Format::kParts* Format::kDepth;
+constexpr int64_t kStepDepth = Format::kParts * Format::kDepth;
 
 template <class Format>
 int64_t steps(int64_t depth) {
@@ -54,7 +58,8 @@ void pack_panel(Dtype dtype, const void* weight, int64_t columns, int64_t depth,
         const float* w = static_cast<const float*>(weight);
         float* out = static_cast<float*>(panel);
         for (int64_t k = 0; k < depth; ++k) {
-            for (int64_t n = 0; n < kPanel; ++n) *out++ = n < columns ? w[n * depth + k] : 0.0f;
+            for (int64_t n = 0; n < kPanel; ++n)
+                *out++ = n < columns ? w[n * depth + k] : 0.0f;
         }
         return;
     }
@@ -107,62 +112,77 @@ void pack_rows(Dtype weight, const float* x, int64_t rows, int64_t depth, void* 
     }
 }
 
-// R rows times P panels. `block`: activations from one depth block to the next.
+// What the tiles of one pass over a slice of the depth have in common.
+struct Pass {
+    int64_t depth;        // of the slice
+    int64_t block;        // activations from one depth block to the next
+    int64_t panel_words;  // from one panel to the next
+    bool more;            // out holds the sums of the slices before
+    const float* bias;    // with the last slice
+    int64_t stride;       // of out
+};
+
+// R rows times P panels; bias and out belong to the first column.
 template <class Format, int R, int P>
-void multiply_tile(const typename Format::Activation* x, int64_t block, int64_t depth, const typename Format::Word* w,
+void multiply_tile(const Pass& pass, const typename Format::Activation* x, const typename Format::Word* w,
                    const float* bias, float* out, int64_t stride) {
     Vec sum[R][2 * P];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-        for (int c = 0; c < 2 * P; ++c) sum[r][c] = Vec::zero();
+        for (int c = 0; c < 2 * P; ++c) {
+            sum[r][c] = pass.more ? Vec::load(out + r * stride + c * Vec::W) : Vec::zero();
+        }
     }
-    const int64_t panel_words = steps<Format>(depth) * kPanel;
-    for (; depth > 0; depth -= kDepthBlock, x += block) {
+    for (int64_t depth = pass.depth; depth > 0; depth -= kDepthBlock, x += pass.block) {
         const int64_t count = steps<Format>(min(depth, kDepthBlock));
-        accumulate<Format>(sum, count, x, w, kPanel, panel_words);
+        accumulate<Format>(sum, count, x, w, kPanel, pass.panel_words);
         w += count * kPanel;
     }
 #pragma GCC unroll 16
     for (int c = 0; c < 2 * P; ++c) {
         const Vec b = bias ? Vec::load(bias + c * Vec::W) : Vec::zero();
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) (sum[r][c] + b).store(out + r * stride + c * Vec::W);
+        for (int r = 0; r < R; ++r)
+            (sum[r][c] + b).store(out + r * stride + c * Vec::W);
     }
 }
 
 // The same for `columns` < panel columns: through a buffer, because a whole panel is computed.
 template <class Format, int R>
-void multiply_part(const typename Format::Activation* x, int64_t block, int64_t depth, const typename Format::Word* w,
-                   int64_t columns, const float* bias, float* out, int64_t stride) {
-    float padded_bias[kPanel] = {}, part[R * kPanel];
+void multiply_part(const Pass& pass, const typename Format::Activation* x, const typename Format::Word* w,
+                   int64_t columns, const float* bias, float* out) {
+    float padded_bias[kPanel] = {}, part[R * kPanel] = {};
     if (bias) __builtin_memcpy(padded_bias, bias, columns * sizeof(float));
-    multiply_tile<Format, R, 1>(x, block, depth, w, padded_bias, part, kPanel);
-    for (int r = 0; r < R; ++r) __builtin_memcpy(out + r * stride, part + r * kPanel, columns * sizeof(float));
+    if (pass.more) {
+        for (int r = 0; r < R; ++r)
+            __builtin_memcpy(part + r * kPanel, out + r * pass.stride, columns * sizeof(float));
+    }
+    multiply_tile<Format, R, 1>(pass, x, w, padded_bias, part, kPanel);
+    for (int r = 0; r < R; ++r)
+        __builtin_memcpy(out + r * pass.stride, part + r * kPanel, columns * sizeof(float));
 }
 
 // R rows times any number of columns.
 template <class Format, int R>
-void multiply_rows(const typename Format::Activation* x, int64_t block, int64_t depth, const typename Format::Word* w,
-                   int64_t columns, const float* bias, float* out, int64_t stride) {
+void multiply_rows(const Pass& pass, const typename Format::Activation* x, const typename Format::Word* w,
+                   int64_t columns, float* out) {
     // Few rows leave registers for more panels at once: more chains of additions to hide their latency.
-    constexpr int P = R <= kWideTileRows ? (R <= kWideTileRows / 3 ? 4 : 2) : 1;
-    const int64_t panel_words = steps<Format>(depth) * kPanel;
+    constexpr int P = R == 1 ? 4 : R <= kWideTileRows ? 2 : 1;
+    const auto bias = [&](int64_t n) { return pass.bias ? pass.bias + n : nullptr; };
     int64_t n = 0;
-    for (; n + P * kPanel <= columns; n += P * kPanel, w += P * panel_words) {
-        multiply_tile<Format, R, P>(x, block, depth, w, bias ? bias + n : nullptr, out + n, stride);
+    for (; n + P * kPanel <= columns; n += P * kPanel, w += P * pass.panel_words) {
+        multiply_tile<Format, R, P>(pass, x, w, bias(n), out + n, pass.stride);
     }
-    for (; n + kPanel <= columns; n += kPanel, w += panel_words) {
-        multiply_tile<Format, R, 1>(x, block, depth, w, bias ? bias + n : nullptr, out + n, stride);
+    for (; n + kPanel <= columns; n += kPanel, w += pass.panel_words) {
+        multiply_tile<Format, R, 1>(pass, x, w, bias(n), out + n, pass.stride);
     }
-    if (n < columns) {
-        multiply_part<Format, R>(x, block, depth, w, columns - n, bias ? bias + n : nullptr, out + n, stride);
-    }
+    if (n < columns) multiply_part<Format, R>(pass, x, w, columns - n, bias(n), out + n);
 }
 
 template <class Format>
-using MultiplyRows = void (*)(const typename Format::Activation*, int64_t, int64_t, const typename Format::Word*, int64_t,
-                              const float*, float*, int64_t);
+using MultiplyRows = void (*)(const Pass&, const typename Format::Activation*, const typename Format::Word*,
+                              int64_t columns, float* out);
 
 // Entry r is for r + 1 rows.
 template <class Format>
@@ -185,9 +205,16 @@ void multiply_as(const void* packed_rows, int64_t rows, int64_t depth, const voi
     const auto* w = static_cast<const typename Format::Word*>(panels);
     // Tiles of nearly equal height: a last tile of one row would take half the time of a full one.
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-    for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t begin = rows * i / tiles, count = rows * (i + 1) / tiles - begin;
-        by_rows.entry[count - 1](x + begin * row, rows * row, depth, w, columns, bias, out + begin * stride, stride);
+    for (int64_t k = 0; k < depth; k += kDepthSlice) {
+        const bool last = k + kDepthSlice >= depth;
+        const Pass pass = {min(depth - k, kDepthSlice), rows * row, steps<Format>(depth) * kPanel, k > 0,
+                           last ? bias : nullptr,       stride};
+        for (int64_t i = 0; i < tiles; ++i) {
+            const int64_t begin = rows * i / tiles, count = rows * (i + 1) / tiles - begin;
+            by_rows.entry[count - 1](pass, x + begin * row, w, columns, out + begin * stride);
+        }
+        x += kDepthSlice / kDepthBlock * pass.block;
+        w += steps<Format>(pass.depth) * kPanel;
     }
 }
 

@@ -21,7 +21,8 @@ inline void interleave(Vec (&v)[2]) {
 inline void transpose(Words (&w)[16]) {
     __m512i a[16], b[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) a[i] = (__m512i)w[i];
+    for (int i = 0; i < 16; ++i)
+        a[i] = (__m512i)w[i];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i += 2) {  // words of neighbours
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
@@ -35,9 +36,9 @@ inline void transpose(Words (&w)[16]) {
         a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
     }
 #pragma GCC unroll 16
-    for (int j = 0; j < 4; ++j) {  // lanes
-        const __m512i low_even = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);       // lanes 0, 2 of rows 0-3 and 4-7
-        const __m512i low_odd = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);        // lanes 1, 3
+    for (int j = 0; j < 4; ++j) {                                                   // lanes
+        const __m512i low_even = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);        // lanes 0, 2 of rows 0-3 and 4-7
+        const __m512i low_odd = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);         // lanes 1, 3
         const __m512i high_even = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);  // of rows 8-11 and 12-15
         const __m512i high_odd = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
         w[j] = (Words)_mm512_shuffle_i32x4(low_even, high_even, 0x88);
@@ -58,7 +59,8 @@ inline void interleave(Vec (&v)[2]) {
 inline void transpose(Words (&w)[8]) {
     __m256i a[8], b[8];
 #pragma GCC unroll 16
-    for (int i = 0; i < 8; ++i) a[i] = (__m256i)w[i];
+    for (int i = 0; i < 8; ++i)
+        a[i] = (__m256i)w[i];
 #pragma GCC unroll 16
     for (int i = 0; i < 8; i += 2) {
         b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
