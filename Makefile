@@ -27,12 +27,12 @@ test: $(VENV)/.tested $(MODEL)
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc tests/csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.tested
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc tests/csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 readme: $(VENV)/.tested
 	$(BIN)/python tests/readme_tables.py --write

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from batchinfer import __version__
 from batchinfer.cluster.world import World, join, launcher, outside
-from batchinfer.config import REQUIRED, Config, allowed, check, from_dict, keys, to_dict, type_of
+from batchinfer.config import REQUIRED, Config, allowed, check, from_dict, items, to_dict, type_of
 from batchinfer.types import ExitCode, JobError
 
 
@@ -248,7 +248,7 @@ def _check_option(group: str, option: str, config_dir: Path | None) -> None:
     if option in known:
         return
     hint = _did_you_mean(option, known)
-    if f"{group}.path" in dict(keys()) and ("/" in option or "." in option):
+    if f"{group}.path" in dict(items()) and ("/" in option or "." in option):
         hint = f"; to name the {group}'s path write {group}.path={option}"
     raise JobError(
         f"{group}={option} is not allowed: {group} has the options {', '.join(known)} "
@@ -259,8 +259,8 @@ def _check_option(group: str, option: str, config_dir: Path | None) -> None:
 
 def _unknown_key(subject: str, key: str) -> JobError:
     section = key.partition(".")[0]
-    names = [name.partition(".")[2] for name, _ in keys() if name.startswith(section + ".")]
-    guess = _did_you_mean(key, [*(name for name, _ in keys()), *_groups(None)])
+    names = [name.partition(".")[2] for name, _ in items() if name.startswith(section + ".")]
+    guess = _did_you_mean(key, [*(name for name, _ in items()), *_groups(None)])
     listing = f"; {section} has {', '.join(names)}" if names else ""
     return JobError(f"{subject}: there is no key {key!r}{guess}{listing} (see {_file_of(key)})", ExitCode.USAGE)
 
@@ -278,7 +278,7 @@ def _file_of(key: str) -> Path:
 
 def _bad_grammar(override: str, reason: str) -> JobError:
     key = override.partition("=")[0].lstrip("+")
-    wanted = f"{key} takes {allowed(key)}" if key in dict(keys()) else f"{key} takes one name"
+    wanted = f"{key} takes {allowed(key)}" if key in dict(items()) else f"{key} takes one name"
     quotes = """an element with , : = quotes, brackets or blanks in it needs quotes of its own: "key=['a, b','c']" """
     return JobError(f"{override} is not understood ({reason}): {wanted}; {quotes.strip()}", ExitCode.USAGE)
 
@@ -290,7 +290,7 @@ def _explained(error: BaseException, overrides: list[str]) -> JobError:
         causes.append(cause)
     key = next((k for c in reversed(causes) if (k := getattr(c, "full_key", None))), "").partition("[")[0]
     reason = str(causes[-1]).split("\n")[0].rstrip(".")
-    if key not in dict(keys()):
+    if key not in dict(items()):
         if not key:
             return JobError(str(error), ExitCode.USAGE)
         hint = "" if "." in key else " (a file for several sections begins with the line `# @package _global_`)"

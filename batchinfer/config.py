@@ -168,7 +168,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
     """The inverse of :func:`to_dict`; keys that are absent keep their defaults, unknown ones raise KeyError."""
-    kinds, known = get_type_hints(Config), {key for key, _ in keys()}
+    kinds, known = get_type_hints(Config), {key for key, _ in items()}
     for section, given in values.items():
         for key in [f"{section}.{name}" for name in given] if section in kinds else [section]:
             if key not in known:
@@ -182,7 +182,7 @@ def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
     return Config(**sections)
 
 
-def keys(config: Config | None = None) -> Iterator[tuple[str, Any]]:
+def items(config: Config | None = None) -> Iterator[tuple[str, Any]]:
     """Every dotted key of the schema with its value (the default's, if no config is given)."""
     for section in dataclasses.fields(Config):
         values = getattr(config or Config(), section.name)
@@ -212,7 +212,7 @@ def check(config: Config, required: tuple[str, ...] = REQUIRED) -> None:
 
     ``required`` names the keys that the command cannot do without.
     """
-    value = dict(keys(config))
+    value = dict(items(config))
     absent = [key for key in required if value[key] in (MISSING, "")]
     if absent:
         arguments = " ".join(f"{key}=PATH" for key in absent)

@@ -1,7 +1,7 @@
 """The README's tables, made of what they describe, so that they can't tell anything else.
 
-    python tests/readme_tables.py           print them
-    python tests/readme_tables.py --write   put them into README.md, between their comment lines
+python tests/readme_tables.py           print them
+python tests/readme_tables.py --write   put them into README.md, between their comment lines
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def models() -> str:
     gguf = {name: key for key, name in GGUF_ARCHITECTURES.items()}
     lines = []
     for name, traits in ARCHITECTURES.items():
-        notes = [note for note, on in (("query/key norms", traits.qk_norm), ("window up to its length", traits.window)) if on]
+        possible = (("query/key norms", traits.qk_norm), ("window up to its length", traits.window))
+        notes = [note for note, has in possible if has]
         lines.append(f"| `{name}` | `{gguf.get(name, 'llama')}` | {', '.join(notes)} |")
     footer = f"Rope types: {', '.join(ROPE_TYPES)}."
     return "\n".join(["| architecture (config.json) | GGUF | notes |", "|---|---|---|", *lines, "", footer])

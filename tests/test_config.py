@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from batchinfer.__main__ import compose, config_folder
-from batchinfer.config import CHOICES, RANGES, Config, allowed, check, from_dict, keys, to_dict
+from batchinfer.config import CHOICES, RANGES, Config, allowed, check, from_dict, items, to_dict
 from batchinfer.types import ExitCode, JobError
 
 PATHS = {"model.path": "m", "input.path": "i", "output.path": "o"}
@@ -30,7 +30,7 @@ def test_the_files_and_the_schema_have_the_same_defaults() -> None:
 
 def test_the_files_name_and_explain_every_key() -> None:
     root = OmegaConf.load(config_folder() / "config.yaml")
-    for key, _ in keys():
+    for key, _ in items():
         section, _, name = key.partition(".")
         file = config_folder() / section / "default.yaml"
         node = OmegaConf.to_container(OmegaConf.load(file) if file.exists() else root[section])
@@ -111,7 +111,7 @@ def test_what_looks_alike_is_allowed() -> None:
 
 
 def test_the_tables_of_rules_name_real_keys() -> None:
-    known = dict(keys())
+    known = dict(items())
     assert set(CHOICES) | set(RANGES) <= set(known)
     for key, choices in CHOICES.items():
         assert known[key] in choices

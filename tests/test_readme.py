@@ -13,7 +13,7 @@ def test_a_table_is_what_it_is_made_of(name: str) -> None:
 
 def test_every_configuration_key_is_explained() -> None:
     table = readme_tables.configuration()
-    for key, _ in config.keys():
+    for key, _ in config.items():
         line = next((line for line in table.splitlines() if line.startswith(f"| `{key}` |")), "")
         assert len(line.split("|")[3].strip()) > 10, f"{key} has no comment in configs/"
 

@@ -2,12 +2,11 @@
 //
 // A block of four warps takes one (split, kv head). The up to 16 query heads of the kv head are the rows of one
 // matrix-unit tile, so keys and values are read once for all of them; with 4 heads three quarters of the products are
-// wasted, which costs a fifth of the time that the bytes take. Each warp walks every fourth chunk of 16 positions with
-// its own asynchronous copies, running maximum and sums: no block barrier in the loop. Bytes in flight are what counts:
-// 3.0 TB/s with about 1 us of latency wants 23 KB a multiprocessor; 2 blocks x 4 warps x (kStages - 1) chunks of 8 KB
-// (width 128) keep 128 KB in flight.
-// A sequence longer than the split leaves normalised partial results; the block that finishes last adds them up in
-// order.
+// wasted, which by the unit's rate is a fifth of the time that the bytes take. Each warp walks every fourth chunk of 16
+// positions with its own asynchronous copies, running maximum and sums: no block barrier in the loop. Bytes in flight
+// are what counts: 3.0 TB/s with about 1 us of latency wants 23 KB a multiprocessor; 2 blocks x 4 warps x (kStages - 1)
+// chunks of 8 KB (width 128) keep 128 KB in flight. A sequence longer than the split leaves normalised partial results;
+// the block that finishes last adds them up in order.
 #include "gpu/attention.cuh"
 
 namespace batchinfer::gpu {

@@ -3,10 +3,11 @@
 // instructions reach two thirds of this chip's rate at best.
 //
 // A block of three warpgroups takes 128 rows of one kv head against tiles of 128 positions. One group only copies, 16
-// bytes a thread: a page may hold as little as 4 KB of a head. Keys and values have two buffers each. Two groups of 64
-// rows compute: the products of the next scores are issued before the softmax of this tile's, and run together with the
-// products of the values, so that the special function unit works while the matrix unit does. Copiers give registers to
-// computers (224: 64 output, 64 scores, 32 weights of the tile before).
+// bytes a thread: a page may hold as little as 4 KB of a head, and rows past the end must become zeros. Keys and values
+// have two buffers each. Two groups of 64 rows compute: the products of the next scores are issued before the softmax
+// of this tile's and run together with the products of the values, so that the special function unit works while the
+// matrix unit does. Copiers give registers to computers (224: 64 output, 64 scores, 32 weights of the tile before). On
+// an H100 595 TFLOP/s (8,192 tokens, causal, width 128); 653 if the copies cost nothing.
 #include "gpu/attention.cuh"
 #include "gpu/wgmma.cuh"
 
@@ -273,7 +274,6 @@ __device__ void compute(const AttentionArgs& a, Barriers& b, unsigned char* shar
     const float scale = a.scale * kLog2e;
     const auto wait_full = [&](uint64_t* full, int tile) {
         barrier_wait(shared_address(full + tile % kStages), tile / kStages & 1);
-        fence_async_proxy();  // the copies were ordinary writes
     };
     const auto release = [&](uint64_t* empty, int tile) {
         if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(empty + tile % kStages));
@@ -296,6 +296,7 @@ __device__ void compute(const AttentionArgs& a, Barriers& b, unsigned char* shar
         float score[kKeys / 2];
         bool moved;
         wait_full(b.keys_full, tile);
+        fence_async_proxy();
         state.issue_scores(score, queries, keys + tile % kStages * kTileBytes<E>);
         products_wait<0>();
         pin(score);
@@ -304,9 +305,10 @@ __device__ void compute(const AttentionArgs& a, Barriers& b, unsigned char* shar
         state.soften(score, scale, moved);
         state.pack(score);
         for (int begin = kKeys; begin < item.length; begin += kKeys) {
-            wait_full(b.keys_full, tile + 1);
-            state.issue_scores(score, queries, keys + (tile + 1) % kStages * kTileBytes<E>);
             wait_full(b.values_full, tile);
+            wait_full(b.keys_full, tile + 1);
+            fence_async_proxy();  // the copies were ordinary writes
+            state.issue_scores(score, queries, keys + (tile + 1) % kStages * kTileBytes<E>);
             pin(state.out);
             state.issue_values(values + tile % kStages * kTileBytes<E>);
             products_wait<1>();
@@ -323,6 +325,7 @@ __device__ void compute(const AttentionArgs& a, Barriers& b, unsigned char* shar
             ++tile;
         }
         wait_full(b.values_full, tile);
+        fence_async_proxy();
         pin(state.out);
         state.issue_values(values + tile % kStages * kTileBytes<E>);
         products_wait<0>();

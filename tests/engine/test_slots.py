@@ -35,17 +35,21 @@ def test_history_is_gathered_for_penalised_rows_only() -> None:
     slots = table(SamplingParams(), SamplingParams(repetition_penalty=1.5), SamplingParams(presence_penalty=1.0))
     histories = {1: (np.array([5, 6], np.int32), NONE), 2: (np.array([7], np.int32), np.array([8], np.int32))}
     got = slots.gather(np.array([0, 1, 2], np.int32), np.array([0, 0, 1], np.int32), histories.__getitem__)
-    assert got.history_ids is not None and got.history_start is not None and got.history_prompt is not None
+    assert got.history_ids is not None
+    assert got.history_start is not None
+    assert got.history_prompt is not None
     assert got.history_ids.tolist() == [5, 6, 7, 8]
     assert got.history_start.tolist() == [0, 0, 2, 4]
     assert got.history_prompt.tolist() == [0, 2, 1]
-    assert got.penalties is not None and got.penalties[0].tolist() == [1.0, 1.5, 1.0]
+    assert got.penalties is not None
+    assert got.penalties[0].tolist() == [1.0, 1.5, 1.0]
 
 
 def test_stop_tokens_are_banned_until_min_tokens() -> None:
     slots = table(SamplingParams(min_tokens=2), SamplingParams(min_tokens=2), SamplingParams())
     got = slots.gather(np.array([0, 1, 2], np.int32), np.array([1, 2, 0], np.int32), no_history)
-    assert got.banned_ids is not None and got.banned_start is not None
+    assert got.banned_ids is not None
+    assert got.banned_start is not None
     assert got.banned_ids.tolist() == [0, 99]
     assert got.banned_start.tolist() == [0, 2, 2, 2]
 

@@ -9,6 +9,8 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 arch=${ARCH:-sm_90a}
 steps=${*:-build test bench}
+small='split_boundaries or wild or (mixed_batches and 0-shape) or other_widths or penalties or (tokens and 1000-ties)'
+small+=' or rope_and_cache or (rms_norm and 8192) or silu or embed'
 
 build() {
   local objects=build/gpu-check
@@ -33,9 +35,10 @@ for step in $steps; do
   case $step in
     build) build ;;
     test) PYTHONPATH=. "$python" -m pytest -q tests/gpu ${PYTEST_ARGS:-} ;;
-    # memcheck over the small attention cases and one of each sampler path; minutes even so
-    sanitize) PYTHONPATH=. compute-sanitizer --error-exitcode 9 "$python" -m pytest -q tests/gpu -x \
-      -k 'split_boundaries or wild or (mixed_batches and 0-shape1) or penalties or (rope and shape1)' ;;
+    # addresses and races; long contexts and large vocabularies would take hours
+    sanitize) for tool in memcheck racecheck; do
+        PYTHONPATH=. compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q tests/gpu -x -k "$small" || exit 9
+      done ;;
     bench) PYTHONPATH=. "$python" tests/gpu/bench_ops.py ${BENCH_ARGS:-} ;;
     *) echo "unknown step $step: build, test, sanitize, bench"; exit 64 ;;
   esac

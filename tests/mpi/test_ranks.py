@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +20,7 @@ pytestmark = [pytest.mark.mpi, pytest.mark.skipif(MPIEXEC is None, reason="no mp
 pytest.importorskip("mpi4py", reason="pip install 'batchinfer[mpi]'")
 
 RANK = Path(__file__).with_name("rank.py")
+HANGS = 120  # seconds after which a job counts as one that does not end; a start takes one or two
 OUTSIDE = ("PMI_", "PMIX_", "OMPI_", "SLURM_", "MPI_LOCAL", "HYDRA_")
 
 
@@ -29,7 +29,7 @@ def mpiexec(ranks: int, script: Path, *arguments: str, **environment: str) -> su
     clean = {key: value for key, value in os.environ.items() if not key.startswith(OUTSIDE)}
     start = [MPIEXEC, "-n", str(ranks)] if ranks else []
     command = [*start, sys.executable, str(script), *arguments]
-    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=HANGS)
 
 
 def launch(ranks: int, inputs: Path, output: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess:
@@ -113,9 +113,7 @@ def test_more_ranks_than_chunks(inputs: Path, tmp_path: Path) -> None:
 def test_a_failing_rank_ends_the_job(
     when: str, rank: int, code: int | None, text: str, inputs: Path, alone: Path, tmp_path: Path
 ) -> None:
-    start = time.monotonic()
     result = launch(4, inputs, tmp_path / "out", "sampling.temperature=1", FAIL_WHEN=when, FAIL_RANK=str(rank))
-    assert time.monotonic() - start < 60
     assert result.returncode == code if code is not None else result.returncode != 0
     assert text.format(host=os.uname().nodename) in result.stderr + result.stdout
     assert not (tmp_path / "out" / "_SUCCESS").exists()
