@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from batchinfer.report import REPORT_SECONDS, Counters, Meter, Progress, duration, summary, total, write_record
 from batchinfer.types import Completion, EngineStats, ErrorCode, RowError, Sample
@@ -40,6 +41,7 @@ def test_totals_over_ranks() -> None:
     assert total([]) == Counters()
 
 
+@pytest.mark.feature("job", "progress: one live line on a terminal, a plain line a minute elsewhere, a summary")
 def test_plain_lines_come_at_their_interval_with_rates_of_the_last_minute() -> None:
     clock, stream = Clock(), io.StringIO()
     progress = Progress(rows=1000, done=100, seconds=60, stream=stream, clock=clock)
@@ -71,6 +73,7 @@ def test_nothing_done_yet_divides_by_nothing() -> None:
     assert "KV -" in line
 
 
+@pytest.mark.feature("job", "progress: one live line on a terminal, a plain line a minute elsewhere, a summary")
 def test_a_terminal_gets_one_live_line() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

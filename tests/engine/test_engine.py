@@ -149,6 +149,7 @@ PLAIN = SamplingParams(max_tokens=12, ignore_eos=True)
 TIGHT = {"num_pages": 24, "max_slots": 6, "max_step_tokens": 7, "expected_share": 0.01}
 
 
+@pytest.mark.feature("engine", "paged attention over pages, chunks and preemptions: tokens of full recomputation")
 @pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, TIGHT, {"max_slots": 1}], ids=str)
 def test_greedy_tokens_are_those_of_full_recomputation(decoder: Decoder, options: dict[str, Any]) -> None:
     prompts = random_prompts(12)
@@ -163,6 +164,7 @@ def test_greedy_tokens_are_those_of_full_recomputation(decoder: Decoder, options
     assert options is not TIGHT or engine.stats().preemptions > 0
 
 
+@pytest.mark.feature("sampling", "seeds: a row's draws depend on nothing but its seed; n samples per row")
 def test_samples_depend_on_their_seed_alone(decoder: Decoder) -> None:
     params = replace(PLAIN, temperature=1.0, n=3, top_p=0.95)
     prompts = random_prompts(6)
@@ -177,6 +179,7 @@ def test_samples_depend_on_their_seed_alone(decoder: Decoder) -> None:
     assert other.samples[0].text != together[0].samples[0].text
 
 
+@pytest.mark.feature("sampling", "stop tokens, max_tokens, min_tokens, ignore_eos")
 def test_end_of_sequence_stop_tokens_and_min_tokens(decoder: Decoder) -> None:
     prompt = random_prompts(1)[0]
     free = greedy(decoder, prompt)
@@ -195,6 +198,7 @@ def test_end_of_sequence_stop_tokens_and_min_tokens(decoder: Decoder) -> None:
     assert stop not in held.token_ids.tolist()[: first + 1]
 
 
+@pytest.mark.feature("sampling", "stop strings")
 @pytest.mark.parametrize("ends_with_length", [False, True])
 def test_a_stop_string_ends_and_cuts_the_text(decoder: Decoder, ends_with_length: bool) -> None:
     prompt = random_prompts(1)[0]
@@ -209,6 +213,7 @@ def test_a_stop_string_ends_and_cuts_the_text(decoder: Decoder, ends_with_length
     assert got.token_ids.tolist() == free[: end + 3]
 
 
+@pytest.mark.feature("sampling", "log-probabilities of chosen and top-k tokens")
 def test_logprobs_are_the_log_softmax_of_the_logits(decoder: Decoder) -> None:
     prompts = random_prompts(4)
     wanted = [None, 0, 3, 5]
