@@ -397,6 +397,8 @@ def test_arrays_live_as_long_as_someone_holds_them() -> None:
         ({"min_new_tokens": -1}, "min_new_tokens must not be negative"),
         ({"expected_new_tokens": -1}, "expected_new_tokens must not be negative"),
         ({"seq_id": 7}, "sequence 7: this id is open already"),
+        ({"generated": [1, 2, 3, 4]}, "4 generated tokens already, and may have 4"),
+        ({"generated": [-1]}, "generated token is negative"),
     ],
 )
 def test_add_refuses_what_can_not_run(arguments: dict[str, Any], message: str) -> None:

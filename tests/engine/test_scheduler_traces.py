@@ -48,6 +48,7 @@ def sequences(draw: st.DrawFn, max_seq_len: int) -> dict[str, Any]:
         "min_new": draw(st.integers(0, 3)),
         "expected": draw(st.integers(0, max_new)),
         "stop": draw(st.sampled_from([(), (0,), (1, 2)])),
+        "resume": draw(st.sampled_from([0, 0, 0, 1, 5])),
     }
 
 
