@@ -125,7 +125,8 @@ class Scheduler:
         life of the sequence has generated; it goes on after them, and they count as its own.
 
         Raises ValueError if the id is open, the prompt is empty, too long for one more token, or holds a negative id,
-        a number is out of range, ``generated`` is complete already, or prompt and new tokens need more pages than there are; TypeError for non-integers.
+        a number is out of range, ``generated`` is complete already, or prompt and new tokens need more pages than
+        there are; TypeError for non-integers.
         """
     def schedule(self) -> Step | None:
         """The next step, or None if nothing can run now. May be called with one step not yet updated; RuntimeError
