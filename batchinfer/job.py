@@ -1,26 +1,30 @@
 """One rank's job: chunks -> rows -> requests -> engine -> completions -> parts.
 
-Rank 0 plans and hands out chunks; every rank, rank 0 too, computes and commits. The same command again finds the parts
-that are there and computes the rest.
+Rank 0 plans and hands out chunks; every rank, rank 0 too, computes and commits. In a job array every task is a rank 0
+of its own job, with the same output. The same command again finds the parts that are there and computes the rest.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from batchinfer import __version__
-from batchinfer.cluster.dispatch import Dispatcher, RootDispatcher, WorkerDispatcher
-from batchinfer.cluster.world import POLL_SECONDS, World, cpu_share
+from batchinfer.cluster.array import ArrayDispatcher, Share, array_share
+from batchinfer.cluster.binding import Place, check_places, cpu_share, place, table
+from batchinfer.cluster.dispatch import SILENCE_SECONDS, Dispatcher, RootDispatcher, WorkerDispatcher, meanwhile
+from batchinfer.cluster.launch import launch_name
+from batchinfer.cluster.world import POLL_SECONDS, World
 from batchinfer.config import Config, EngineConfig, ModelConfig, to_dict
+from batchinfer.data import attempts
 from batchinfer.data.columns import check_input, prompt_source, used_columns
-from batchinfer.data.ledger import STATE, Ledger, open_job
+from batchinfer.data.ledger import Ledger, open_job
 from batchinfer.data.plan import Plan, make_plan
 from batchinfer.data.prompts import PromptBuilder
 from batchinfer.data.reader import ChunkReader
@@ -28,8 +32,8 @@ from batchinfer.data.results import ResultOptions, count_results, result_schema,
 from batchinfer.data.tables import InputFile, input_schema, list_inputs
 from batchinfer.data.template import template_text
 from batchinfer.pipeline import Feeder, OpenChunk, Writer
-from batchinfer.report import Counters, Meter, Progress, summary, total, write_record
-from batchinfer.types import Chunk, Completion, EngineStats, ExitCode, Request
+from batchinfer.report import Counters, Meter, Progress, summary, total
+from batchinfer.types import Chunk, Completion, EngineStats, ExitCode, Request, exit_code
 
 LOOK_AHEAD = 2
 """Chunks read and not yet handed to the engine, the one being handed out included."""
@@ -62,9 +66,12 @@ class EngineLoader(Protocol):
 
 @dataclass(frozen=True)
 class Opening:
-    """What rank 0 found out, sent to every rank. ``success`` is what _SUCCESS says, if the job is complete already."""
+    """What rank 0 found out, sent to every rank. ``success`` is what _SUCCESS says, if the job is complete already;
+    otherwise ``number`` is that of the attempt's record. ``share``: rank 0's place in a job array."""
 
     attempt: str
+    number: int
+    share: Share | None
     path: str
     plan: Plan
     columns: list[str]
@@ -94,24 +101,60 @@ def run(
 ) -> int:
     """Do this rank's part of the job. Returns its exit code, the same on every rank: 0, or 3 if more rows than
     job.max_error_fraction failed. JobError for everything that ends the job."""
-    opening = world.bcast(open_on_root(config, identify) if world.rank == 0 else None)
+    opening = world.bcast(open_on_root(config, identify, world.size) if world.rank == 0 else None)
     if opening.success is not None:
-        return _exit_code(opening.success["counts"], config)
+        code = attempts.code_of_counts(opening.success["counts"], config.job.max_error_fraction)
+        world.leave(code, whole=True)
+        return code
+    try:
+        code, whole = _work(config, world, opening, load_engine)
+    except BaseException as error:
+        attempts.end(opening.path, opening.number, {"exit_code": exit_code(error), "error": str(error)})
+        raise
+    world.leave(code, whole)
+    return code
+
+
+def _work(config: Config, world: World, opening: Opening, load_engine: EngineLoader) -> tuple[int, bool]:
+    """Compute and close the job; the exit code, and whether all ranks have come to the end."""
     ledger = Ledger(opening.path, opening.plan, config.output.compression)
-    places = world.bcast(world.gather((world.hostname, tuple(sorted(os.sched_getaffinity(0))))))
+    gpus = config.engine.device not in ("cpu", "reference") and importlib.util.find_spec("batchinfer._gpu") is not None
+    places = world.bcast(world.gather(place(world.hostname, world.local_rank, gpus)))
+    check_places(places)
+    if world.rank == 0 and world.size > 1:
+        _say(f"{world.size} ranks\n{table(places)}")
+    dispatcher = _dispatcher(world, opening, ledger)
     start = ready = time.monotonic()
-    counters = Counters()
     if opening.missing:
-        counters, ready = _take_part(config, world, opening, ledger, places, load_engine)
-    notices = world.gather(ledger.notices)
-    code = None
-    if world.rank == 0:
-        for notice in dict.fromkeys(text for of_rank in notices for text in of_rank):
-            _say(notice)
-        end = time.monotonic()
-        times = {"seconds": round(end - start, 3), "computing_seconds": round(end - ready, 3)}
-        code = _close(config, opening, ledger, counters, times, [host for host, _ in places])
-    return world.bcast(code)
+        ready = _take_part(config, world, opening, ledger, dispatcher, places, load_engine)
+    end = time.monotonic()
+    if isinstance(dispatcher, WorkerDispatcher):
+        code = dispatcher.leave(ledger.notices)
+        if code is not None:
+            return code, True
+        _say(f"rank 0 is lost: rank {world.rank} has gone on without it")
+        notices, reports, leave = [ledger.notices], [], None
+    else:
+        notices, reports, leave = dispatcher.gather(ledger.notices, SILENCE_SECONDS), dispatcher.reports, dispatcher
+    for notice in dict.fromkeys(text for of_rank in notices for text in of_rank):
+        _say(notice)
+    times = {"seconds": round(end - start, 3), "computing_seconds": round(end - ready, 3)}
+    with meanwhile(dispatcher, Counters(), world.threads):
+        code = _close(config, opening, ledger, total(reports), times, [at.host for at in places])
+    if leave:
+        leave.release(code)
+    return code, not dispatcher.lost
+
+
+def _dispatcher(world: World, opening: Opening, ledger: Ledger) -> RootDispatcher | WorkerDispatcher | ArrayDispatcher:
+    def alone(share: Share) -> ArrayDispatcher:
+        return ArrayDispatcher(opening.missing, share, ledger.has, ledger.missing)
+
+    if world.rank > 0:
+        return WorkerDispatcher(world, lambda: alone(Share(world.rank, world.size)))
+    if world.size == 1 and opening.share is not None:
+        return alone(opening.share)
+    return RootDispatcher(world, opening.missing)
 
 
 def _take_part(
@@ -119,19 +162,19 @@ def _take_part(
     world: World,
     opening: Opening,
     ledger: Ledger,
-    places: list[tuple[str, tuple[int, ...]]],
+    dispatcher: Dispatcher,
+    places: list[Place],
     load_engine: EngineLoader,
-) -> tuple[Counters, float]:
-    """Compute chunks until all of the job are done. On rank 0: the sum of all ranks' counters, and when (monotonic
-    clock) the engine was ready."""
-    dispatcher = RootDispatcher(world, opening.missing) if world.rank == 0 else WorkerDispatcher(world)
+) -> float:
+    """Compute chunks until all of the job are done. When (monotonic clock) the engine was ready."""
     start = ready = time.monotonic()
     if world.rank < len(opening.missing):
         threads = config.engine.threads or cpu_share(places, world.rank)
-        engine = load_engine(config.model, config.engine, threads=threads, ranks_on_node=world.local_size)
+        with meanwhile(dispatcher, Counters(), world.threads):
+            engine = load_engine(config.model, config.engine, threads=threads, ranks_on_node=world.local_size)
         ready = time.monotonic()
         if world.rank == 0:
-            hosts = len({host for host, _ in places})
+            hosts = len({at.host for at in places})
             _say(f"engine ready after {ready - start:.1f} s (ranks {world.size}, hosts {hosts}, threads {threads})")
         try:
             _compute(config, world, opening, ledger, engine, dispatcher)
@@ -140,7 +183,7 @@ def _take_part(
     while not dispatcher.finished:  # a rank for which there is no chunk
         dispatcher.poll(Counters())
         time.sleep(POLL_SECONDS)
-    return total(dispatcher.reports) if world.rank == 0 else Counters(), ready
+    return ready
 
 
 def _compute(
@@ -203,8 +246,9 @@ def drive(engine: Engine, dispatcher: Dispatcher, feeder: Feeder, writer: Writer
             time.sleep(POLL_SECONDS)
 
 
-def open_on_root(config: Config, identify: Callable[[str], dict[str, str]]) -> Opening:
-    """Look at the input, make the plan or find the one that is there, and see what is missing."""
+def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], ranks: int) -> Opening:
+    """Look at the input, make the plan or find the one that is there, see what is missing, and record the attempt."""
+    share = array_share()
     files = list_inputs(config.input.path)
     check_input(files, config.input)
     schema = input_schema(files)
@@ -223,8 +267,20 @@ def open_on_root(config: Config, identify: Callable[[str], dict[str, str]]) -> O
     rows, rows_missing = ledger.plan.rows, sum(chunk.rows for chunk in missing)
     state = "complete, nothing to do" if success else f"{rows_missing:,} to do in {len(missing):,} chunks"
     _say(f"{rows:,} rows in {_files(files)}, {state}; output {ledger.path}")
+    attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.uname().nodename}-{os.getpid()}"
+    record = {
+        "attempt": attempt,
+        "batchinfer": __version__,
+        "launch": launch_name(),
+        "task": share.task if share else None,
+        "ranks": ranks,
+        "rows": rows - rows_missing,
+        "config": to_dict(config),
+    }
     return Opening(
-        attempt=f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.uname().nodename}-{os.getpid()}",
+        attempt=attempt,
+        number=0 if success else attempts.begin(ledger.path, record),
+        share=share,
         path=ledger.path,
         plan=ledger.plan,
         columns=used_columns(config.input, schema),
@@ -259,29 +315,21 @@ def _close(
     times: dict[str, float],
     hosts: list[str],
 ) -> int:
-    """Rank 0, when every chunk is committed: check, publish _SUCCESS, sum up."""
+    """Rank 0, or a rank that has lost it, when every chunk is committed: check, publish _SUCCESS, sum up."""
     success = ledger.finish({"attempt": opening.attempt, "ranks": len(hosts), **times})
-    code = _exit_code(success["counts"], config)
+    code = attempts.code_of_counts(success["counts"], config.job.max_error_fraction)
     record = {
-        "attempt": opening.attempt,
-        "batchinfer": __version__,
         "exit_code": code,
         **times,
         "hosts": hosts,
         "this_attempt": dataclasses.asdict(counters),
         "job": success["counts"],
-        "config": to_dict(config),
     }
-    write_record(Path(opening.path) / STATE, opening.attempt, record)
+    attempts.end(opening.path, opening.number, record)
     print(summary(success["counts"], counters, times, len(hosts), opening.path), file=sys.stderr, flush=True)
     if code == ExitCode.TOO_MANY_ERRORS:
         _say(f"more rows failed than job.max_error_fraction={config.job.max_error_fraction:g} allows: exit code {code}")
     return code
-
-
-def _exit_code(counts: Mapping[str, int], config: Config) -> int:
-    ok, failed = counts.get("ok", 0), counts.get("error", 0)
-    return ExitCode.TOO_MANY_ERRORS if failed > config.job.max_error_fraction * (ok + failed) else ExitCode.COMPLETE
 
 
 def _progress(config: Config, opening: Opening) -> Progress:

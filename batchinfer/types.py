@@ -207,3 +207,10 @@ class ExitCode:
     OUTPUT = 73
     IO = 74
     INCOMPLETE = 75
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a command that ends with ``error``."""
+    if isinstance(error, JobError):
+        return error.exit_code
+    return ExitCode.INCOMPLETE if isinstance(error, KeyboardInterrupt) else ExitCode.INTERNAL

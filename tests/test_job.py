@@ -105,12 +105,14 @@ def test_one_output_row_per_input_row_in_order(inputs: Path, tmp_path: Path, cap
     printed = capfd.readouterr().err
     assert "87 rows in 2 files, 87 to do in 9 chunks" in printed
     assert "rows       87: 87 ok, 0 failed" in printed
-    (record,) = (tmp_path / "out" / "_batchinfer" / "attempts").glob("*.json")
-    record = json.loads(record.read_text())
-    assert record["exit_code"] == 0
-    assert record["this_attempt"]["rows"] == 87
-    assert record["job"] == counts
-    assert from_dict(record["config"]) == config
+    folder = tmp_path / "out" / "_batchinfer" / "attempts"
+    assert {path.name for path in folder.iterdir()} == {"000001.begin.json", "000001.end.json"}
+    began, ended = (json.loads((folder / f"000001.{name}.json").read_text()) for name in ("begin", "end"))
+    assert (began["rows"], began["ranks"]) == (0, 1)
+    assert from_dict(began["config"]) == config
+    assert ended["exit_code"] == 0
+    assert ended["this_attempt"]["rows"] == 87
+    assert ended["job"] == counts
 
 
 def test_rows_of_several_chunks_are_in_the_engine_together(inputs: Path, tmp_path: Path) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from batchinfer.report import REPORT_SECONDS, Counters, Meter, Progress, duration, summary, total, write_record
+from batchinfer.report import REPORT_SECONDS, Counters, Meter, Progress, duration, summary, total
 from batchinfer.types import Completion, EngineStats, ErrorCode, RowError, Sample
 
 
@@ -104,10 +102,3 @@ def test_the_summary_names_what_a_person_asks_first() -> None:
     assert "12,345 prompt, 67,890 output" in text
     assert "600 rows in 2:10 on 4 ranks, 50.0 output tok/s after loading" in text
     assert "/data/out" in text
-
-
-def test_a_record_is_replaced_whole(tmp_path: Path) -> None:
-    write_record(tmp_path, "first", {"a": 1})
-    write_record(tmp_path, "first", {"a": 2})
-    assert [path.name for path in (tmp_path / "attempts").iterdir()] == ["first.json"]
-    assert json.loads((tmp_path / "attempts" / "first.json").read_text()) == {"a": 2}

@@ -76,6 +76,10 @@ class Ledger:
             raise output_error(self.path, error) from None
         return [chunk for chunk in self.plan.chunks if part_name(chunk) not in names]
 
+    def has(self, chunk: Chunk) -> bool:
+        """Whether the chunk's part file is there; as out of date as :meth:`missing` may be."""
+        return os.path.exists(os.path.join(self.path, part_name(chunk)))
+
     def commit(self, chunk: Chunk, table: pa.Table, provenance: dict[str, Any] | None = None) -> Literal["won", "lost"]:
         """Publish the chunk's rows, or find that another process did it before; either way the part is there.
 
