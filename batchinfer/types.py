@@ -102,13 +102,15 @@ class Request:
 
     ``id`` is opaque to the engine and comes back in the Completion. ``prompt`` is int32 [tokens], at least one.
     ``seed`` is a 64-bit hash of (run seed, row identity): sample ``i`` draws from hash(seed, i), so that its
-    tokens do not depend on batch, rank or restart.
+    tokens do not depend on batch, rank or restart. ``so_far``: the samples that an earlier attempt began, none or all n
+    of them; the unfinished ones go on after their tokens.
     """
 
     id: int
     prompt: np.ndarray
     sampling: SamplingParams
     seed: int = 0
+    so_far: tuple[Sample, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,8 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One continuation. ``finish_reason`` is "stop" (stop token or stop string) or "length".
+    """One continuation. ``finish_reason`` is "stop" (stop token or stop string) or "length"; "" while it is unfinished,
+    and then there is no text yet.
 
     ``token_ids`` (int32) ends with the stop token where there was one; ``text`` holds neither that nor the
     stop string.
@@ -145,6 +148,11 @@ class Completion:
     prompt_tokens: int
     samples: tuple[Sample, ...] = ()
     error: RowError | None = None
+
+    @property
+    def finished(self) -> bool:
+        """False for the state of a request that was interrupted."""
+        return self.error is not None or all(sample.finish_reason for sample in self.samples)
 
 
 @dataclass(frozen=True, slots=True)

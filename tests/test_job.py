@@ -145,6 +145,7 @@ def test_parts_without_success_need_no_engine_either(inputs: Path, tmp_path: Pat
     assert success(tmp_path / "out")["counts"]["ok"] == 87
 
 
+@pytest.mark.feature("job", "a killed job goes on with the same command and ends with the same rows")
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(crashes=st.lists(st.integers(1, 60), min_size=1, max_size=3), slots=st.integers(1, 12))
 def test_after_any_crashes_the_output_is_that_of_one_run(
@@ -216,6 +217,7 @@ def test_bad_rows_become_error_rows(tmp_path: Path, capfd: pytest.CaptureFixture
     assert run(lenient, never) == ExitCode.COMPLETE
 
 
+@pytest.mark.feature("job", "the neighbours of a bad row are what they would be without it")
 def test_neighbours_of_a_bad_row_do_not_notice(tmp_path: Path) -> None:
     for name, third in (("good", "fine"), ("bad", None)):
         table = pa.table({"prompt": ["a", "b", third, "c", "d"]})
@@ -318,6 +320,7 @@ def test_a_template_is_compared_by_its_text_not_its_file(inputs: Path, tmp_path:
     assert refusal(config).exit_code == ExitCode.MISMATCH
 
 
+@pytest.mark.feature("commands", "plan: rows, chunks, columns and prompt, nothing written")
 def test_plan_status_and_verify(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = configure(inputs, tmp_path / "out")
     assert show_plan(config) == 0

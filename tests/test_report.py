@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import pytest
 
 from batchinfer.report import REPORT_SECONDS, Counters, Meter, Progress, duration, summary, total
 from batchinfer.types import Completion, EngineStats, ErrorCode, RowError, Sample
@@ -38,6 +39,7 @@ def test_totals_over_ranks() -> None:
     assert total([]) == Counters()
 
 
+@pytest.mark.feature("job", "progress: one live line on a terminal, a plain line a minute elsewhere, a summary")
 def test_plain_lines_come_at_their_interval_with_rates_of_the_last_minute() -> None:
     clock, stream = Clock(), io.StringIO()
     progress = Progress(rows=1000, done=100, seconds=60, stream=stream, clock=clock)
@@ -69,6 +71,7 @@ def test_nothing_done_yet_divides_by_nothing() -> None:
     assert "KV -" in line
 
 
+@pytest.mark.feature("job", "progress: one live line on a terminal, a plain line a minute elsewhere, a summary")
 def test_a_terminal_gets_one_live_line() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -98,6 +98,11 @@ class Engine:
         params = request.sampling
         owner = _OpenRequest(request, [None] * params.n, params.n)
         for index in range(params.n):
+            before = request.so_far[index] if request.so_far else None
+            if before is not None and before.finish_reason:
+                owner.samples[index] = before
+                owner.missing -= 1
+                continue
             seq_id = self._next_id
             self._scheduler.add(
                 seq_id,
@@ -106,9 +111,10 @@ class Engine:
                 min_new_tokens=params.min_tokens,
                 expected_new_tokens=self._lengths.expected(params.max_tokens),
                 stop_token_ids=self._stop_ids(request),
+                generated=() if before is None else before.token_ids,
             )
             self._next_id += 1
-            self._sequences[seq_id] = _Sequence(owner, index)
+            self._sequences[seq_id] = _Sequence(owner, index, _unstack(before))
             if params.stop or params.logprobs is not None:
                 self._watched[seq_id] = self._sequences[seq_id]
 
@@ -130,6 +136,19 @@ class Engine:
         self._seconds["output"] += time.perf_counter() - start
         self._open -= len(done)
         return done
+
+    def unfinished(self) -> list[Completion]:
+        """What there is of the requests that have begun and not ended: each can go on in another engine, as
+        ``Request.so_far`` of the same request."""
+        begun: dict[int, tuple[Request, list[Sample]]] = {}
+        for seq_id, sequence in self._sequences.items():
+            request = sequence.owner.request
+            if request.id not in begun:
+                begun[request.id] = request, [sample or _NOTHING for sample in sequence.owner.samples]
+            logprobs = _stack(sequence.logprobs, request.sampling.logprobs)
+            begun[request.id][1][sequence.index] = Sample(self._scheduler.tokens(seq_id), "", "", logprobs)
+        states = [Completion(r.id, len(r.prompt), tuple(samples)) for r, samples in begun.values()]
+        return [state for state in states if any(len(sample.token_ids) for sample in state.samples)]
 
     def stats(self) -> EngineStats:
         """Counters so far."""
@@ -162,9 +181,19 @@ class Engine:
             return RowError(ErrorCode.BAD_TOKEN_IDS, f"token ids must lie in [0, {self._vocab_size - 1}]")
         try:
             request.sampling.check()
+            self._check_so_far(request)
         except ValueError as error:
             return RowError(ErrorCode.BAD_SAMPLING, str(error))
         return None
+
+    def _check_so_far(self, request: Request) -> None:
+        """ValueError unless the samples that the request brings along are those of an interrupted one."""
+        room = min(request.sampling.max_tokens, self.max_seq_len - len(request.prompt))
+        begun = [sample for sample in request.so_far if not sample.finish_reason]
+        if request.so_far and (len(request.so_far) != request.sampling.n or not begun):
+            raise ValueError(f"so_far must hold {request.sampling.n} samples, and one of them unfinished")
+        if any(len(sample.token_ids) >= room for sample in begun):
+            raise ValueError(f"so_far holds an unfinished sample that has all of its {room} tokens")
 
     def _stop_ids(self, request: Request) -> np.ndarray:
         params = request.sampling
@@ -245,6 +274,17 @@ class Engine:
         if owner.missing:
             return None
         return Completion(owner.request.id, len(owner.request.prompt), tuple(s for s in owner.samples if s is not None))
+
+
+_NOTHING = Sample(np.zeros(0, np.int32), "", "")
+
+
+def _unstack(sample: Sample | None) -> list[tuple[float, np.ndarray, np.ndarray]]:
+    """The inverse of :func:`_stack`."""
+    if sample is None or sample.logprobs is None:
+        return []
+    logprobs = sample.logprobs
+    return [(float(c), ids, top) for c, ids, top in zip(logprobs.chosen, logprobs.top_ids, logprobs.top, strict=True)]
 
 
 def _stack(rows: list[tuple[float, np.ndarray, np.ndarray]], wanted: int | None) -> Logprobs | None:

@@ -107,6 +107,7 @@ class Job:
             self.clock.now += seconds
 
 
+@pytest.mark.feature("job", "rank 0 hands out chunks by messages and computes too")
 @settings(max_examples=150, deadline=None)
 @given(size=st.integers(1, 5), count=st.integers(1, 12), data=st.data())
 def test_each_chunk_is_computed_once_under_any_interleaving(size: int, count: int, data: st.DataObject) -> None:

@@ -68,6 +68,7 @@ def test_messages_arrive_before_a_gather_that_follows_them() -> None:
     assert result.stdout == "all arrived 2\n"
 
 
+@pytest.mark.feature("job", "same row, same tokens on any number of MPI ranks, sampled ones too")
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_output_does_not_depend_on_the_number_of_ranks(
     ranks: int, inputs: Path, alone: Path, tmp_path: Path
@@ -98,6 +99,7 @@ def test_more_ranks_than_chunks(inputs: Path, tmp_path: Path) -> None:
     assert shares == {f"rank {rank}: {cpus} threads, 4 ranks" for rank in range(2)}  # two chunks, two engines
 
 
+@pytest.mark.feature("job", "a failing rank ends the job with its exit code")
 @pytest.mark.parametrize(
     ("when", "rank", "code", "text"),
     [
@@ -145,6 +147,7 @@ def test_a_wrong_configuration_is_told_once(inputs: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.feature("job", "launcher and MPI library that do not fit are refused")
 def test_ranks_that_do_not_see_each_other_are_refused(inputs: Path, tmp_path: Path) -> None:
     """What a launcher with the wrong PMI gives: singletons, each of which would do the whole job."""
     result = launch(0, inputs, tmp_path / "out", SLURM_PROCID="1", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="4")
