@@ -74,15 +74,15 @@ def attempts(path: str) -> list[Attempt]:
     return found
 
 
-def verdict(tried: Sequence[Attempt], rows: int, launch: str | None = None, noted: int | None = None) -> int:
+def verdict(tried: Sequence[Attempt], rows: int, launch: str | None = None) -> int:
     """The exit code that an incomplete job with ``rows`` rows done has come to, by its attempts (oldest first).
 
-    Of the attempt that began with ``launch``, or of the newest. 71 (lost) if that has not ended; ``noted`` is the code
-    of a launch that ended before it could begin an attempt. 70 if that and the ``FUTILE - 1`` attempts before it, of
-    the same task of a job array, left no new row: another one would not either."""
+    Of the attempt that began with ``launch``, or of the newest. 71 (lost) if there is none, or it has not ended. 70 if
+    that and the ``FUTILE - 1`` attempts before it, of the same task of a job array, left no new row: another one would
+    not either."""
     of_launch = [attempt for attempt in tried if launch in (None, attempt.launch)]
     if not of_launch:
-        return ExitCode.LOST_RANK if noted is None else noted
+        return ExitCode.LOST_RANK
     newest = of_launch[-1]
     code = ExitCode.LOST_RANK if newest.code is None else newest.code
     row = [attempt for attempt in tried if attempt.task == newest.task and attempt.number <= newest.number][-FUTILE:]
@@ -91,17 +91,20 @@ def verdict(tried: Sequence[Attempt], rows: int, launch: str | None = None, note
 
 
 def code_of_job(path: str, max_error_fraction: float, launch: str | None = None, noted: int | None = None) -> int:
-    """The exit code of the job in the output folder ``path``: 0 or 3 if it is complete, else the :func:`verdict`.
-    JobError(73) if the folder's plan can't be read."""
+    """The exit code of the job in the output folder ``path``: ``noted``, which ``launch`` left if it failed, unless it
+    came so far as to begin an attempt; else 0 or 3 if the job is complete; else the :func:`verdict`. JobError(73) if
+    the folder's plan can't be read."""
     path = os.path.abspath(os.path.expanduser(path))
+    tried = attempts(path)
+    if noted is not None and not any(attempt.launch == launch for attempt in tried):
+        return noted
     if not os.path.exists(os.path.join(path, STATE)):
-        return verdict([], 0, launch, noted)
+        return verdict(tried, 0, launch)
     ledger = Ledger.attach(path)
     success = ledger.success()
     if success is not None:
         return code_of_counts(success["counts"], max_error_fraction)
-    rows = ledger.plan.rows - sum(chunk.rows for chunk in ledger.missing())
-    return verdict(attempts(path), rows, launch, noted)
+    return verdict(tried, ledger.plan.rows - sum(chunk.rows for chunk in ledger.missing()), launch)
 
 
 def code_of_counts(counts: Mapping[str, int], max_error_fraction: float) -> int:

@@ -76,7 +76,6 @@ def test_a_launch_that_came_to_no_attempt_is_not_judged_by_an_older_one() -> Non
     older = [Attempt(1, 0, 75, launch="first")]
     assert verdict(older, 4, launch="first") == 75
     assert verdict(older, 4, launch="second") == 71
-    assert verdict(older, 4, launch="second", noted=65) == 65
 
 
 def test_tasks_of_an_array_are_judged_one_by_one() -> None:
@@ -106,6 +105,8 @@ def test_the_code_of_a_job_is_read_from_its_output(ledger: Ledger, tmp_path: Pat
     ledger.finish()
     assert code() == 0
     assert code_of_job(ledger.path, max_error_fraction=0.1) == 3
+    assert code_of_job(ledger.path, 0.25, launch="another", noted=65) == 65  # it was refused before it began
+    assert code_of_job(str(tmp_path / "nowhere"), 0.25, launch="another", noted=66) == 66
     os.unlink(os.path.join(ledger.path, "_batchinfer", "plan.json"))
     with pytest.raises(JobError, match="no output folder"):
         code()
