@@ -66,6 +66,7 @@ class Failing(FakeEngine):
 
 def load(model: object, engine: object, *, threads: int, ranks_on_node: int) -> FakeEngine:
     if WHEN == "killed at the start":
+        time.sleep(0.5)  # the exchange before is over everywhere
         os.kill(os.getpid(), signal.SIGKILL)
     if WHEN == "at the start":
         raise JobError("no device for this rank", 69)
