@@ -33,37 +33,13 @@ from batchinfer.data.plan import Plan, make_plan
 from batchinfer.data.prompts import PromptBuilder
 from batchinfer.data.reader import ChunkReader
 from batchinfer.data.results import ResultOptions, count_results, result_schema, result_table
+from batchinfer.data.suspects import SuspectLog, Suspicion, condemn, read_suspicion
 from batchinfer.data.tables import InputFile, input_schema, list_inputs
 from batchinfer.data.template import template_text
+from batchinfer.loop import Engine, Loop, must_stop
 from batchinfer.pipeline import Feeder, OpenChunk, Writer
-from batchinfer.report import Counters, Meter, Progress, summary, total
-from batchinfer.types import Chunk, Completion, EngineStats, ExitCode, Request, exit_code
-
-LOOK_AHEAD = 2
-"""Chunks read and not yet handed to the engine, the one being handed out included."""
-
-
-class Engine(Protocol):
-    """The engine half, as a job sees it (engine/engine.py)."""
-
-    tokenizer: Any
-    max_seq_len: int
-
-    @property
-    def num_open(self) -> int: ...
-
-    @property
-    def wants_more(self) -> bool: ...
-
-    def add(self, request: Request) -> None: ...
-
-    def step(self) -> list[Completion]: ...
-
-    def unfinished(self) -> list[Completion]: ...
-
-    def stats(self) -> EngineStats: ...
-
-    def close(self) -> None: ...
+from batchinfer.report import Counters, Progress, summary, total
+from batchinfer.types import Chunk, Completion, ExitCode, JobError, Request, exit_code
 
 
 class EngineLoader(Protocol):
@@ -74,7 +50,8 @@ class EngineLoader(Protocol):
 class Opening:
     """What rank 0 found out, sent to every rank. ``success`` is what _SUCCESS says, if the job is complete already;
     otherwise ``number`` is that of the attempt's record. ``share``: rank 0's place in a job array. ``seconds``: until
-    the allocation ends, None if nobody says. ``journals``: files of earlier attempts, by chunk index."""
+    the allocation ends, None if nobody says. ``journals``: files of earlier attempts, by chunk index. ``suspicion``:
+    the rows that were in the engine when it crashed."""
 
     attempt: str
     number: int
@@ -86,6 +63,7 @@ class Opening:
     success: dict[str, Any] | None
     seconds: float | None
     journals: dict[int, list[str]]
+    suspicion: Suspicion
 
     @property
     def state(self) -> str:
@@ -228,7 +206,7 @@ def _compute(
 
     def build(table: Any, chunk: Chunk) -> list[Request | Completion]:
         known = recall(opening.journals.get(chunk.index, ()), opening.plan.id, chunk)
-        return resume(builder.build(table, chunk), known)
+        return condemn(resume(builder.build(table, chunk), known), opening.suspicion)
 
     def commit(opened: OpenChunk) -> None:
         table = result_table(opened.table, opened.completions, options)
@@ -242,89 +220,23 @@ def _compute(
             ledger.notices.append(f"the journal of rank {world.rank} on {world.hostname} could not be written: {error}")
 
     progress = _progress(config, opening) if world.rank == 0 else None
-    feeder, writer = Feeder(reader.read, build), Writer(commit, record)
+    show = (lambda: progress.show(dispatcher.reports)) if progress else (lambda: None)
+    feeder, writer, log = Feeder(reader.read, build), Writer(commit, record), SuspectLog(opening.state)
+    crashed = False
     try:
-        show = (lambda: progress.show(dispatcher.reports)) if progress else (lambda: None)
-        drive(engine, dispatcher, feeder, writer, journal, deadline, show)
-    except BaseException:
+        Loop(engine, dispatcher, feeder, writer, journal, deadline, opening.suspicion, log, show).run()
+    except BaseException as error:
+        crashed = isinstance(error, JobError) and error.exit_code == ExitCode.LOST_RANK
         writer.record(journal.take())
         writer.finish()
         raise
     finally:
+        log.close(in_order=not crashed)
         if progress:
             progress.close()
         feeder.close()
         writer.close()
         reader.close()
-
-
-def drive(
-    engine: Engine,
-    dispatcher: Dispatcher,
-    feeder: Feeder,
-    writer: Writer,
-    journal: Journal,
-    deadline: Deadline,
-    show: Callable[[], object],
-) -> None:
-    """The loop of a rank, until the job is done or this rank must stop; then the journal has what the engine has. The
-    engine has rows of several chunks at a time, so that no chunk's end drains the batch."""
-    meter = Meter(engine.stats)
-    owners: dict[int, tuple[OpenChunk, float]] = {}  # and when the row was started
-
-    def settle(opened: OpenChunk, completion: Completion) -> bool:
-        """Whether the row's chunk is complete now."""
-        meter.count(completion)
-        if not opened.settle(completion):
-            return False
-        journal.drop(opened.chunk)
-        writer.submit(opened)
-        return True
-
-    while not dispatcher.finished:
-        nothing_fits = len(feeder) > 0 and not engine.num_open and not deadline.allows_row()
-        if nothing_fits or must_stop(dispatcher, deadline):
-            break
-        dispatcher.poll(meter.report())
-        if len(feeder) < LOOK_AHEAD:
-            chunk = dispatcher.next_chunk(hungry=engine.wants_more and not len(feeder))
-            if chunk is not None:
-                feeder.open(chunk)
-        while engine.wants_more and deadline.allows_row() and (row := feeder.next()) is not None:
-            opened, item = row
-            if isinstance(item, Completion):  # a row that can't be a request, or that the journal had
-                settle(opened, item)
-            else:
-                owners[item.id] = opened, time.monotonic()
-                engine.add(item)
-        idle = not engine.num_open
-        for completion in engine.step():
-            opened, started = owners.pop(completion.id)
-            deadline.row_took(time.monotonic() - started)
-            if not settle(opened, completion):
-                journal.add(opened.chunk, completion)
-        if journal.due():
-            writer.record(journal.take())
-        for chunk in writer.committed():
-            dispatcher.done(chunk, meter.report(fresh=True))
-        show()
-        if idle:
-            time.sleep(POLL_SECONDS)
-    for state in engine.unfinished():
-        journal.add(owners[state.id][0].chunk, state)
-    writer.record(journal.take())
-    writer.finish()
-    for chunk in writer.committed():
-        dispatcher.done(chunk, meter.report(fresh=True))
-
-
-def must_stop(dispatcher: Dispatcher, deadline: Deadline) -> bool:
-    """Whether this rank puts down what it has: it must, or rank 0 says so. Rank 0 takes all others along."""
-    if not deadline.reason():
-        return dispatcher.draining
-    if not isinstance(dispatcher, WorkerDispatcher):
-        dispatcher.drain()
-    return True
 
 
 def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], ranks: int) -> Opening:
@@ -369,6 +281,7 @@ def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], rank
         success=success,
         seconds=seconds_left(os.environ),
         journals=journal_files(os.path.join(ledger.path, STATE)) if missing else {},
+        suspicion=read_suspicion(os.path.join(ledger.path, STATE)) if missing else Suspicion(),
     )
 
 

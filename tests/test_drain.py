@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -14,13 +15,13 @@ import pytest
 from fake_engine import FakeEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_job import configure, never, parts, prompts, rows_of, run
+from test_job import configure, given_up, never, parts, prompts, rows_of, run
 
 from batchinfer import job
 from batchinfer.cluster.deadline import DRAIN_FILE
 from batchinfer.data.audit import verify
 from batchinfer.data.journal import journal_files
-from batchinfer.types import Completion, ExitCode
+from batchinfer.types import Completion, ExitCode, JobError
 
 STATE = "_batchinfer"
 
@@ -118,14 +119,11 @@ def test_any_drains_and_crashes_give_the_output_of_one_run(
     for step, drain in zip(stops, kinds, strict=False):
         signal.name = None
         then = signal.send if drain else crash
-        try:
-            code = run(config, lambda *_, step=step, then=then, **__: Interrupted(step, then))
-        except RuntimeError:
-            continue
-        assert code in (0, ExitCode.INCOMPLETE)
+        with contextlib.suppress(JobError):
+            run(config, lambda *_, step=step, then=then, **__: Interrupted(step, then))
     signal.name = None
-    assert run(config) == 0
-    assert rows_of(output) == rows_of(whole)
+    run(config)
+    assert given_up(rows_of(output), rows_of(whole)) < max(1, kinds[: len(stops)].count(False))
     assert verify(str(output)).ok
 
 
@@ -146,7 +144,7 @@ def test_a_crash_costs_only_the_rows_since_the_last_record(inputs: Path, tmp_pat
 
     config = configure(inputs, tmp_path / "out", output__rows_per_chunk=100, job__journal_seconds=0.0)
     engine = Engine(12, crash)
-    with pytest.raises(RuntimeError, match="went away"):
+    with pytest.raises(JobError, match="went away"):
         run(config, lambda *_, **__: engine)
     assert engine.finished > 0
     second = FakeEngine()
@@ -193,3 +191,46 @@ def test_a_journal_that_cannot_be_written_is_told_and_costs_no_row(
     assert run(configure(inputs, tmp_path / "out", job__journal_seconds=0.0)) == 0
     assert "the journal of rank 0" in capfd.readouterr().err
     assert verify(str(tmp_path / "out")).ok
+
+
+class Fragile(FakeEngine):
+    """Crashes when this row is in it, in the step after it came in."""
+
+    def __init__(self, poison: int, seen: list[list[int]], **options: Any):
+        super().__init__(**options)
+        self._poison, self._seen = poison, seen
+        self._inside: list[int] = []
+
+    def add(self, request: Any) -> None:
+        super().add(request)
+        self._inside.append(request.id)
+
+    def step(self) -> list[Completion]:
+        if self._poison in self._inside:
+            self._seen.append(self._inside)
+            crash()
+        done = super().step()
+        self._inside = [row for row in self._inside if row not in {completion.id for completion in done}]
+        return done
+
+
+@pytest.mark.feature("job", "a row that crashes the engine twice, the second time alone, becomes an error row")
+def test_a_row_that_crashes_the_engine_is_found_and_given_up(inputs: Path, tmp_path: Path) -> None:
+    config = configure(inputs, tmp_path / "out", job__max_error_fraction=0.1)
+    crashes: list[list[int]] = []
+    for _ in range(2):
+        with pytest.raises(JobError, match="lets these rows run alone, after all others") as caught:
+            run(config, lambda *_, **__: Fragile(33, crashes))
+        assert caught.value.exit_code == ExitCode.LOST_RANK
+    assert len(crashes[0]) > 1
+    assert crashes[1] == [33]
+    held = {33 // 10} | {row // 10 for row in crashes[0]}
+    assert len(parts(tmp_path / "out")) >= 9 - len(held)  # all others were computed before the suspects
+    assert run(config, lambda *_, **__: Fragile(33, crashes)) == 0
+    assert len(crashes) == 2
+    rows = rows_of(tmp_path / "out")
+    assert [row["error_code"] for row in rows] == ["ENGINE_CRASH" if i == 33 else None for i in range(87)]
+    assert run(configure(inputs, tmp_path / "whole")) == 0
+    whole = rows_of(tmp_path / "whole")
+    assert [row for i, row in enumerate(rows) if i != 33] == [row for i, row in enumerate(whole) if i != 33]
+    assert not (tmp_path / "out" / STATE / "suspects").exists()
