@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from batchinfer import __version__
+from batchinfer.cluster import signals
 from batchinfer.cluster.launch import launch_name, note_failure, noted_failure
 from batchinfer.cluster.world import World, join, launcher, outside
 from batchinfer.config import REQUIRED, Config, allowed, check, from_dict, items, to_dict, type_of
@@ -49,9 +50,13 @@ EXAMPLE = "batchinfer run model.path=DIR|FILE.gguf input.path=prompts.parquet ou
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; its exit code (types.ExitCode). Every failure of a rank ends the whole MPI job with its code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    running = arguments[:1] == ["run"]
+    if running:
+        signals.install()
     world = outside()
     try:
-        name, options = parse(sys.argv[1:] if argv is None else argv)
+        name, options = parse(arguments)
         if name != "run" and launcher().rank != 0:
             return ExitCode.COMPLETE
         if name == "doctor":
@@ -62,11 +67,12 @@ def main(argv: list[str] | None = None) -> int:
             return _print_config(options) if launcher().rank == 0 else ExitCode.COMPLETE
         if name == "run":
             world = join(_mpi_mode(options.overrides))
+            signals.install()
         config = _shared_config(name, options, world)
         return _dispatch(name, options, config, world)
     except BaseException as error:
         code = _report(error, world)
-        if "run" in (sys.argv[1:] if argv is None else argv)[:1]:
+        if running:
             note_failure(code)
         world.abort(code)
         return code

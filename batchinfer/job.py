@@ -1,7 +1,8 @@
 """One rank's job: chunks -> rows -> requests -> engine -> completions -> parts.
 
 Rank 0 plans and hands out chunks; every rank, rank 0 too, computes and commits. In a job array every task is a rank 0
-of its own job, with the same output. The same command again finds the parts that are there and computes the rest.
+of its own job, with the same output. The same command again finds the parts that are there, goes on with the rows that
+the journal has, and computes the rest.
 """
 
 from __future__ import annotations
@@ -16,48 +17,29 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from batchinfer import __version__
+from batchinfer.cluster import signals
 from batchinfer.cluster.array import ArrayDispatcher, Share, array_share
 from batchinfer.cluster.binding import Place, check_places, cpu_share, place, table
+from batchinfer.cluster.deadline import Deadline, seconds_left
 from batchinfer.cluster.dispatch import SILENCE_SECONDS, Dispatcher, RootDispatcher, WorkerDispatcher, meanwhile
 from batchinfer.cluster.launch import launch_name
 from batchinfer.cluster.world import POLL_SECONDS, World
 from batchinfer.config import Config, EngineConfig, ModelConfig, to_dict
 from batchinfer.data import attempts
 from batchinfer.data.columns import check_input, prompt_source, used_columns
-from batchinfer.data.ledger import Ledger, open_job
+from batchinfer.data.journal import Journal, journal_files, recall, resume
+from batchinfer.data.ledger import STATE, Ledger, open_job
 from batchinfer.data.plan import Plan, make_plan
 from batchinfer.data.prompts import PromptBuilder
 from batchinfer.data.reader import ChunkReader
 from batchinfer.data.results import ResultOptions, count_results, result_schema, result_table
+from batchinfer.data.suspects import SuspectLog, Suspicion, condemn, read_suspicion
 from batchinfer.data.tables import InputFile, input_schema, list_inputs
 from batchinfer.data.template import template_text
+from batchinfer.loop import Engine, Loop, must_stop
 from batchinfer.pipeline import Feeder, OpenChunk, Writer
-from batchinfer.report import Counters, Meter, Progress, summary, total
-from batchinfer.types import Chunk, Completion, EngineStats, ExitCode, Request, exit_code
-
-LOOK_AHEAD = 2
-"""Chunks read and not yet handed to the engine, the one being handed out included."""
-
-
-class Engine(Protocol):
-    """The engine half, as a job sees it (engine/engine.py)."""
-
-    tokenizer: Any
-    max_seq_len: int
-
-    @property
-    def num_open(self) -> int: ...
-
-    @property
-    def wants_more(self) -> bool: ...
-
-    def add(self, request: Request) -> None: ...
-
-    def step(self) -> list[Completion]: ...
-
-    def stats(self) -> EngineStats: ...
-
-    def close(self) -> None: ...
+from batchinfer.report import Counters, Progress, summary, total
+from batchinfer.types import Chunk, Completion, ExitCode, JobError, Request, exit_code
 
 
 class EngineLoader(Protocol):
@@ -67,7 +49,9 @@ class EngineLoader(Protocol):
 @dataclass(frozen=True)
 class Opening:
     """What rank 0 found out, sent to every rank. ``success`` is what _SUCCESS says, if the job is complete already;
-    otherwise ``number`` is that of the attempt's record. ``share``: rank 0's place in a job array."""
+    otherwise ``number`` is that of the attempt's record. ``share``: rank 0's place in a job array. ``seconds``: until
+    the allocation ends, None if nobody says. ``journals``: files of earlier attempts, by chunk index. ``suspicion``:
+    the rows that were in the engine when it crashed."""
 
     attempt: str
     number: int
@@ -77,6 +61,13 @@ class Opening:
     columns: list[str]
     missing: list[Chunk]
     success: dict[str, Any] | None
+    seconds: float | None
+    journals: dict[int, list[str]]
+    suspicion: Suspicion
+
+    @property
+    def state(self) -> str:
+        return os.path.join(self.path, STATE)
 
 
 def load_engine(model: ModelConfig, engine: EngineConfig, *, threads: int, ranks_on_node: int) -> Engine:
@@ -99,8 +90,9 @@ def run(
     load_engine: EngineLoader = load_engine,
     identify: Callable[[str], dict[str, str]] = identify,
 ) -> int:
-    """Do this rank's part of the job. Returns its exit code, the same on every rank: 0, or 3 if more rows than
-    job.max_error_fraction failed. JobError for everything that ends the job."""
+    """Do this rank's part of the job. Returns its exit code, the same on every rank: 0, 3 if more rows than
+    job.max_error_fraction failed, or 75 if it had to stop before all was done. JobError for everything that ends the
+    job."""
     opening = world.bcast(open_on_root(config, identify, world.size) if world.rank == 0 else None)
     if opening.success is not None:
         code = attempts.code_of_counts(opening.success["counts"], config.job.max_error_fraction)
@@ -124,9 +116,10 @@ def _work(config: Config, world: World, opening: Opening, load_engine: EngineLoa
     if world.rank == 0 and world.size > 1:
         _say(f"{world.size} ranks\n{table(places)}")
     dispatcher = _dispatcher(world, opening, ledger)
+    deadline = Deadline(opening.seconds, config.job.margin_seconds, signals.received, opening.state)
     start = ready = time.monotonic()
     if opening.missing:
-        ready = _take_part(config, world, opening, ledger, dispatcher, places, load_engine)
+        ready = _take_part(config, world, opening, ledger, dispatcher, deadline, places, load_engine)
     end = time.monotonic()
     if isinstance(dispatcher, WorkerDispatcher):
         code = dispatcher.leave(ledger.notices)
@@ -139,8 +132,12 @@ def _work(config: Config, world: World, opening: Opening, load_engine: EngineLoa
     for notice in dict.fromkeys(text for of_rank in notices for text in of_rank):
         _say(notice)
     times = {"seconds": round(end - start, 3), "computing_seconds": round(end - ready, 3)}
+    attempt = {**times, "hosts": [at.host for at in places], "this_attempt": dataclasses.asdict(total(reports))}
     with meanwhile(dispatcher, Counters(), world.threads):
-        code = _close(config, opening, ledger, total(reports), times, [at.host for at in places])
+        if dispatcher.finished:
+            code = _close(config, opening, ledger, total(reports), attempt)
+        else:
+            code = _pause(opening, ledger, deadline.reason() or "rank 0 has stopped", attempt)
     if leave:
         leave.release(code)
     return code, not dispatcher.lost
@@ -163,12 +160,14 @@ def _take_part(
     opening: Opening,
     ledger: Ledger,
     dispatcher: Dispatcher,
+    deadline: Deadline,
     places: list[Place],
     load_engine: EngineLoader,
 ) -> float:
-    """Compute chunks until all of the job are done. When (monotonic clock) the engine was ready."""
+    """Compute chunks until all of the job are done, or this rank must stop. When (monotonic clock) the engine was
+    ready."""
     start = ready = time.monotonic()
-    if world.rank < len(opening.missing):
+    if world.rank < len(opening.missing) and not deadline.reason():
         threads = config.engine.threads or cpu_share(places, world.rank)
         with meanwhile(dispatcher, Counters(), world.threads):
             engine = load_engine(config.model, config.engine, threads=threads, ranks_on_node=world.local_size)
@@ -177,17 +176,23 @@ def _take_part(
             hosts = len({at.host for at in places})
             _say(f"engine ready after {ready - start:.1f} s (ranks {world.size}, hosts {hosts}, threads {threads})")
         try:
-            _compute(config, world, opening, ledger, engine, dispatcher)
+            _compute(config, world, opening, ledger, engine, dispatcher, deadline)
         finally:
             engine.close()
-    while not dispatcher.finished:  # a rank for which there is no chunk
+    while not dispatcher.finished and not must_stop(dispatcher, deadline):  # a rank for which there is no chunk
         dispatcher.poll(Counters())
         time.sleep(POLL_SECONDS)
     return ready
 
 
 def _compute(
-    config: Config, world: World, opening: Opening, ledger: Ledger, engine: Engine, dispatcher: Dispatcher
+    config: Config,
+    world: World,
+    opening: Opening,
+    ledger: Ledger,
+    engine: Engine,
+    dispatcher: Dispatcher,
+    deadline: Deadline,
 ) -> None:
     """Put the stages together around the engine, and run them."""
     options = ResultOptions.of(config.input, config.output, config.sampling)
@@ -197,53 +202,41 @@ def _compute(
     )
     provenance = {"attempt": opening.attempt, "rank": world.rank, "ranks": world.size, "model": config.model.path}
 
+    journal = Journal(opening.state, opening.plan.id, config.job.journal_seconds)
+
+    def build(table: Any, chunk: Chunk) -> list[Request | Completion]:
+        known = recall(opening.journals.get(chunk.index, ()), opening.plan.id, chunk)
+        return condemn(resume(builder.build(table, chunk), known), opening.suspicion)
+
     def commit(opened: OpenChunk) -> None:
         table = result_table(opened.table, opened.completions, options)
         ledger.commit(opened.chunk, table, provenance | {"counts": count_results(opened.completions)})
+        journal.forget(opened.chunk, opening.journals.get(opened.chunk.index, ()))
+
+    def record(records: dict[int, list[Completion]]) -> None:
+        try:
+            journal.write(records)
+        except OSError as error:  # only a cache: what it lacks is computed again
+            ledger.notices.append(f"the journal of rank {world.rank} on {world.hostname} could not be written: {error}")
 
     progress = _progress(config, opening) if world.rank == 0 else None
-    feeder, writer = Feeder(reader.read, builder.build), Writer(commit)
+    show = (lambda: progress.show(dispatcher.reports)) if progress else (lambda: None)
+    feeder, writer, log = Feeder(reader.read, build), Writer(commit, record), SuspectLog(opening.state)
+    crashed = False
     try:
-        drive(engine, dispatcher, feeder, writer, lambda: progress and progress.show(dispatcher.reports))
+        Loop(engine, dispatcher, feeder, writer, journal, deadline, opening.suspicion, log, show).run()
+    except BaseException as error:
+        crashed = isinstance(error, JobError) and error.exit_code == ExitCode.LOST_RANK
+        writer.record(journal.take())
+        writer.finish()
+        raise
     finally:
+        log.close(in_order=not crashed)
         if progress:
             progress.close()
         feeder.close()
         writer.close()
         reader.close()
-
-
-def drive(engine: Engine, dispatcher: Dispatcher, feeder: Feeder, writer: Writer, show: Callable[[], object]) -> None:
-    """The loop of a rank. The engine has rows of several chunks at a time, so that no chunk's end drains the batch."""
-    meter = Meter(engine.stats)
-    owners: dict[int, OpenChunk] = {}
-
-    def settle(opened: OpenChunk, completion: Completion) -> None:
-        meter.count(completion)
-        if opened.settle(completion):
-            writer.submit(opened)
-
-    while not dispatcher.finished:
-        dispatcher.poll(meter.report())
-        if len(feeder) < LOOK_AHEAD:
-            chunk = dispatcher.next_chunk(hungry=engine.wants_more and not len(feeder))
-            if chunk is not None:
-                feeder.open(chunk)
-        while engine.wants_more and (row := feeder.next()) is not None:
-            opened, item = row
-            if isinstance(item, Completion):  # a row that can't be a request
-                settle(opened, item)
-            else:
-                owners[item.id] = opened
-                engine.add(item)
-        idle = not engine.num_open
-        for completion in engine.step():
-            settle(owners.pop(completion.id), completion)
-        for chunk in writer.committed():
-            dispatcher.done(chunk, meter.report(fresh=True))
-        show()
-        if idle:
-            time.sleep(POLL_SECONDS)
 
 
 def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], ranks: int) -> Opening:
@@ -286,6 +279,9 @@ def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], rank
         columns=used_columns(config.input, schema),
         missing=missing,
         success=success,
+        seconds=seconds_left(os.environ),
+        journals=journal_files(os.path.join(ledger.path, STATE)) if missing else {},
+        suspicion=read_suspicion(os.path.join(ledger.path, STATE)) if missing else Suspicion(),
     )
 
 
@@ -307,29 +303,25 @@ def fingerprint(config: Config, model: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _close(
-    config: Config,
-    opening: Opening,
-    ledger: Ledger,
-    counters: Counters,
-    times: dict[str, float],
-    hosts: list[str],
-) -> int:
+def _close(config: Config, opening: Opening, ledger: Ledger, counters: Counters, attempt: dict[str, Any]) -> int:
     """Rank 0, or a rank that has lost it, when every chunk is committed: check, publish _SUCCESS, sum up."""
-    success = ledger.finish({"attempt": opening.attempt, "ranks": len(hosts), **times})
+    times = {key: attempt[key] for key in ("seconds", "computing_seconds")}
+    ranks = len(attempt["hosts"])
+    success = ledger.finish({"attempt": opening.attempt, "ranks": ranks, **times})
     code = attempts.code_of_counts(success["counts"], config.job.max_error_fraction)
-    record = {
-        "exit_code": code,
-        **times,
-        "hosts": hosts,
-        "this_attempt": dataclasses.asdict(counters),
-        "job": success["counts"],
-    }
-    attempts.end(opening.path, opening.number, record)
-    print(summary(success["counts"], counters, times, len(hosts), opening.path), file=sys.stderr, flush=True)
+    attempts.end(opening.path, opening.number, {"exit_code": code, **attempt, "job": success["counts"]})
+    print(summary(success["counts"], counters, times, ranks, opening.path), file=sys.stderr, flush=True)
     if code == ExitCode.TOO_MANY_ERRORS:
         _say(f"more rows failed than job.max_error_fraction={config.job.max_error_fraction:g} allows: exit code {code}")
     return code
+
+
+def _pause(opening: Opening, ledger: Ledger, reason: str, attempt: dict[str, Any]) -> int:
+    """Rank 0, or a rank that has lost it, when it had to stop: say what is left."""
+    left = sum(chunk.rows for chunk in ledger.missing())
+    _say(f"stopped, {reason}; {left:,} rows are not committed: the same command goes on")
+    attempts.end(opening.path, opening.number, {"exit_code": ExitCode.INCOMPLETE, "reason": reason, **attempt})
+    return ExitCode.INCOMPLETE
 
 
 def _progress(config: Config, opening: Opening) -> Progress:

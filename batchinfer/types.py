@@ -31,6 +31,7 @@ class ErrorCode(str, Enum):
     BAD_TOKEN_IDS = "BAD_TOKEN_IDS"
     BAD_SAMPLING = "BAD_SAMPLING"
     KV_CAPACITY = "KV_CAPACITY"
+    ENGINE_CRASH = "ENGINE_CRASH"
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,8 @@ class FakeEngine:
         self._running: list[list] = []  # [steps left, completion]
         self._stats = EngineStats(pages_total=slots)
         self.most_open = 0
-        self.resumed = 0  # requests that brought tokens along
+        self.added = 0
+        self.resumed = 0  # of them, those that brought tokens along
 
     @property
     def num_open(self) -> int:
@@ -60,6 +61,7 @@ class FakeEngine:
 
     def add(self, request: Request) -> None:
         self._waiting.append(request)
+        self.added += 1
         self._stats.prompt_tokens += len(request.prompt)
         self.most_open = max(self.most_open, self.num_open)
 

@@ -71,6 +71,14 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
     return pa.concat_tables([pq.read_table(path) for path in parts(output)]).to_pylist()
 
 
+def given_up(rows: list[dict[str, Any]], whole: list[dict[str, Any]]) -> int:
+    """How many rows are errors because they were alone in an engine that crashed again; all others are those of
+    ``whole``."""
+    innocent = [(row, other) for row, other in zip(rows, whole, strict=True) if row["error_code"] != "ENGINE_CRASH"]
+    assert all(row == other for row, other in innocent)
+    return len(rows) - len(innocent)
+
+
 def success(output: Path) -> dict[str, Any]:
     return json.loads((output / "_SUCCESS").read_text())
 
@@ -158,13 +166,13 @@ def test_after_any_crashes_the_output_is_that_of_one_run(
     config = configure(inputs, output)
     for step in crashes:
         seen = {path.name: path.read_bytes() for path in parts(output)}
-        with contextlib.suppress(RuntimeError):  # a late crash never happens: the job is done before
+        with contextlib.suppress(JobError):  # a late crash never happens: the job is done before
             run(config, lambda *_, step=step, **__: FakeEngine(slots=slots, fail_at_step=step))
         if not (output / "_SUCCESS").exists():
             assert all(pq.read_table(path).num_rows <= 10 for path in parts(output))
         assert seen.items() <= {path.name: path.read_bytes() for path in parts(output)}.items()
-    assert run(config) == 0
-    assert rows_of(output) == rows_of(whole)
+    assert run(config) in (ExitCode.COMPLETE, ExitCode.TOO_MANY_ERRORS)
+    assert given_up(rows_of(output), rows_of(whole)) < len(crashes)
     assert verify(str(output)).ok
     assert not list(output.glob(".part-*"))
 
@@ -254,7 +262,7 @@ def test_what_does_not_change_the_results_may_change(
     inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = configure(inputs, tmp_path / "out")
-    with pytest.raises(RuntimeError, match="went away"):
+    with pytest.raises(JobError, match="went away"):
         run(config, lambda *_, **__: FakeEngine(fail_at_step=12))
     inputs = inputs.rename(inputs.parent / "moved")
     other = configure(
@@ -334,7 +342,7 @@ def test_plan_status_and_verify(inputs: Path, tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(JobError) as caught:
         show_status(config)
     assert caught.value.exit_code == ExitCode.OUTPUT
-    with pytest.raises(RuntimeError, match="went away"):
+    with pytest.raises(JobError, match="went away"):
         run(config, lambda *_, **__: FakeEngine(fail_at_step=40))
     capsys.readouterr()
     assert show_status(config) == ExitCode.INCOMPLETE

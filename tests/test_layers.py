@@ -17,8 +17,9 @@ PACKAGE = ROOT / "batchinfer"
 ALLOWED = {
     "__init__": {"llm"},
     "__main__": {"job", "inquire", "bench", "doctor", "cluster"},
-    "job": {"data", "cluster", "engine", "models.identity", "pipeline", "report"},
+    "job": {"data", "cluster", "engine", "models.identity", "loop", "pipeline", "report"},
     "inquire": {"data"},
+    "loop": {"data", "cluster", "pipeline", "report"},
     "pipeline": set(),
     "report": set(),
     "bench": {"data", "engine"},

@@ -17,8 +17,9 @@ import os
 import re
 import secrets
 import struct
+import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -65,8 +66,11 @@ class Journal:
     ``add``, ``drop`` and ``take`` belong to the thread of the engine, ``write`` and ``forget`` to that of the writer.
     """
 
-    def __init__(self, state: str, plan: str):
-        """``state``: the job's state folder. ``plan``: the plan's id, without which a record means nothing."""
+    def __init__(self, state: str, plan: str, seconds: float = 60.0, clock: Callable[[], float] = time.monotonic):
+        """``state``: the job's state folder. ``plan``: the plan's id, without which a record means nothing.
+        ``seconds``: between two records."""
+        self._seconds, self._clock = seconds, clock
+        self._taken = clock()
         self._folder = os.path.join(state, JOURNAL)
         self._plan = plan
         self._writer = secrets.token_hex(8)
@@ -82,9 +86,14 @@ class Journal:
         """The chunk is complete, and about to be committed: its rows need no record."""
         self._new.pop(chunk.index, None)
 
+    def due(self) -> bool:
+        """Whether it is time for the next record, and there is something to record."""
+        return bool(self._new) and self._clock() - self._taken >= self._seconds
+
     def take(self) -> dict[int, list[Completion]]:
         """What was added since the last call, by chunk index."""
         new, self._new = self._new, {}
+        self._taken = self._clock()
         return new
 
     def write(self, records: Mapping[int, Sequence[Completion]]) -> None:

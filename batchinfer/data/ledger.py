@@ -4,6 +4,8 @@
     OUT/.part-000123.ATTEMPT.tmp    on its way; readers of Parquet folders pass over names with a dot
     OUT/_SUCCESS                    JSON, last of all
     OUT/_batchinfer/plan.json       the plan (plan.py)
+    OUT/_batchinfer/journal/        finished rows of chunks that are not (journal.py)
+    OUT/_batchinfer/suspects/       rows in an engine that crashed (suspects.py)
 
 There is no "running" state, no lock and no clock. Any number of processes may compute the same chunk: the first to
 publish it wins, and the others throw their work away.
@@ -24,6 +26,7 @@ import pyarrow as pa
 
 from batchinfer.data.commit import NO_SPACE, probe, publish, publish_bytes, read_bytes, remove, write_new
 from batchinfer.data.digest import content_digest
+from batchinfer.data.journal import clear_journals
 from batchinfer.data.part import (
     BadPart,
     PartInfo,
@@ -35,6 +38,7 @@ from batchinfer.data.part import (
     read_info,
 )
 from batchinfer.data.plan import Plan, difference_table, differences
+from batchinfer.data.suspects import clear_suspects
 from batchinfer.types import Chunk, ExitCode, JobError
 
 STATE = "_batchinfer"
@@ -187,10 +191,13 @@ class Ledger:
             raise output_error(path, error) from None
 
     def _sweep(self) -> None:
-        """Drop temporary files, whose ever they are: every chunk is published, so their owners can only lose."""
+        """Drop temporary files, journals and suspicions, whose ever they are: every chunk is published, and their
+        owners can only lose."""
         for name in os.listdir(self.path):
             if name.startswith((".part-", f".{SUCCESS}.")) and name.endswith(".tmp"):
                 remove(os.path.join(self.path, name))
+        clear_journals(os.path.join(self.path, STATE))
+        clear_suspects(os.path.join(self.path, STATE))
 
 
 def open_job(output_path: str, plan: Plan, compression: str = "zstd") -> Ledger:

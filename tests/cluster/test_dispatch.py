@@ -199,7 +199,7 @@ def test_a_job_ends_with_no_message_under_way(monkeypatch: pytest.MonkeyPatch) -
 
     def deliver_all(seconds: float) -> None:
         with lock:
-            job.clock.now += 0.01
+            job.clock.now += 1e-6
             for a in range(3):
                 for b in range(3):
                     job.network.ranks[b].deliver(a)
