@@ -31,6 +31,8 @@ if sys.argv[1:2] == ["run"] and "--cfg" not in sys.argv:
         os._exit(9)
 if WHEN == "before MPI":
     sys.modules["mpi4py"] = None
+if WHEN == "stopped before MPI":
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 from fake_engine import FakeEngine, identify_fake  # noqa: E402
 
@@ -60,6 +62,8 @@ class Failing(FakeEngine):
     def close(self) -> None:
         if WHEN == "killed at the end":
             os.kill(os.getpid(), signal.SIGKILL)
+        if WHEN == "stopped at the end":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if WHEN == "at the end":
             raise JobError("the last breath failed", 74)
 
@@ -68,6 +72,8 @@ def load(model: object, engine: object, *, threads: int, ranks_on_node: int) -> 
     if WHEN == "killed at the start":
         time.sleep(0.5)  # the exchange before is over everywhere
         os.kill(os.getpid(), signal.SIGKILL)
+    if WHEN == "stopped at the start":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if WHEN == "at the start":
         raise JobError("no device for this rank", 69)
     if os.environ.get("SHOW_SHARES"):
