@@ -153,6 +153,7 @@ class RootDispatcher:
     def done(self, chunk: Chunk, report: Any) -> None:
         self.reports[0] = report
         self._queue.done(chunk.index, self._clock())
+        self._tell_if_finished()
 
     def poll(self, report: Any) -> None:
         self.reports[0] = report
@@ -162,9 +163,7 @@ class RootDispatcher:
         if now - self._watched >= WATCH_SECONDS:
             self._watched = now
             self._watch(now)
-        if self.finished and not self._told:
-            self._told = True
-            self._tell_all("finished")
+        self._tell_if_finished()
 
     def drain(self) -> None:
         """Ask all ranks to end; see ``Dispatcher.draining``."""
@@ -223,6 +222,11 @@ class RootDispatcher:
                 self._idle.discard(rank)
                 self._send(rank, "chunk", chunk)
 
+    def _tell_if_finished(self) -> None:
+        if self.finished and not self._told:
+            self._told = True
+            self._tell_all("finished")
+
     def _tell_all(self, kind: str, value: Any = None) -> None:
         for rank in self._workers:
             if rank not in self.lost:
@@ -254,7 +258,7 @@ class WorkerDispatcher:
 
     @property
     def finished(self) -> bool:
-        return self._alone.finished if self._alone else self._finished
+        return self._finished or (self._alone is not None and self._alone.finished)
 
     @property
     def lost(self) -> set[int]:

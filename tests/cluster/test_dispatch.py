@@ -232,6 +232,7 @@ def test_who_does_not_come_to_the_end_is_not_waited_for(monkeypatch: pytest.Monk
     worker = job.ranks[1].dispatcher
     assert worker.leave("notice") is None  # rank 0 has not answered it in the same time
     assert worker.lost == {0}
+    assert worker.finished
 
 
 def test_messages_go_on_meanwhile() -> None:
