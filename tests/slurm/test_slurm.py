@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reaso
 pytest.importorskip("mpi4py", reason="pip install 'batchinfer[mpi]'")
 
 ROWS = 300
-SLOW = {"STEP_SECONDS": "0.1", "SILENCE_SECONDS": "6"}
+SLOW = {"STEP_SECONDS": "0.1", "SILENCE_SECONDS": "4"}
 """About 30 s of work for one rank: time enough for a test to interfere."""
 
 
@@ -192,6 +192,22 @@ def test_drained_and_requeued(imports: str, job: Job) -> None:
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), job.log()
     assert "code 75, asked to requeue" in job.log()
     assert "Killed" not in job.log()
+    job.check()
+
+
+@pytest.mark.feature("slurm", "the time limit: Slurm's signal, or without one the program's own clock")
+@pytest.mark.parametrize(
+    ("signal", "margin", "reason"), [("B:USR1@30", 1, "signal SIGUSR1"), ("B:USR1@0", 45, "the allocation ends soon")]
+)
+def test_the_time_limit(signal: str, margin: int, reason: str, job: Job) -> None:
+    """Slurm acts on limits and signals on a grid of 30 s: this signal comes after about 15 s of the minute."""
+    work = {"STEP_SECONDS": "0.5" if "30" in signal else "0.2"}
+    number = job.submit("--time=1", f"--signal={signal}", settings=(f"job.margin_seconds={margin}",), **work)
+    job.cluster.wait(lambda: "code 75" in job.log(), 60, f"a drain\n{job.log()}")
+    assert f"stopped, {reason}" in job.log()
+    job.cluster.call("scontrol", "update", f"JobId={number}", "TimeLimit=10")
+    ended = job.end(number)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), job.log()
     job.check()
 
 
