@@ -79,12 +79,13 @@ class JobConfig:
     """``max_error_fraction``: more error rows than this share of all rows end a complete job with exit code 3.
     ``progress_seconds``: time between two progress lines where the output is not a terminal. ``journal_seconds``: time
     between two records of the rows that finished in chunks that did not. ``margin_seconds``: how long before the end
-    of the allocation the job stops."""
+    of the allocation the job stops. ``row_seconds``: longest time of a row in the engine, 0 for any."""
 
     max_error_fraction: float = 0.01
     progress_seconds: float = 60.0
     journal_seconds: float = 60.0
     margin_seconds: float = 120.0
+    row_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "job.progress_seconds": (0.1, 86400.0),
     "job.journal_seconds": (0.0, 86400.0),
     "job.margin_seconds": (0.0, 86400.0),
+    "job.row_seconds": (0.0, 1e9),
     "bench.rows": (0, 2**40),
     "bench.repeat": (1, 1000),
 }

@@ -224,7 +224,8 @@ def _compute(
     feeder, writer, log = Feeder(reader.read, build), Writer(commit, record), SuspectLog(opening.state)
     crashed = False
     try:
-        Loop(engine, dispatcher, feeder, writer, journal, deadline, opening.suspicion, log, show).run()
+        stages = (engine, dispatcher, feeder, writer, journal, deadline, opening.suspicion, log, show)
+        Loop(*stages, row_seconds=config.job.row_seconds).run()
     except BaseException as error:
         crashed = isinstance(error, JobError) and error.exit_code == ExitCode.LOST_RANK
         writer.record(journal.take())

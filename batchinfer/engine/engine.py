@@ -150,6 +150,24 @@ class Engine:
         states = [Completion(r.id, len(r.prompt), tuple(samples)) for r, samples in begun.values()]
         return [state for state in states if any(len(sample.token_ids) for sample in state.samples)]
 
+    def abandon(self, request_id: int) -> Completion:
+        """Drop an open request and return what there is of it, with the text so far. KeyError if it is not open."""
+        mine = {i: s for i, s in self._sequences.items() if s.owner.request.id == request_id}
+        if not mine:
+            raise KeyError(request_id)
+        owner = next(iter(mine.values())).owner
+        samples = [sample or _NOTHING for sample in owner.samples]
+        for seq_id, sequence in mine.items():
+            tokens = self._scheduler.tokens(seq_id)
+            (text,) = self.tokenizer.decode_batch([tokens])
+            logprobs = _stack(sequence.logprobs, owner.request.sampling.logprobs)
+            samples[sequence.index] = Sample(tokens, text, "", logprobs)
+            self._scheduler.finish(seq_id)
+            self._sequences.pop(seq_id)
+            self._watched.pop(seq_id, None)
+        self._open -= 1
+        return Completion(request_id, len(owner.request.prompt), tuple(samples))
+
     def stats(self) -> EngineStats:
         """Counters so far."""
         scheduler, stats = self._scheduler, self._stats

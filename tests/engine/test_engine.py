@@ -266,6 +266,31 @@ def test_interrupted_requests_go_on_in_another_engine(decoder: Decoder, steps: i
             assert got.logprobs.top.shape == expected.logprobs.top.shape
 
 
+def test_an_abandoned_request_gives_what_there_is_and_leaves_nothing(decoder: Decoder) -> None:
+    prompts = random_prompts(3)
+    requests = [Request(i, prompt, replace(PLAIN, n=2, logprobs=1)) for i, prompt in enumerate(prompts)]
+    whole = run(make_engine(decoder), requests)
+    engine = make_engine(decoder)
+    for request in requests:
+        engine.add(request)
+    for _ in range(5):
+        engine.step()
+    state = engine.abandon(1)
+    assert not state.finished
+    for sample, full in zip(state.samples, whole[1].samples, strict=True):
+        count = len(sample.token_ids)
+        assert 0 < count < 12
+        assert sample.token_ids.tolist() == full.token_ids[:count].tolist()
+        assert full.text.startswith(sample.text)
+        assert sample.logprobs is not None
+        assert len(sample.logprobs.chosen) == count
+    with pytest.raises(KeyError):
+        engine.abandon(1)
+    rest = run(engine, [])
+    assert set(rest) == {0, 2}
+    assert engine.num_open == engine.stats().pages_used == 0
+
+
 @pytest.mark.parametrize("samples", [1, 3])
 def test_samples_that_are_not_those_of_an_interrupted_request_are_refused(decoder: Decoder, samples: int) -> None:
     whole = Sample(np.arange(12, dtype=np.int32), "", "")  # has all of its tokens and yet no reason
