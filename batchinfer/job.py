@@ -57,7 +57,9 @@ class Engine(Protocol):
 
 
 class EngineLoader(Protocol):
-    def __call__(self, model: ModelConfig, engine: EngineConfig, *, threads: int, ranks_on_node: int) -> Engine: ...
+    def __call__(
+        self, model: ModelConfig, engine: EngineConfig, *, threads: int, rank_on_node: int, ranks_on_node: int
+    ) -> Engine: ...
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,13 @@ class Opening:
     success: dict[str, Any] | None
 
 
-def load_engine(model: ModelConfig, engine: EngineConfig, *, threads: int, ranks_on_node: int) -> Engine:
+def load_engine(
+    model: ModelConfig, engine: EngineConfig, *, threads: int, rank_on_node: int, ranks_on_node: int
+) -> Engine:
     """The real engine; torch is imported here and not before."""
     from batchinfer.engine.loading import load_engine as load
 
-    return load(model, engine, threads=threads, ranks_on_node=ranks_on_node)
+    return load(model, engine, threads=threads, rank_on_node=rank_on_node, ranks_on_node=ranks_on_node)
 
 
 def identify(model_path: str) -> dict[str, str]:
@@ -128,7 +132,13 @@ def _take_part(
     start = ready = time.monotonic()
     if world.rank < len(opening.missing):
         threads = config.engine.threads or cpu_share(places, world.rank)
-        engine = load_engine(config.model, config.engine, threads=threads, ranks_on_node=world.local_size)
+        engine = load_engine(
+            config.model,
+            config.engine,
+            threads=threads,
+            rank_on_node=world.local_rank,
+            ranks_on_node=world.local_size,
+        )
         ready = time.monotonic()
         if world.rank == 0:
             hosts = len({host for host, _ in places})
