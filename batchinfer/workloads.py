@@ -18,7 +18,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Workload:
-    """``draw(random, vocab_size, count)``: prompts (int32) and numbers of new tokens. ``count``: requests by default."""
+    """``draw(random, vocab_size, count)``: prompts (int32) and how many new tokens. ``count``: requests by default."""
 
     draw: Callable[[np.random.Generator, int, int], list[tuple[np.ndarray, int]]]
     count: int

@@ -122,7 +122,7 @@ class Engine:
         requests that this completed. [] at once when nothing is open.
 
         With a step ahead, a sequence whose end only its tokens can tell (stop token or string) is computed once more,
-        for nothing. Sequences with penalties keep the host in the loop: the next step starts when their tokens are known.
+        for nothing. Sequences with penalties keep the host in the loop: the next step waits for their tokens.
         """
         done, self._refused = self._refused, []
         if self._penalised and self._in_flight:
