@@ -64,7 +64,7 @@ def main(config: Config) -> int:
             "repetition": repetition,
             "requests": len(requests),
             "load_seconds": round(load_seconds, 2),
-            **_rates(before, engine.stats(), seconds),
+            **_rates(requests, before, engine.stats(), seconds),
             "peak_pages_used": peak_pages,
             "pages": engine.stats().pages_total,
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
@@ -120,7 +120,9 @@ def _run(engine: Engine, requests: Sequence[Request]) -> int:
     return peak
 
 
-def _rates(before: EngineStats, after: EngineStats, seconds: float) -> dict[str, object]:
+def _rates(requests: Sequence[Request], before: EngineStats, after: EngineStats, seconds: float) -> dict[str, object]:
+    """Prompt tokens count once for a request; the cached share is of what its samples need."""
+    needed = sum(len(request.prompt) * request.sampling.n for request in requests)
     prompt, output, cached = (
         getattr(after, name) - getattr(before, name)
         for name in ("prompt_tokens", "output_tokens", "cached_prompt_tokens")
@@ -131,7 +133,7 @@ def _rates(before: EngineStats, after: EngineStats, seconds: float) -> dict[str,
         "output_tokens": output,
         "prompt_tokens_per_s": round(prompt / seconds, 1),
         "output_tokens_per_s": round(output / seconds, 1),
-        "cached_prompt_share": round(cached / prompt, 4) if prompt else 0.0,
+        "cached_prompt_share": round(cached / needed, 4) if needed else 0.0,
         "preemptions": after.preemptions - before.preemptions,
         "steps": after.steps - before.steps,
         "seconds_by_part": {k: round(v - before.step_seconds[k], 3) for k, v in after.step_seconds.items()},

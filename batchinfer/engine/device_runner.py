@@ -133,7 +133,7 @@ class DeviceRunner:
                 graph.graph.replay()
                 out = SampleOutput(graph.tokens)
             else:
-                out = self._compute(tokens, samples, extras)
+                out = self._compute(tokens, samples, decoding, extras)
             out = _to_host(out, step.num_samples)
             end.record()
         self._started.append(_Started(out, begin, end))
@@ -157,13 +157,14 @@ class DeviceRunner:
         self._graphs.clear()
         self._cache = KVCache((), ())
 
-    def _compute(self, tokens: int, samples: int, extras: dict[str, object]) -> SampleOutput:
+    def _compute(self, tokens: int, samples: int, decoding: bool, extras: dict[str, object]) -> SampleOutput:
         """The step in the device's buffer: forward, sample, and remember the tokens of the slots."""
         arrays = self._buffer.arrays
         ids, slot = arrays["token_ids"][:tokens], arrays["slot"][:tokens]
         ids = ids[: len(slot)]  # decodes come first, one token a sequence
         torch.where(ids < 0, self._last_token.index_select(0, slot), ids, out=ids)
-        logits = self._decoder.forward(self._buffer.step_input(tokens, samples, self._page_table), self._cache)
+        step = self._buffer.step_input(tokens, samples, self._page_table, decoding)
+        logits = self._decoder.forward(step, self._cache)
         if not samples:
             return SampleOutput(torch.zeros(0, dtype=torch.int32, device=self._device))
         on_device = {name: _to_device(name, value, self._device) for name, value in extras.items()}
@@ -181,7 +182,7 @@ class DeviceRunner:
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the device while this one captures (thread_local).
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        out = self._compute(tokens, tokens, {})
+        out = self._compute(tokens, tokens, True, {})
         graph.capture_end()
         self._graphs[tokens] = _Graph(graph, out.tokens)
         return True
@@ -215,7 +216,7 @@ class DeviceRunner:
         arrays["sample_slot"].fill_(self._max_slots)
         arrays["temperature"].fill_(1.0)
         arrays["top_p"].fill_(0.9)
-        self._compute(tokens, samples, {})
+        self._compute(tokens, samples, False, {})
 
 
 def _pinned(shape: tuple[int, ...]) -> Tensor:

@@ -76,14 +76,14 @@ class StepBuffer:
             target[: len(array)] = array
             target[len(array) : length] = filler
 
-    def step_input(self, tokens: int, samples: int, page_table: Tensor) -> StepInput:
+    def step_input(self, tokens: int, samples: int, page_table: Tensor, decode_only: bool = False) -> StepInput:
         """Views of the first ``tokens`` tokens and ``samples`` samples; always max_slots sequences."""
         a = self.arrays
         return StepInput(
             token_ids=a["token_ids"][:tokens],
             positions=a["positions"][:tokens],
             kv_index=a["kv_index"][:tokens],
-            attention=AttentionInput(q_start=a["q_start"], kv_len=a["kv_len"], slot=a["slot"], page_table=page_table),
+            attention=AttentionInput(a["q_start"], a["kv_len"], a["slot"], page_table, decode_only),
             sample_row=a["sample_row"][:samples],
         )
 

@@ -47,13 +47,15 @@ class AttentionInput:
 
     ``q_start`` [S+1]: tokens q_start[i]..q_start[i+1] of the step belong to sequence i, and are its last ones.
     ``kv_len`` [S]: length of sequence i, this step's tokens included. ``slot`` [S]: its row of ``page_table``
-    [slots, pages per slot], where entry j is the page of positions j*B..(j+1)*B-1.
+    [slots, pages per slot], where entry j is the page of positions j*B..(j+1)*B-1. ``decode_only`` promises that no
+    sequence has more than one token in the step, so that a backend need not look for others.
     """
 
     q_start: Tensor
     kv_len: Tensor
     slot: Tensor
     page_table: Tensor
+    decode_only: bool = False
 
 
 @dataclass(frozen=True)

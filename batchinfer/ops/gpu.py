@@ -209,6 +209,7 @@ class GpuOps:
             pages,
             page_size,
             split,
+            inputs.decode_only,
             *(t.data_ptr() for t in workspace),
         )
         self._gpu.plan_attention(handle, self._stream())
