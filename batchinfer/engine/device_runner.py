@@ -156,6 +156,8 @@ class DeviceRunner:
         self._started.clear()
         self._graphs.clear()
         self._cache = KVCache((), ())
+        del self._decoder, self._ops, self._buffer, self._page_table  # the engine may live on, for its counters
+        torch.cuda.empty_cache()
 
     def _compute(self, tokens: int, samples: int, decoding: bool, extras: dict[str, object]) -> SampleOutput:
         """The step in the device's buffer: forward, sample, and remember the tokens of the slots."""

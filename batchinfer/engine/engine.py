@@ -68,6 +68,7 @@ class Engine:
         self._refused: list[Completion] = []
         self._next_id = 0
         self._open = 0
+        self._closed = False
         self._stats = EngineStats(pages_total=num_pages)
         self._seconds = {"schedule": 0.0, "output": 0.0}
 
@@ -174,7 +175,10 @@ class Engine:
         return self._runner.peak_device_bytes()
 
     def close(self) -> None:
-        """Drop what is open; the engine can't be used afterwards."""
+        """Drop what is open and give the memory back; the engine can't be used afterwards."""
+        if self._closed:
+            return
+        self._closed = True
         self._runner.close()
         for seq_id in list(self._sequences):
             self._scheduler.finish(seq_id)

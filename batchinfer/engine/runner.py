@@ -48,7 +48,7 @@ class Runner(Protocol):
         """Most bytes of device memory taken so far; 0 if the device is the host."""
 
     def close(self) -> None:
-        """Wait for what is under way, and give the memory back."""
+        """Wait for what is under way, and give the memory back: weights, cache and buffers. Once, and the last call."""
 
 
 def make_runner(decoder: Decoder, page_size: int, max_slots: int) -> Runner:
@@ -100,6 +100,7 @@ class HostRunner:
 
     def close(self) -> None:
         self._cache = KVCache((), ())
+        del self._decoder
 
     @staticmethod
     def _step_input(step: Step) -> StepInput:

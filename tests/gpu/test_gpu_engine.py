@@ -243,7 +243,9 @@ def test_an_engine_from_a_configuration_takes_what_the_device_has(gpu, tmp_path:
     done = run(engine, [Request(i, np.arange(1 + 7 * i, dtype=np.int32), params, seed=i) for i in range(20)])
     assert all(len(s.token_ids) == 300 for c in done.values() for s in c.samples)
     assert engine.peak_device_bytes() > 0
+    before = torch.cuda.mem_get_info()[0]
     engine.close()
+    assert torch.cuda.mem_get_info()[0] - before > 64 * 2048 * 2 * 2 * 2 * 64 * 2  # the pool's bytes at least
     with pytest.raises(JobError, match=r"page_size=8.*at least 16"):
         load_engine(model, EngineConfig(page_size=8), tokenizer=tokenizer)
     with pytest.raises(JobError, match=r"does not fit: .* GiB are free now"):
