@@ -20,9 +20,11 @@ MISSING = "???"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """``path``: a Hugging Face model directory (config.json, safetensors, tokenizer) or one .gguf file."""
+    """``path``: a Hugging Face model directory (config.json, safetensors, tokenizer) or one .gguf file.
+    ``dummy_weights``: random ones in place of the files', for measurements."""
 
     path: str = MISSING
+    dummy_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,10 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Of ``batchinfer bench`` alone: the input's first ``rows`` rows (0: all), run ``repeat`` times."""
+    """Of ``batchinfer bench`` alone: the input's first ``rows`` rows, or ``rows`` requests of a ``workload`` of random
+    token ids (0: all, or the workload's own number), run ``repeat`` times."""
 
+    workload: str = "none"
     rows: int = 0
     repeat: int = 1
 
@@ -119,9 +123,10 @@ class Config:
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "output.compression": ("zstd", "snappy", "lz4", "gzip", "none"),
-    "engine.device": ("auto", "cpu", "reference"),
+    "engine.device": ("auto", "cpu", "cuda", "reference"),
     "engine.dtype": ("auto", "bf16", "fp32"),
     "cluster.mpi": ("auto", "on", "off"),
+    "bench.workload": ("none", "sharegpt", "prefill", "decode", "prefix", "samples"),
 }
 """Keys whose value is one word of a list."""
 
@@ -238,6 +243,7 @@ def check(config: Config, required: tuple[str, ...] = REQUIRED) -> None:
         raise JobError(f"sampling.{error}", ExitCode.USAGE) from None
     _check_prompt(value)
     _check_engine(value)
+    _check_dummy_weights(value, required)
     _check_paths(value)
 
 
@@ -272,6 +278,11 @@ def _check_engine(value: dict[str, Any]) -> None:
         raise _refused(
             "engine.max_model_len", length, "a sequence is a prompt token and a new one at least: 0, or >= 2"
         )
+
+
+def _check_dummy_weights(value: dict[str, Any], required: tuple[str, ...]) -> None:
+    if value["model.dummy_weights"] and "output.path" in required:
+        raise _refused("model.dummy_weights", True, "a job's rows would be noise; it is for batchinfer bench")
 
 
 def _check_paths(value: dict[str, Any]) -> None:

@@ -128,7 +128,9 @@ class FakeEngine:
         return Completion(request.id, len(request.prompt), tuple(samples))
 
 
-def load_fake(model: ModelConfig, engine: EngineConfig, *, threads: int, ranks_on_node: int) -> FakeEngine:
+def load_fake(
+    model: ModelConfig, engine: EngineConfig, *, threads: int, rank_on_node: int, ranks_on_node: int
+) -> FakeEngine:
     return FakeEngine(slots=engine.max_slots)
 
 

@@ -50,7 +50,7 @@ class Failing(FakeEngine):
             raise JobError("the last breath failed", 74)
 
 
-def load(model: object, engine: object, *, threads: int, ranks_on_node: int) -> FakeEngine:
+def load(model: object, engine: object, *, threads: int, rank_on_node: int, ranks_on_node: int) -> FakeEngine:
     if WHEN == "at the start":
         raise JobError("no device for this rank", 69)
     if os.environ.get("SHOW_SHARES"):
