@@ -92,9 +92,11 @@ class JobConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """``mpi``: "auto" uses MPI where a launcher (srun, mpiexec ...) started several ranks, "on" always, "off" never."""
+    """``mpi``: "auto" uses MPI where a launcher (srun, mpiexec ...) started several ranks, "on" always, "off" never.
+    ``srun``: options that slurm/run.sh gives to srun; the program itself does not use them."""
 
     mpi: str = "auto"
+    srun: str = ""
 
 
 @dataclass(frozen=True)

@@ -278,7 +278,7 @@ def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], rank
         "launch": launch_name(),
         "task": share.task if share else None,
         "ranks": ranks,
-        "rows": rows - rows_missing,
+        "done": attempts.work_done(ledger),
         "config": to_dict(config),
     }
     return Opening(

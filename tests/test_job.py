@@ -116,7 +116,7 @@ def test_one_output_row_per_input_row_in_order(inputs: Path, tmp_path: Path, cap
     folder = tmp_path / "out" / "_batchinfer" / "attempts"
     assert {path.name for path in folder.iterdir()} == {"000001.begin.json", "000001.end.json"}
     began, ended = (json.loads((folder / f"000001.{name}.json").read_text()) for name in ("begin", "end"))
-    assert (began["rows"], began["ranks"]) == (0, 1)
+    assert (began["done"], began["ranks"]) == ([0, 0], 1)
     assert from_dict(began["config"]) == config
     assert ended["exit_code"] == 0
     assert ended["this_attempt"]["rows"] == 87

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchinfer.data.commit import publish_bytes, read_bytes
+from batchinfer.data.journal import journal_files
 from batchinfer.data.ledger import STATE, Ledger, output_error
 from batchinfer.types import ExitCode
 
@@ -24,18 +25,19 @@ FOLDER = "attempts"
 BEGIN, END = ".begin.json", ".end.json"
 
 FUTILE = 3
-"""Attempts in a row without a new row, after which the job is not started again."""
+"""Attempts in a row that left nothing new, after which the job is not started again."""
 
 RESUMABLE = (ExitCode.LOST_RANK, ExitCode.INCOMPLETE)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt. ``rows``: rows done when it began. ``code``: its exit code, None if it has not ended. ``launch``
-    names the start by a launcher (slurm/run.sh) that it came from, ``task`` its place in a job array."""
+    """One attempt. ``done``: what was done when it began, see :func:`work_done`. ``code``: its exit code, None if it
+    has not ended. ``launch`` names the start by a launcher (slurm/run.sh) that it came from, ``task`` its place in a
+    job array."""
 
     number: int
-    rows: int
+    done: tuple[int, int]
     code: int | None = None
     launch: str | None = None
     task: int | None = None
@@ -43,7 +45,7 @@ class Attempt:
 
 def begin(path: str, record: Mapping[str, Any]) -> int:
     """Record that an attempt begins at the job in the output folder ``path``; its number. ``record``: JSON values,
-    among them those of Attempt's fields ``rows``, ``launch`` and ``task``. JobError(73 | 74) if it can't be written."""
+    among them those of Attempt's fields ``done``, ``launch`` and ``task``. JobError(73 | 74) if it can't be written."""
     folder = os.path.join(path, STATE, FOLDER)
     try:
         os.makedirs(folder, exist_ok=True)
@@ -70,38 +72,53 @@ def attempts(path: str) -> list[Attempt]:
         if name.endswith(BEGIN):
             began = _read(os.path.join(folder, name))
             code = _read(os.path.join(folder, name.replace(BEGIN, END))).get("exit_code")
-            found.append(Attempt(_number(name), began.get("rows", 0), code, began.get("launch"), began.get("task")))
+            done = tuple(began.get("done", (0, 0)))
+            found.append(Attempt(_number(name), done, code, began.get("launch"), began.get("task")))
     return found
 
 
-def verdict(tried: Sequence[Attempt], rows: int, launch: str | None = None, noted: int | None = None) -> int:
-    """The exit code that an incomplete job with ``rows`` rows done has come to, by its attempts (oldest first).
+def work_done(ledger: Ledger) -> tuple[int, int]:
+    """(rows committed, bytes of journals): a number that stays the same is an attempt that came to nothing."""
+    rows = ledger.plan.rows - sum(chunk.rows for chunk in ledger.missing())
+    size = 0
+    for paths in journal_files(os.path.join(ledger.path, STATE)).values():
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):  # its chunk was committed just now
+                size += os.path.getsize(path)
+    return rows, size
 
-    Of the attempt that began with ``launch``, or of the newest. 71 (lost) if that has not ended; ``noted`` is the code
-    of a launch that ended before it could begin an attempt. 70 if that and the ``FUTILE - 1`` attempts before it, of
-    the same task of a job array, left no new row: another one would not either."""
+
+def verdict(tried: Sequence[Attempt], done: tuple[int, int], launch: str | None = None) -> int:
+    """The exit code that an incomplete job, with ``done`` of its work, has come to by its attempts (oldest first).
+
+    Of the attempt that began with ``launch``, or of the newest. 71 (lost) if there is none, or it has not ended. 70 if
+    that and the ``FUTILE - 1`` attempts before it, of the same task of a job array, left nothing new: another one would
+    not either."""
     of_launch = [attempt for attempt in tried if launch in (None, attempt.launch)]
     if not of_launch:
-        return ExitCode.LOST_RANK if noted is None else noted
+        return ExitCode.LOST_RANK
     newest = of_launch[-1]
     code = ExitCode.LOST_RANK if newest.code is None else newest.code
     row = [attempt for attempt in tried if attempt.task == newest.task and attempt.number <= newest.number][-FUTILE:]
-    futile = len(row) == FUTILE and row[0].rows == rows
+    futile = len(row) == FUTILE and row[0].done == done
     return ExitCode.INTERNAL if code in RESUMABLE and futile else code
 
 
 def code_of_job(path: str, max_error_fraction: float, launch: str | None = None, noted: int | None = None) -> int:
-    """The exit code of the job in the output folder ``path``: 0 or 3 if it is complete, else the :func:`verdict`.
-    JobError(73) if the folder's plan can't be read."""
+    """The exit code of the job in the output folder ``path``: ``noted``, which ``launch`` left if it failed, unless it
+    came so far as to begin an attempt; else 0 or 3 if the job is complete; else the :func:`verdict`. JobError(73) if
+    the folder's plan can't be read."""
     path = os.path.abspath(os.path.expanduser(path))
+    tried = attempts(path)
+    if noted is not None and not any(attempt.launch == launch for attempt in tried):
+        return noted
     if not os.path.exists(os.path.join(path, STATE)):
-        return verdict([], 0, launch, noted)
+        return verdict(tried, (0, 0), launch)
     ledger = Ledger.attach(path)
     success = ledger.success()
     if success is not None:
         return code_of_counts(success["counts"], max_error_fraction)
-    rows = ledger.plan.rows - sum(chunk.rows for chunk in ledger.missing())
-    return verdict(attempts(path), rows, launch, noted)
+    return verdict(tried, work_done(ledger), launch)
 
 
 def code_of_counts(counts: Mapping[str, int], max_error_fraction: float) -> int:

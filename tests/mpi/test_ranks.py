@@ -126,15 +126,36 @@ def test_a_failing_rank_ends_the_job(
         assert tables(tmp_path / "out") == tables(alone)
 
 
+@pytest.mark.parametrize("when", ["stopped", "stopped at the start", "stopped at the end"])
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.feature("job", "ranks that hang are not waited for: the others finish the job and end it")
+def test_a_hanging_rank_is_left_behind(when: str, rank: int, inputs: Path, alone: Path, tmp_path: Path) -> None:
+    hang = {"FAIL_WHEN": when, "FAIL_RANK": str(rank), "SILENCE_SECONDS": "6", "STEP_SECONDS": "0.02"}
+    result = launch(4, inputs, tmp_path / "out", "sampling.temperature=1", **hang)
+    assert result.returncode == 0, result.stderr
+    assert tables(tmp_path / "out") == tables(alone)
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize("when", ["killed at the start", "killed at the end"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_dead_rank_ends_the_job_under_mpiexec(when: str, rank: int, inputs: Path, tmp_path: Path) -> None:
+    result = launch(4, inputs, tmp_path / "out", FAIL_WHEN=when, FAIL_RANK=str(rank), SILENCE_SECONDS="6")
+    assert result.returncode != 0
+    again = launch(4, inputs, tmp_path / "out")
+    assert again.returncode == 0, again.stderr
+
+
 def test_too_many_bad_rows_is_the_exit_code_of_the_whole_job(inputs: Path, tmp_path: Path) -> None:
     result = launch(3, inputs, tmp_path / "out", "job.max_error_fraction=0")
     assert result.returncode == 3, result.stderr
     assert (tmp_path / "out" / "_SUCCESS").exists()
 
 
-def test_ranks_do_not_wait_for_ever_for_one_that_never_starts(inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["silently", "stopped before MPI"])
+def test_ranks_do_not_wait_for_ever_for_one_that_never_starts(when: str, inputs: Path, tmp_path: Path) -> None:
     """mpiexec says nothing about a process that ends before it has loaded MPI."""
-    result = launch(3, inputs, tmp_path / "out", FAIL_WHEN="silently", FAIL_RANK="1", START_SECONDS="3")
+    result = launch(3, inputs, tmp_path / "out", FAIL_WHEN=when, FAIL_RANK="1", START_SECONDS="3")
     assert result.returncode != 0
     assert "_wait_for_all_ranks_to_start" in result.stderr
     assert not (tmp_path / "out").exists()
