@@ -272,7 +272,10 @@ def _close(
         "job": success["counts"],
         "config": to_dict(config),
     }
-    write_record(Path(opening.path) / STATE, opening.attempt, record)
+    try:
+        write_record(Path(opening.path) / STATE, opening.attempt, record)
+    except OSError as error:  # the job is complete all the same
+        _say(f"the record of this attempt cannot be written: {error}")
     print(summary(success["counts"], counters, times, len(hosts), opening.path), file=sys.stderr, flush=True)
     if code == ExitCode.TOO_MANY_ERRORS:
         _say(f"more rows failed than job.max_error_fraction={config.job.max_error_fraction:g} allows: exit code {code}")

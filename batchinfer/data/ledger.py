@@ -18,6 +18,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
@@ -184,9 +185,10 @@ class Ledger:
 
     def _sweep(self) -> None:
         """Drop temporary files, whose ever they are: every chunk is published, so their owners can only lose."""
-        for name in os.listdir(self.path):
-            if name.startswith((".part-", f".{SUCCESS}.")) and name.endswith(".tmp"):
-                remove(os.path.join(self.path, name))
+        with suppress(OSError):  # the job is complete whether its scraps are listed or not
+            for name in os.listdir(self.path):
+                if name.startswith((".part-", f".{SUCCESS}.")) and name.endswith(".tmp"):
+                    remove(os.path.join(self.path, name))
 
 
 def open_job(output_path: str, plan: Plan, compression: str = "zstd") -> Ledger:
@@ -200,13 +202,13 @@ def open_job(output_path: str, plan: Plan, compression: str = "zstd") -> Ledger:
     try:
         os.makedirs(path, exist_ok=True)
         foreign = sorted(set(os.listdir(path)) - {STATE})
-        if foreign and not os.path.exists(os.path.join(state, PLAN)):
+        if foreign and not _is_there(os.path.join(state, PLAN)):
             shown = ", ".join(foreign[:3]) + (" ..." if len(foreign) > 3 else "")
             text = f"output.path={output_path} holds other files ({shown}): give a new or empty folder"
             raise JobError(text, ExitCode.OUTPUT)
         os.makedirs(state, exist_ok=True)
         probe(state)
-        if not os.path.exists(os.path.join(state, PLAN)):
+        if not _is_there(os.path.join(state, PLAN)):
             publish_bytes(state, PLAN, plan.to_json())
     except OSError as error:
         raise output_error(path, error) from None
@@ -247,6 +249,15 @@ def output_error(path: str, error: OSError) -> JobError:
         space = f"free space unknown: {unknown.strerror}"
     quota = ", so a quota may be used up" if error.errno == errno.EDQUOT else ""
     return JobError(f"cannot write {path}: {error.strerror or error} ({space}{quota})", ExitCode.IO)
+
+
+def _is_there(path: str) -> bool:
+    """os.path.exists() takes every error for an absence, and a full folder without a plan is somebody else's."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def in_threads(function: Callable[[A], T], items: Iterable[A]) -> list[T]:

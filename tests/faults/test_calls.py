@@ -7,6 +7,8 @@ the same command must complete the job.
 from __future__ import annotations
 
 import errno
+import itertools
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,47 +33,70 @@ def expected(inputs: Path) -> Expected:
     return expect(inputs)
 
 
-CHANGES = {"output.rows_per_chunk": 10 if LONG else 20}
+PARTS = 2 if LONG else 1
+CHANGES = {"output.rows_per_chunk": 20 // PARTS}
 
 
-def record(bench: Bench, reads: bool) -> list[Call]:
-    """The calls of an undisturbed run."""
-    output = bench.place()
-    file = output.parent.with_suffix(".record")
-    code, log = bench.run(output, CHANGES, fault=Fault(reads=reads, record=str(file)))
-    assert code == 0, log
-    calls = read_record(file, output)
-    bench.discard(output)
-    return calls
+def stopped(bench: Bench, where: str) -> Path:
+    """An output that a job left: "": none; "part": its first part is there; "parts": all but _SUCCESS."""
+    if not where:
+        return bench.place()
+    for link in itertools.count(1):
+        output = bench.place()
+        code, log = bench.run(output, CHANGES, fault=Fault("kill after", link, link, call="link"))
+        assert code == -9, log
+        if len(list(output.glob("part-*"))) == {"part": 1, "parts": PARTS}[where]:
+            return output
+        bench.discard(output)
 
 
 def at_every_call(
-    bench: Bench, expected: Expected, fault: Fault, codes: tuple[int, ...], errors: Sequence[str] = ("EIO",)
+    bench: Bench,
+    expected: Expected,
+    fault: Fault,
+    codes: tuple[int, ...],
+    errors: Sequence[str] = ("EIO",),
+    start: str = "",
 ) -> list[Call]:
-    """``fault`` at each call in turn, with these errors in turn, and then the job again without one. The calls."""
-    calls = record(bench, fault.reads)
+    """``fault`` at each call in turn of a job that begins at ``start`` (see ``stopped``), with these errors in turn,
+    and then the job again without one. The calls."""
+    first = stopped(bench, start)
 
-    def one(number: int) -> None:
+    def copy() -> Path:
+        output = bench.place()
+        if start:
+            shutil.copytree(first, output)
+        return output
+
+    output = copy()
+    record = output.parent.with_suffix(".record")
+    code, log = bench.run(output, CHANGES, fault=Fault(call=fault.call, reads=fault.reads, record=str(record)))
+    assert code == 0, log
+    calls = read_record(record, output)
+
+    def one(number: int) -> str:
         name = errors[number % len(errors)]
         last = fault.last or number
-        output = bench.place()
+        output = copy()
         witness = Witness(output, expected)
+        witness.look()
         now = replace(fault, first=number, last=last, error=getattr(errno, name))
         code, log = bench.run(output, CHANGES, fault=now)
-        what = f"{fault.kind} ({name}) at call {number}, {calls[number - 1]}\n{log}"
-        allowed(code, codes, what)
         try:
+            allowed(code, codes, "it")
             witness.look()
             if code == 0:
                 witness.complete()
             code, log = bench.run(output, CHANGES)
-            assert code == 0, log
+            assert code == 0
             witness.complete()
         except AssertionError as error:
-            raise AssertionError(f"{error}\nafter {what}") from error
+            return f"{fault.kind} ({name}) at call {number}, {calls[number - 1]}: {error}\n{log}"
         bench.discard(output)
+        return ""
 
-    side_by_side(one, range(1, len(calls) + 1))
+    failures = [failure for failure in side_by_side(one, range(1, len(calls) + 1)) if failure]
+    assert not failures, f"{len(failures)} of {len(calls)}\n" + "\n".join(failures)
     return calls
 
 
@@ -87,17 +112,25 @@ def test_killed_at_every_call(kind: str, bench: Bench, expected: Expected) -> No
     count(f"SIGKILL {kind.split()[1]} it", calls)
 
 
-@pytest.mark.parametrize("errors", [[name] for name in ERRORS] if LONG else [ERRORS[:1], ERRORS[1:]], ids="-".join)
+@pytest.mark.parametrize("name", ERRORS)
 @pytest.mark.feature("job", "an I/O error at each system call in turn: made good, or a clear exit code and a resume")
-def test_an_error_at_every_call(errors: list[str], bench: Bench, expected: Expected) -> None:
-    count(" or ".join(errors), at_every_call(bench, expected, Fault("refused"), ANY_IO, errors))
+def test_an_error_at_every_call(name: str, bench: Bench, expected: Expected) -> None:
+    count(name, at_every_call(bench, expected, Fault("refused"), ANY_IO, [name]))
 
 
 @pytest.mark.parametrize("errors", [["EIO"], ["ESTALE"]] if LONG else [["EIO", "ESTALE"]], ids="-".join)
-def test_an_error_at_every_call_that_reads_too(errors: list[str], bench: Bench, expected: Expected) -> None:
-    calls = at_every_call(bench, expected, Fault("refused", reads=True), ANY_IO, errors)
+@pytest.mark.parametrize("start", ["", "part", "parts"] if LONG else ["part"])
+def test_an_error_at_every_call_that_reads_too(start: str, errors: list[str], bench: Bench, expected: Expected) -> None:
+    """Of a job that goes on from a part, or from all of them, as well."""
+    calls = at_every_call(bench, expected, Fault("refused", reads=True), ANY_IO, errors, start)
     assert {call.name for call in calls} >= {"read", "stat", "opendir"}
     count(f"{' or '.join(errors)}, reading calls too", calls)
+
+
+@pytest.mark.parametrize("start", ["part", "parts"])
+@pytest.mark.skipif(not LONG, reason="make faults")
+def test_killed_again_at_every_call_of_a_resume(start: str, bench: Bench, expected: Expected) -> None:
+    count("SIGKILL before it, in a resumed job", at_every_call(bench, expected, Fault("kill before"), (-9,), start=start))
 
 
 @pytest.mark.parametrize(
