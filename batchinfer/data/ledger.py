@@ -112,14 +112,7 @@ class Ledger:
             shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
             text = f"{len(missing)} of {len(names)} parts are missing in {self.path} ({shown}): run the command again"
             raise JobError(text, ExitCode.INCOMPLETE)
-        counts: Counter[str] = Counter()
-        parts = []
-        for name, (info, size) in zip(names, found, strict=True):
-            counts.update(info.counts)
-            digests = {"content": info.content, "sha256": info.sha256}
-            parts.append({"name": name, "rows": info.rows, "bytes": size, **digests})
-        totals = {"plan": self.plan.id, "rows": self.plan.rows, "counts": dict(counts)}
-        record = {**totals, "run": run or {}, "parts": parts}
+        record = {"run": run or {}, **success_record(self.plan, found)}
         try:
             publish_bytes(self.path, SUCCESS, json.dumps(record, indent=1).encode())
         except OSError as error:
@@ -189,6 +182,17 @@ class Ledger:
             for name in os.listdir(self.path):
                 if name.startswith((".part-", f".{SUCCESS}.")) and name.endswith(".tmp"):
                     remove(os.path.join(self.path, name))
+
+
+def success_record(plan: Plan, parts: Iterable[tuple[PartInfo, int]]) -> dict[str, Any]:
+    """What _SUCCESS promises about the output. ``parts``: (footer, size in bytes) of every chunk, in order."""
+    counts: Counter[str] = Counter()
+    listed = []
+    for chunk, (info, size) in zip(plan.chunks, parts, strict=True):
+        counts.update(info.counts)
+        digests = {"content": info.content, "sha256": info.sha256}
+        listed.append({"name": part_name(chunk), "rows": info.rows, "bytes": size, **digests})
+    return {"plan": plan.id, "rows": plan.rows, "counts": dict(counts), "parts": listed}
 
 
 def open_job(output_path: str, plan: Plan, compression: str = "zstd") -> Ledger:

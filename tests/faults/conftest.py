@@ -32,7 +32,7 @@ def server(shim_library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two files with 60 rows, three of which can't be answered; seven chunks of up to ten rows."""
+    """Two files with 60 rows, three of which can't be answered; nine chunks of up to ten rows."""
     return write_inputs(tmp_path_factory.mktemp("faults") / "in")
 
 
