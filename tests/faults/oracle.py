@@ -152,4 +152,6 @@ def _digest(path: Path) -> str:
 
 def _difference(found: Counter[int], wanted: dict[int, Any]) -> str:
     doubled = [uid for uid, count in found.items() if count > 1]
-    return f"doubled {doubled[:9]}, missing {sorted(wanted.keys() - found)[:9]}, foreign {list(found - wanted.keys())[:9]}"
+    return (
+        f"doubled {doubled[:9]}, missing {sorted(wanted.keys() - found)[:9]}, foreign {list(found - wanted.keys())[:9]}"
+    )

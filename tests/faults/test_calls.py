@@ -130,7 +130,9 @@ def test_an_error_at_every_call_that_reads_too(start: str, errors: list[str], be
 @pytest.mark.parametrize("start", ["part", "parts"])
 @pytest.mark.skipif(not LONG, reason="make faults")
 def test_killed_again_at_every_call_of_a_resume(start: str, bench: Bench, expected: Expected) -> None:
-    count("SIGKILL before it, in a resumed job", at_every_call(bench, expected, Fault("kill before"), (-9,), start=start))
+    count(
+        "SIGKILL before it, in a resumed job", at_every_call(bench, expected, Fault("kill before"), (-9,), start=start)
+    )
 
 
 @pytest.mark.parametrize(

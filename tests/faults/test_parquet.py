@@ -49,7 +49,10 @@ def seeds() -> dict[str, bytes]:
         "small pages": (table, {"data_page_size": 64, "row_group_size": 70, "write_page_checksum": True}),
         "delta": (
             plain,
-            {"use_dictionary": False, "column_encoding": {"prompt": "DELTA_BYTE_ARRAY", "number": "DELTA_BINARY_PACKED"}},
+            {
+                "use_dictionary": False,
+                "column_encoding": {"prompt": "DELTA_BYTE_ARRAY", "number": "DELTA_BINARY_PACKED"},
+            },
         ),
         "no statistics": (table, {"write_statistics": False, "store_schema": False, "version": "1.0"}),
     }

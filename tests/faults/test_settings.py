@@ -123,7 +123,9 @@ def test_a_changed_setting_is_refused_by_name(changes: dict[str, Any], field: st
     refusal(place, field, changes)
 
 
-def refusal(place: Place, field: str, changes: dict[str, Any] | None = None, model: dict[str, str] | None = None) -> str:
+def refusal(
+    place: Place, field: str, changes: dict[str, Any] | None = None, model: dict[str, str] | None = None
+) -> str:
     before = {path: path.read_bytes() for path in place.output.rglob("*") if path.is_file()}
     with pytest.raises(JobError) as caught:
         place.run(changes or {}, model)
