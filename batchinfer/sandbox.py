@@ -22,7 +22,7 @@ from jinja2.visitor import NodeTransformer
 
 MAX_SOURCE = 1 << 20  # characters; the longest chat templates known have 30,000
 MAX_OUTPUT = 16 << 20  # characters: far beyond any context length
-MAX_STEPS = 1_000_000  # about a second
+MAX_STEPS = 500_000  # one or two seconds
 MAX_VALUE = 64 << 20
 MAX_WORK = 512 << 20
 MAX_BITS = 4096  # of a whole number
@@ -36,10 +36,8 @@ MULTIPLYING = frozenset(
 )
 """Filters and methods whose result can be as large as the product of what they are given."""
 
-SHALLOW = frozenset(
-    "attr batch count d default dictsort first groupby items last length list map max min reject rejectattr reverse"
-    " select selectattr slice sort sum unique".split()
-)
+ITEM_FILTERS = "attr batch count d default dictsort first groupby items last length list map max min reject rejectattr"
+SHALLOW = frozenset((*ITEM_FILTERS.split(), *"reverse select selectattr slice sort sum unique".split()))  # noqa: SIM905
 """Filters that hand items on as they are. All others may write out what they are given, to its depth."""
 
 WIDE_FIELD = re.compile(r"\d{5}|\*|:[^}]*\{")
