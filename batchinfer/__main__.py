@@ -38,7 +38,7 @@ COMMANDS = {
     "plan": Command("show what run would do: files, rows, chunks, columns, prompt; writes nothing", ("input.path",)),
     "status": Command("say how much of a job is done, from its output folder alone", ("output.path",)),
     "verify": Command("read every part of a job's output again and check it", ("output.path",)),
-    "bench": Command("time the engine on the rows of the input", ("model.path", "input.path")),
+    "bench": Command("time the engine on the rows of the input, or on bench.workload", ("model.path",)),
     "doctor": Command("say what this installation and this node can do, and what to repair", ()),
 }
 
@@ -341,7 +341,10 @@ def _shared_config(name: str, options: argparse.Namespace, world: World) -> Conf
     text = None
     if world.rank == 0:
         config = compose(options.overrides, options.config_dir)
-        check(config, COMMANDS[name].needs)
+        needs = COMMANDS[name].needs
+        if name == "bench" and config.bench.workload == "none":
+            needs += ("input.path",)
+        check(config, needs)
         if name == "run" and config.cluster.mpi != _mpi_mode(options.overrides):
             value = config.cluster.mpi
             raise JobError(f"cluster.mpi={value} in a file comes too late: give it on the command line", ExitCode.USAGE)

@@ -43,7 +43,9 @@ from batchinfer.types import Chunk, Completion, ExitCode, JobError, Request, exi
 
 
 class EngineLoader(Protocol):
-    def __call__(self, model: ModelConfig, engine: EngineConfig, *, threads: int, ranks_on_node: int) -> Engine: ...
+    def __call__(
+        self, model: ModelConfig, engine: EngineConfig, *, threads: int, rank_on_node: int, ranks_on_node: int
+    ) -> Engine: ...
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,13 @@ class Opening:
         return os.path.join(self.path, STATE)
 
 
-def load_engine(model: ModelConfig, engine: EngineConfig, *, threads: int, ranks_on_node: int) -> Engine:
+def load_engine(
+    model: ModelConfig, engine: EngineConfig, *, threads: int, rank_on_node: int, ranks_on_node: int
+) -> Engine:
     """The real engine; torch is imported here and not before."""
     from batchinfer.engine.loading import load_engine as load
 
-    return load(model, engine, threads=threads, ranks_on_node=ranks_on_node)
+    return load(model, engine, threads=threads, rank_on_node=rank_on_node, ranks_on_node=ranks_on_node)
 
 
 def identify(model_path: str) -> dict[str, str]:
@@ -170,7 +174,13 @@ def _take_part(
     if world.rank < len(opening.missing) and not deadline.reason():
         threads = config.engine.threads or cpu_share(places, world.rank)
         with meanwhile(dispatcher, Counters(), world.threads):
-            engine = load_engine(config.model, config.engine, threads=threads, ranks_on_node=world.local_size)
+            engine = load_engine(
+                config.model,
+                config.engine,
+                threads=threads,
+                rank_on_node=world.local_rank,
+                ranks_on_node=world.local_size,
+            )
         ready = time.monotonic()
         if world.rank == 0:
             hosts = len({at.host for at in places})
@@ -224,7 +234,8 @@ def _compute(
     feeder, writer, log = Feeder(reader.read, build), Writer(commit, record), SuspectLog(opening.state)
     crashed = False
     try:
-        Loop(engine, dispatcher, feeder, writer, journal, deadline, opening.suspicion, log, show).run()
+        stages = (engine, dispatcher, feeder, writer, journal, deadline, opening.suspicion, log, show)
+        Loop(*stages, row_seconds=config.job.row_seconds).run()
     except BaseException as error:
         crashed = isinstance(error, JobError) and error.exit_code == ExitCode.LOST_RANK
         writer.record(journal.take())

@@ -6,7 +6,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from batchinfer.cluster.deadline import Deadline
@@ -16,7 +16,7 @@ from batchinfer.data.journal import Journal
 from batchinfer.data.suspects import SuspectLog, Suspicion
 from batchinfer.pipeline import Feeder, OpenChunk, Writer
 from batchinfer.report import Meter
-from batchinfer.types import Completion, EngineStats, ExitCode, JobError, Request
+from batchinfer.types import Completion, EngineStats, ErrorCode, ExitCode, JobError, Request, RowError
 
 LOOK_AHEAD = 2
 """Chunks read and not yet handed to the engine, the one being handed out included."""
@@ -37,6 +37,8 @@ class Engine(Protocol):
     def add(self, request: Request) -> None: ...
 
     def step(self) -> list[Completion]: ...
+
+    def abandon(self, request_id: int) -> Completion: ...
 
     def unfinished(self) -> list[Completion]: ...
 
@@ -62,6 +64,7 @@ class Loop:
     suspicion: Suspicion
     log: SuspectLog
     show: Callable[[], object]
+    row_seconds: float = 0.0  # longest time of a row in the engine; 0: any
 
     _owners: dict[int, tuple[OpenChunk, float]] = field(default_factory=dict)  # and when the row was started
     _held: deque[tuple[OpenChunk, Request]] = field(default_factory=deque)
@@ -80,6 +83,7 @@ class Loop:
             self._admit()
             idle = not self.engine.num_open
             self._step()
+            self._abandon_late_rows()
             if self.journal.due():
                 self.writer.record(self.journal.take())
             self._report_commits()
@@ -139,6 +143,17 @@ class Loop:
             self.deadline.row_took(time.monotonic() - started)
             if not self._settle(opened, completion):
                 self.journal.add(opened.chunk, completion)
+
+    def _abandon_late_rows(self) -> None:
+        """Rows that take too long become errors, with the text so far."""
+        if not self.row_seconds:
+            return
+        latest = time.monotonic() - self.row_seconds
+        for row in [row for row, (_, started) in self._owners.items() if started < latest]:
+            opened, _ = self._owners.pop(row)
+            error = RowError(ErrorCode.TIMEOUT, f"not finished after job.row_seconds={self.row_seconds:g}")
+            self._settle(opened, replace(self.engine.abandon(row), error=error))
+            self.log.came_out([row])
 
     def _settle(self, opened: OpenChunk, completion: Completion) -> bool:
         """Whether the row's chunk is complete now."""

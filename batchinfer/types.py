@@ -32,6 +32,7 @@ class ErrorCode(str, Enum):
     BAD_SAMPLING = "BAD_SAMPLING"
     KV_CAPACITY = "KV_CAPACITY"
     ENGINE_CRASH = "ENGINE_CRASH"
+    TIMEOUT = "TIMEOUT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What became of a Request: ``samples`` (n of them, in sample order) or ``error``."""
+    """What became of a Request: ``samples`` (n of them, in sample order) or ``error``; both if it was abandoned."""
 
     id: int
     prompt_tokens: int

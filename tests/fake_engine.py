@@ -96,6 +96,12 @@ class FakeEngine:
                 states.append(Completion(completion.id, completion.prompt_tokens, tuple(samples)))
         return states
 
+    def abandon(self, request_id: int) -> Completion:
+        state = {c.id: c for c in self.unfinished()}.get(request_id, Completion(request_id, 0))
+        self._running = [entry for entry in self._running if entry[1].id != request_id]
+        self._waiting = deque(request for request in self._waiting if request.id != request_id)
+        return state
+
     def stats(self) -> EngineStats:
         self._stats.running, self._stats.waiting = len(self._running), len(self._waiting)
         self._stats.pages_used = len(self._running)
@@ -122,7 +128,9 @@ class FakeEngine:
         return Completion(request.id, len(request.prompt), tuple(samples))
 
 
-def load_fake(model: ModelConfig, engine: EngineConfig, *, threads: int, ranks_on_node: int) -> FakeEngine:
+def load_fake(
+    model: ModelConfig, engine: EngineConfig, *, threads: int, rank_on_node: int, ranks_on_node: int
+) -> FakeEngine:
     return FakeEngine(slots=engine.max_slots)
 
 

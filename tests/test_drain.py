@@ -234,3 +234,22 @@ def test_a_row_that_crashes_the_engine_is_found_and_given_up(inputs: Path, tmp_p
     whole = rows_of(tmp_path / "whole")
     assert [row for i, row in enumerate(rows) if i != 33] == [row for i, row in enumerate(whole) if i != 33]
     assert not (tmp_path / "out" / STATE / "suspects").exists()
+
+
+@pytest.mark.feature("job", "a row that takes too long becomes an error row with the text so far")
+def test_a_row_that_takes_too_long_is_an_error_with_the_text_so_far(inputs: Path, tmp_path: Path) -> None:
+    class Stuck(FakeEngine):
+        """Row 7 never ends."""
+
+        def step(self) -> list[Completion]:
+            for entry in self._running:
+                entry[0] += entry[1].id == 7 and entry[0] == 1
+            return super().step()
+
+    config = configure(inputs, tmp_path / "out", job__row_seconds=0.5, job__max_error_fraction=0.1)
+    assert run(config, lambda *_, **__: Stuck()) == 0
+    rows = rows_of(tmp_path / "out")
+    assert [i for i, row in enumerate(rows) if row["status"] == "error"] == [7]
+    assert rows[7]["error_code"] == "TIMEOUT"
+    assert rows[7]["error"] == "not finished after job.row_seconds=0.5"
+    assert rows[7]["finish_reason"] is None

@@ -72,7 +72,7 @@ def generated_columns(options: ResultOptions) -> list[Column]:
 
     columns = [
         of_sample("generated_text", pa.string(), lambda s: s.text),
-        of_sample("finish_reason", pa.string(), lambda s: s.finish_reason),
+        of_sample("finish_reason", pa.string(), lambda s: s.finish_reason or None),
         Column("prompt_tokens", pa.int32(), lambda c: c.prompt_tokens),
         of_sample("completion_tokens", pa.int32(), lambda s: len(s.token_ids)),
     ]
