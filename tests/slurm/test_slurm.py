@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 RUN = ROOT / "slurm" / "run.sh"
 PROGRAM = ROOT / "tests" / "mpi" / "rank.py"
 
-pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+REQUIRED = os.environ.get("BATCHINFER_TEST_SLURM") == "1"  # as in .ci/run: then a missing Slurm is a failure
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(not REQUIRED and why_not() is not None, reason=str(why_not()))]
 pytest.importorskip("mpi4py", reason="pip install 'batchinfer[mpi]'")
 
 ROWS = 300
@@ -162,6 +163,16 @@ def test_a_lost_node_of_an_allocation_that_stays(job: Job) -> None:
     ended = job.end(number)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), job.log()
     job.check()
+
+
+def test_the_first_node_is_lost_of_an_allocation_that_stays(job: Job) -> None:
+    """With it go rank 0, srun and the job's script. The others finish the work; nobody is left to end the job."""
+    number = job.submit("--no-kill", **SLOW)
+    job.wait_for_parts(4)
+    job.cluster.crash_node(job.cluster.job(number)["BatchHost"])
+    job.cluster.wait((job.output / "_SUCCESS").exists, 90, f"end of the work\n{job.log()}")
+    job.cluster.call("scancel", number)
+    assert verify(str(job.output)).ok
 
 
 @pytest.mark.feature("slurm", "a cancelled job goes on when it is submitted again")
