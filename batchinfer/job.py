@@ -148,13 +148,14 @@ def _work(config: Config, world: World, opening: Opening, load_engine: EngineLoa
 
 
 def _dispatcher(world: World, opening: Opening, ledger: Ledger) -> RootDispatcher | WorkerDispatcher | ArrayDispatcher:
-    def alone(share: Share) -> ArrayDispatcher:
-        return ArrayDispatcher(opening.missing, share, ledger.has, ledger.missing)
+    def alone(held: set[int]) -> ArrayDispatcher:
+        share = opening.share if world.size == 1 and opening.share else Share(world.rank, world.size)
+        return ArrayDispatcher(opening.missing, share, ledger.has, ledger.missing, held)
 
     if world.rank > 0:
-        return WorkerDispatcher(world, lambda: alone(Share(world.rank, world.size)))
+        return WorkerDispatcher(world, alone)
     if world.size == 1 and opening.share is not None:
-        return alone(opening.share)
+        return alone(set())
     return RootDispatcher(world, opening.missing)
 
 

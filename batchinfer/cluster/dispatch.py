@@ -192,7 +192,10 @@ class RootDispatcher:
     def _answer(self, rank: int, message: tuple[str, Any, Any]) -> None:
         kind, value, self.reports[rank] = message
         now = self._heard[rank] = self._clock()
-        self.lost.discard(rank)
+        if rank in self.lost:  # it was only slow, and has missed what all were told
+            self.lost.discard(rank)
+            for missed in ["finished"] * self._told + ["drain"] * self.draining:
+                self._send(rank, missed)
         if kind == "ask":
             chunk = self._queue.take(rank, value, now)
             if chunk is None and value:
@@ -215,9 +218,8 @@ class RootDispatcher:
         for rank in self._workers:
             if now - self._heard[rank] > SILENCE_SECONDS and rank not in self._gone | self.lost:
                 self.lost.add(rank)
-                self._idle.discard(rank)
                 self._queue.release(rank)
-        for rank in sorted(self._idle):
+        for rank in sorted(self._idle - self.lost):
             if (chunk := self._queue.take(rank, True, now)) is not None:
                 self._idle.discard(rank)
                 self._send(rank, "chunk", chunk)
@@ -240,16 +242,20 @@ class RootDispatcher:
 class WorkerDispatcher:
     """Any other rank's. One question is under way at most; the answer is there an engine step later.
 
-    ``alone`` makes the dispatcher that goes on when the root is silent; :attr:`lost` then holds rank 0.
+    ``alone`` makes the dispatcher that goes on when the root is silent, given the indices of the chunks in this rank's
+    hand; :attr:`lost` then holds rank 0.
     """
 
-    def __init__(self, world: Any, alone: Callable[[], Dispatcher], clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, world: Any, alone: Callable[[set[int]], Dispatcher], clock: Callable[[], float] = time.monotonic
+    ):
         self._world, self._clock = world, clock
         self._make_alone = alone
         self._alone: Dispatcher | None = None
         self._asked: bool | None = None  # the question under way: was the rank hungry?
         self._refused: set[bool] = set()  # questions whose answer stays no until a chunk is done, or comes unasked
         self._chunk: Chunk | None = None
+        self._held: set[int] = set()
         self._report: Any = None
         self._heard = self._sent = clock()
         self._end: tuple[Any] | None = None
@@ -271,12 +277,16 @@ class WorkerDispatcher:
         if chunk is None and self._asked is None and hungry not in self._refused:
             self._asked = hungry
             self._send("ask", hungry)
+        if chunk is None or chunk.index in self._held:  # the root had given up this rank, and its chunk waited again
+            return None
+        self._held.add(chunk.index)
         return chunk
 
     def done(self, chunk: Chunk, report: Any) -> None:
         if self._alone:
             return self._alone.done(chunk, report)
         self._report = report
+        self._held.discard(chunk.index)
         self._refused.clear()
         self._send("done", chunk.index)
 
@@ -289,7 +299,7 @@ class WorkerDispatcher:
             self._take(*message[1])
         now = self._clock()
         if now - self._heard > SILENCE_SECONDS:
-            self._alone = self._make_alone()
+            self._alone = self._make_alone(self._held)
         elif self._end is None and (report != self._report or now - self._sent >= HEARTBEAT_SECONDS):
             self._report = report
             self._send("report")

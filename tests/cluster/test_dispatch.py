@@ -68,6 +68,7 @@ class Rank:
     def turn(self, finish: bool) -> None:
         self.dispatcher.poll(len(self.computed))
         if len(self.held) < 2 and (chunk := self.dispatcher.next_chunk(hungry=not self.held)):
+            assert chunk not in self.held  # an engine can't have a row twice
             self.held.append(chunk)
         if finish and self.held:
             chunk = self.held.popleft()
@@ -86,7 +87,7 @@ class Job:
         workers = [WorkerDispatcher(post, self.alone(post.rank), self.clock) for post in self.network.ranks[1:]]
         self.ranks = [Rank(dispatcher, self.output) for dispatcher in (root, *workers)]
 
-    def alone(self, rank: int) -> Callable[[], ArrayDispatcher]:
+    def alone(self, rank: int) -> Callable[[set[int]], ArrayDispatcher]:
         def missing() -> list[Chunk]:
             return [chunk for chunk in self.chunks if chunk.index not in self.output]
 
@@ -94,7 +95,7 @@ class Job:
             return chunk.index in self.output
 
         share = Share(rank, len(self.network.ranks))
-        return lambda: ArrayDispatcher(self.chunks, share, exists, missing, self.clock)
+        return lambda held: ArrayDispatcher(self.chunks, share, exists, missing, held, self.clock)
 
     def fair_turns(self, turns: int, seconds: float = 0.0, finish: bool = True) -> None:
         """Everybody gets its messages and a turn, ``turns`` times with ``seconds`` between them."""
@@ -153,6 +154,22 @@ def test_the_survivors_finish_whoever_dies_whenever(size: int, count: int, data:
         assert not any(rank.dispatcher.lost for rank in finished[1:])
 
 
+@settings(max_examples=150, deadline=None)
+@given(size=st.integers(2, 4), count=st.integers(1, 10), data=st.data())
+def test_ranks_that_sleep_and_wake_do_no_harm(size: int, count: int, data: st.DataObject) -> None:
+    """Taken for dead, and back with what they had in hand: no rank gets a chunk that it is computing."""
+    job = Job(size, count)
+    asleep = st.sets(st.integers(0, size - 1), max_size=size - 1)
+    for job.dead in data.draw(st.lists(asleep, max_size=12)):
+        job.fair_turns(
+            data.draw(st.integers(1, 6)), seconds=dispatch.SILENCE_SECONDS / 4, finish=data.draw(st.booleans())
+        )
+    job.dead = set()
+    job.fair_turns(20 * (count + size), seconds=1.0)
+    assert job.output == set(range(count))
+    assert all(rank.dispatcher.finished for rank in job.ranks)
+
+
 def test_a_rank_that_was_only_slow_is_taken_back() -> None:
     job = Job(2, 4)
     slow = job.ranks[1]
@@ -161,6 +178,12 @@ def test_a_rank_that_was_only_slow_is_taken_back() -> None:
     job.dead = {1}
     job.fair_turns(3, seconds=dispatch.SILENCE_SECONDS / 2 + 1)
     assert job.ranks[0].dispatcher.lost == {1}
+    slow.dispatcher.next_chunk(hungry=True)
+    for _ in range(3):  # the root may give it what it has still in hand
+        job.network.ranks[0].deliver(1)
+        job.ranks[0].turn(finish=False)
+        job.network.ranks[1].deliver(0)
+        slow.turn(finish=False)
     for chunk in list(slow.held):  # what it had in hand comes late, perhaps for the second time
         slow.held.remove(chunk)
         job.output.add(chunk.index)
