@@ -98,7 +98,7 @@ class ArrayDispatcher:
         self._open.discard(chunk.index)
 
     def poll(self, report: Any) -> None:
-        self.reports = [report]
+        self.reports = self.reports if report is None else [report]
         now = self._clock()
         if now - self._surveyed >= SURVEY_SECONDS:
             self._surveyed = now

@@ -141,6 +141,19 @@ def test_a_rank_that_dies_while_starting(job: Job) -> None:
     job.check()
 
 
+@pytest.mark.feature("slurm", "a row that kills its rank: started again, it runs alone, and then is an error row")
+def test_a_row_that_kills(job: Job) -> None:
+    job.settings.append("job.max_error_fraction=0.1")
+    ended = job.end(job.submit("--ntasks-per-node=2", FAIL_WHEN="a row", SILENCE_SECONDS="4"))
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), job.log()
+    assert "start 3" in job.log()
+    assert "start 4" not in job.log()
+    assert verify(str(job.output)).ok
+    rows = [row for name in job.parts() for row in pq.read_table(job.output / name).to_pylist()]
+    assert [row["id"] for row in rows if row["status"] == "error"] == [123]
+    assert len(rows) == ROWS
+
+
 @pytest.mark.feature("slurm", "a node is lost: the job is requeued, and goes on where it was")
 def test_a_lost_node_requeues_the_job(job: Job) -> None:
     number = job.submit(**SLOW)
