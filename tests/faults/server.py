@@ -37,7 +37,7 @@ class SlowEngine(FakeEngine):
         return super().step()
 
 
-def load(model: Any, engine: Any, *, threads: int, ranks_on_node: int, step_seconds: float) -> SlowEngine:
+def load(model: Any, engine: Any, *, step_seconds: float, **ranks: int) -> SlowEngine:
     return SlowEngine(engine.max_slots, step_seconds)
 
 
