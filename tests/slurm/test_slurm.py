@@ -255,6 +255,17 @@ def test_a_job_array_with_a_dead_task(job: Job) -> None:
     job.check()
 
 
+@pytest.mark.feature("slurm", "a drained task of a job array requeues itself, without the others")
+def test_a_task_of_an_array_is_requeued(job: Job) -> None:
+    number = job.submit("-N1", "--array=0-1", "-n1", "-o", str(job.folder / "log-%a"), **SLOW)
+    job.wait_for_parts(2)
+    job.cluster.call("scancel", "--batch", "--signal=USR1", f"{number}_1")
+    ended = [job.end(f"{number}_{task}") for task in range(2)]
+    assert [of["JobState"] for of in ended] == ["COMPLETED", "COMPLETED"], job.log()
+    assert [of["Restarts"] for of in ended] == ["0", "1"], job.log()
+    job.check()
+
+
 def test_a_refused_job_is_not_started_again(job: Job) -> None:
     assert job.end(job.submit())["JobState"] == "COMPLETED", job.log()
     ended = job.end(job.submit(settings=("sampling.seed=5",)))
