@@ -140,6 +140,7 @@ class MpiWorld(World):
         super().__init__()
         self._mpi = mpi
         self._comm = mpi.COMM_WORLD
+        self._comm.Set_errhandler(mpi.ERRORS_RETURN)  # a connection that breaks is an exception here, not the end
         self.rank = self._comm.Get_rank()
         self.size = self._comm.Get_size()
         node = self._comm.Split_type(mpi.COMM_TYPE_SHARED, key=self.rank)  # the launcher's map of nodes
