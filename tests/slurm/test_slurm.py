@@ -122,12 +122,32 @@ def test_a_job_on_three_nodes(job: Job) -> None:
 
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("when", ["killed", "stopped", "killed at the start", "killed at the end"])
-@pytest.mark.feature("slurm", "ranks that die or hang under srun: the others finish, rank 0's death included")
+@pytest.mark.feature("slurm", "ranks that die or hang under srun, rank 0 too: the others finish, or are started again")
 def test_the_survivors_finish(when: str, rank: int, job: Job) -> None:
-    ended = job.end(job.submit(FAIL_WHEN=when, FAIL_RANK=str(rank), **(SLOW | {"STEP_SECONDS": "0.02"})))
+    """A message that is under way to a rank when it dies can be fatal to the sender in MPICH: then they start again."""
+    once = job.folder / "once"
+    once.touch()
+    failing = {"FAIL_WHEN": when, "FAIL_RANK": str(rank), "FAIL_ONCE": str(once)}
+    ended = job.end(job.submit(**failing, **(SLOW | {"STEP_SECONDS": "0.02"})))
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), job.log()
+    if when == "stopped":
+        assert "start 2" not in job.log()
+    else:
+        assert "start 3" not in job.log()
+    job.check()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("when", ["killed", "killed at the start", "killed at the end"])
+@pytest.mark.feature("slurm", "ranks without MPI (cluster.mpi=off): the others always finish")
+def test_the_survivors_without_mpi_finish(when: str, rank: int, job: Job) -> None:
+    failing = {"FAIL_WHEN": when, "FAIL_RANK": str(rank), "STEP_SECONDS": "0.05"}
+    ended = job.end(job.submit("--ntasks-per-node=2", settings=("cluster.mpi=off",), **failing))
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), job.log()
     assert "start 2" not in job.log()
     job.check()
+    records = (job.output / "_batchinfer" / "attempts").glob("*.begin.json")
+    assert sorted(json.loads(path.read_text())["task"] for path in records) == list(range(6))
 
 
 @pytest.mark.feature("slurm", "a rank that dies before the others have met it: started again on the same nodes")
