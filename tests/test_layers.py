@@ -25,7 +25,7 @@ ALLOWED = {
     "report": set(),
     "bench": {"data", "engine", "workloads"},
     "workloads": set(),
-    "doctor": {"cluster", "engine", "_ops", "_engine", "_gpu"},
+    "doctor": {"cluster", "engine", "ops", "_ops", "_engine"},
     "llm": {"engine"},
     "data": {"sandbox"},
     "cluster": set(),
