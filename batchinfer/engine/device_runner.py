@@ -3,7 +3,7 @@
 What lives on the device: the last token of every slot, the page table, the step's arrays, the weights and the cache.
 A step sends one pinned buffer and the page table's changes, and brings back its tokens; no call here waits for the
 device but :meth:`DeviceRunner.finish`. Steps that only decode are replays of a graph, captured when a batch size comes
-for the second time: a captured step of 16 layers costs the host 0.1 ms where its 200 launches cost 2.
+for the second time: to start a step of 16 layers takes the host 0.16 ms so, and 2 to 4 when it launches each kernel.
 """
 
 from __future__ import annotations
