@@ -1,6 +1,6 @@
 # make demo   set up .venv, build, run the main job on examples/prompts.parquet, show some rows
 # make test   set up .venv, build, run every test that this machine can run
-# make lint   ruff and clang-format, as CI runs them
+# make lint   ruff, clang-format and ShellCheck, as CI runs them
 # make cuda-check   compile the CUDA kernels for three architectures and look at their register spills (nvcc, no GPU)
 
 PYTHON ?= python3
@@ -30,6 +30,7 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'slurm/*.sh' .ci/run | xargs $(BIN)/shellcheck
 
 format: $(VENV)/.tested
 	$(BIN)/ruff check --fix .

@@ -79,17 +79,24 @@ class EngineConfig:
 @dataclass(frozen=True)
 class JobConfig:
     """``max_error_fraction``: more error rows than this share of all rows end a complete job with exit code 3.
-    ``progress_seconds``: time between two progress lines where the output is not a terminal."""
+    ``progress_seconds``: time between two progress lines where the output is not a terminal. ``journal_seconds``: time
+    between two records of the rows that finished in chunks that did not. ``margin_seconds``: how long before the end
+    of the allocation the job stops. ``row_seconds``: longest time of a row in the engine, 0 for any."""
 
     max_error_fraction: float = 0.01
     progress_seconds: float = 60.0
+    journal_seconds: float = 60.0
+    margin_seconds: float = 120.0
+    row_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """``mpi``: "auto" uses MPI where a launcher (srun, mpiexec ...) started several ranks, "on" always, "off" never."""
+    """``mpi``: "auto" uses MPI where a launcher (srun, mpiexec ...) started several ranks, "on" always, "off" never.
+    ``srun``: options that slurm/run.sh gives to srun; the program itself does not use them."""
 
     mpi: str = "auto"
+    srun: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "engine.expected_share": (0.0, 1.0),
     "job.max_error_fraction": (0.0, 1.0),
     "job.progress_seconds": (0.1, 86400.0),
+    "job.journal_seconds": (0.0, 86400.0),
+    "job.margin_seconds": (0.0, 86400.0),
+    "job.row_seconds": (0.0, 1e9),
     "bench.rows": (0, 2**40),
     "bench.repeat": (1, 1000),
 }

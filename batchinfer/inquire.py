@@ -1,20 +1,26 @@
-"""plan, status and verify: what can be said about a job from its files, without an engine and without writing."""
+"""plan, status and verify: what can be said about a job from its files, without writing."""
 
 from __future__ import annotations
 
 import os
 
 from batchinfer.config import MISSING, Config
+from batchinfer.data.attempts import code_of_counts, code_of_job
 from batchinfer.data.audit import status, verify
 from batchinfer.data.columns import check_input, passed_columns, prompt_source
-from batchinfer.data.plan import make_plan
+from batchinfer.data.plan import Plan, make_plan
 from batchinfer.data.results import ResultOptions, result_schema
-from batchinfer.data.tables import input_schema, list_inputs
-from batchinfer.types import ExitCode
+from batchinfer.data.tables import InputFile, input_schema, list_inputs
+from batchinfer.estimate import describe, draw, seconds_of
+from batchinfer.types import ExitCode, JobError
+
+SAMPLE_ROWS = 200
+"""Rows from which `plan` estimates a job, if it is told the model."""
 
 
-def show_plan(config: Config) -> int:
-    """Print what a run would do. JobError as a run would raise for its input and columns."""
+def show_plan(config: Config, timed: bool = False) -> int:
+    """Print what a run would do, and given model.path what it will probably cost. ``timed``: load the engine, and
+    compute the sampled rows too. JobError as a run would raise."""
     files = list_inputs(config.input.path)
     check_input(files, config.input)
     schema = input_schema(files)
@@ -33,13 +39,35 @@ def show_plan(config: Config) -> int:
     print(f"chunks     {len(plan.chunks):,} of up to {max(chunk.rows for chunk in plan.chunks):,} rows")
     target = config.output.path
     print(f"output     {'not given' if target == MISSING else os.path.abspath(target)}")
+    if config.model.path != MISSING:
+        for line in _estimate(config, files, plan, timed):
+            print(line)
+    elif timed:
+        raise JobError("--time computes rows: give model.path=PATH", ExitCode.USAGE)
     return ExitCode.COMPLETE
+
+
+def _estimate(config: Config, files: list[InputFile], plan: Plan, timed: bool) -> list[str]:
+    if not timed:
+        from batchinfer.models.spec import load_spec
+        from batchinfer.models.tokenizer import load_tokenizer
+
+        longest = load_spec(config.model.path).resolve_length(config.engine.max_model_len)
+        sample = draw(config, files, plan, load_tokenizer(config.model.path), longest, SAMPLE_ROWS)
+        return describe(sample, config, len(plan.chunks))
+    from batchinfer.engine.loading import load_engine
+
+    engine = load_engine(config.model, config.engine, threads=config.engine.threads)
+    sample = draw(config, files, plan, engine.tokenizer, engine.max_seq_len, SAMPLE_ROWS)
+    seconds = seconds_of(engine, sample.requests)
+    engine.close()
+    return describe(sample, config, len(plan.chunks), seconds)
 
 
 def show_status(config: Config) -> int:
     """Print how far the job in output.path is; its exit code: 0, 3 (too many failed rows) or 75 (not complete)."""
     state = status(config.output.path)
-    ok, failed = state.counts.get("ok", 0), state.counts.get("error", 0)
+    failed = state.counts.get("error", 0)
     codes = ", ".join(f"{k.partition(':')[2]} {n:,}" for k, n in sorted(state.counts.items()) if ":" in k)
     print(f"state      {'complete' if state.complete else 'not complete'}, plan {state.plan[:12]}")
     print(f"chunks     {state.chunks_done:,} of {state.chunks:,}")
@@ -48,7 +76,12 @@ def show_status(config: Config) -> int:
     print(f"tokens     {tokens[0]:,} prompt, {tokens[1]:,} output")
     if not state.complete:
         return ExitCode.INCOMPLETE
-    return ExitCode.TOO_MANY_ERRORS if failed > config.job.max_error_fraction * (ok + failed) else ExitCode.COMPLETE
+    return code_of_counts(state.counts, config.job.max_error_fraction)
+
+
+def show_code(config: Config, launch: str | None, noted: int | None) -> int:
+    """Print nothing; the exit code to which the job in output.path has come, see data/attempts.py."""
+    return code_of_job(config.output.path, config.job.max_error_fraction, launch, noted)
 
 
 def show_verify(config: Config) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from batchinfer.data.commit import read_bytes
-from batchinfer.data.ledger import SUCCESS, in_threads, load_plan
+from batchinfer.data.ledger import SUCCESS, in_threads, load_plan, success_record
 from batchinfer.data.part import BadPart, PartInfo, check_identity, decode_part, part_name, read_info
 from batchinfer.data.plan import Plan
 from batchinfer.types import Chunk
@@ -100,9 +100,10 @@ def verify(output_path: str) -> Report:
     bad: dict[str, str] = {}
     missing: list[str] = []
 
-    def look(name: str) -> tuple[str, PartInfo] | None:
+    def look(name: str) -> tuple[str, tuple[PartInfo, int]] | None:
         try:
-            info, _ = decode_part(read_bytes(os.path.join(path, name)))
+            data = read_bytes(os.path.join(path, name))
+            info, _ = decode_part(data)
         except FileNotFoundError:
             missing.append(name)
             return None
@@ -115,13 +116,13 @@ def verify(output_path: str) -> Report:
             check_identity(info, plan, planned[name])
         except BadPart as error:
             bad[name] = str(error)
-        return name, info
+        return name, (info, len(data))
 
     infos = dict(found for found in in_threads(look, [*planned, *strangers]) if found)
     complete = os.path.exists(os.path.join(path, SUCCESS))
     if complete:
         bad = _against_success(path, plan, infos) | bad
-    rows_missing, rows_doubled = _row_balance(plan, infos.values())
+    rows_missing, rows_doubled = _row_balance(plan, [info for info, _ in infos.values()])
     return Report(
         plan=plan.id,
         parts=len(planned),
@@ -135,8 +136,8 @@ def verify(output_path: str) -> Report:
     )
 
 
-def _against_success(path: str, plan: Plan, infos: dict[str, PartInfo]) -> dict[str, str]:
-    """Parts that are not those which _SUCCESS lists."""
+def _against_success(path: str, plan: Plan, infos: dict[str, tuple[PartInfo, int]]) -> dict[str, str]:
+    """Parts that are not those which _SUCCESS lists; _SUCCESS itself, if its sums are not theirs."""
     try:
         record = json.loads(read_bytes(os.path.join(path, SUCCESS)))
         listed = {part["name"]: part["sha256"] for part in record["parts"]}
@@ -144,11 +145,17 @@ def _against_success(path: str, plan: Plan, infos: dict[str, PartInfo]) -> dict[
             return {SUCCESS: f"it belongs to plan {record['plan'][:12]}"}
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {SUCCESS: f"it cannot be read: {error}"}
-    return {
+    different = {
         name: f"it is not the file that {SUCCESS} lists"
-        for name, info in infos.items()
+        for name, (info, _) in infos.items()
         if listed.get(name) != info.sha256
     }
+    if not different and len(infos) == len(plan.chunks):
+        found = success_record(plan, [infos[part_name(chunk)] for chunk in plan.chunks])
+        wrong = [key for key, value in found.items() if record.get(key) != value]
+        if wrong:
+            return {SUCCESS: f"its {', '.join(wrong)} are not those of the parts"}
+    return different
 
 
 def _row_balance(plan: Plan, infos: Iterable[PartInfo]) -> tuple[int, int]:

@@ -4,6 +4,8 @@
     OUT/.part-000123.ATTEMPT.tmp    on its way; readers of Parquet folders pass over names with a dot
     OUT/_SUCCESS                    JSON, last of all
     OUT/_batchinfer/plan.json       the plan (plan.py)
+    OUT/_batchinfer/journal/        finished rows of chunks that are not (journal.py)
+    OUT/_batchinfer/suspects/       rows in an engine that crashed (suspects.py)
 
 There is no "running" state, no lock and no clock. Any number of processes may compute the same chunk: the first to
 publish it wins, and the others throw their work away.
@@ -18,12 +20,14 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 
 from batchinfer.data.commit import NO_SPACE, probe, publish, publish_bytes, read_bytes, remove, write_new
 from batchinfer.data.digest import content_digest
+from batchinfer.data.journal import clear_journals
 from batchinfer.data.part import (
     BadPart,
     PartInfo,
@@ -35,6 +39,7 @@ from batchinfer.data.part import (
     read_info,
 )
 from batchinfer.data.plan import Plan, difference_table, differences
+from batchinfer.data.suspects import clear_suspects
 from batchinfer.types import Chunk, ExitCode, JobError
 
 STATE = "_batchinfer"
@@ -76,6 +81,10 @@ class Ledger:
             raise output_error(self.path, error) from None
         return [chunk for chunk in self.plan.chunks if part_name(chunk) not in names]
 
+    def has(self, chunk: Chunk) -> bool:
+        """Whether the chunk's part file is there; as out of date as :meth:`missing` may be."""
+        return os.path.exists(os.path.join(self.path, part_name(chunk)))
+
     def commit(self, chunk: Chunk, table: pa.Table, provenance: dict[str, Any] | None = None) -> Literal["won", "lost"]:
         """Publish the chunk's rows, or find that another process did it before; either way the part is there.
 
@@ -111,14 +120,7 @@ class Ledger:
             shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
             text = f"{len(missing)} of {len(names)} parts are missing in {self.path} ({shown}): run the command again"
             raise JobError(text, ExitCode.INCOMPLETE)
-        counts: Counter[str] = Counter()
-        parts = []
-        for name, (info, size) in zip(names, found, strict=True):
-            counts.update(info.counts)
-            digests = {"content": info.content, "sha256": info.sha256}
-            parts.append({"name": name, "rows": info.rows, "bytes": size, **digests})
-        totals = {"plan": self.plan.id, "rows": self.plan.rows, "counts": dict(counts)}
-        record = {**totals, "run": run or {}, "parts": parts}
+        record = {"run": run or {}, **success_record(self.plan, found)}
         try:
             publish_bytes(self.path, SUCCESS, json.dumps(record, indent=1).encode())
         except OSError as error:
@@ -183,10 +185,25 @@ class Ledger:
             raise output_error(path, error) from None
 
     def _sweep(self) -> None:
-        """Drop temporary files, whose ever they are: every chunk is published, so their owners can only lose."""
-        for name in os.listdir(self.path):
-            if name.startswith((".part-", f".{SUCCESS}.")) and name.endswith(".tmp"):
-                remove(os.path.join(self.path, name))
+        """Drop temporary files, journals and suspicions, whose ever they are: every chunk is published, and their
+        owners can only lose."""
+        with suppress(OSError):  # the job is complete whether its scraps are listed or not
+            for name in os.listdir(self.path):
+                if name.startswith((".part-", f".{SUCCESS}.")) and name.endswith(".tmp"):
+                    remove(os.path.join(self.path, name))
+            clear_journals(os.path.join(self.path, STATE))
+            clear_suspects(os.path.join(self.path, STATE))
+
+
+def success_record(plan: Plan, parts: Iterable[tuple[PartInfo, int]]) -> dict[str, Any]:
+    """What _SUCCESS promises about the output. ``parts``: (footer, size in bytes) of every chunk, in order."""
+    counts: Counter[str] = Counter()
+    listed = []
+    for chunk, (info, size) in zip(plan.chunks, parts, strict=True):
+        counts.update(info.counts)
+        digests = {"content": info.content, "sha256": info.sha256}
+        listed.append({"name": part_name(chunk), "rows": info.rows, "bytes": size, **digests})
+    return {"plan": plan.id, "rows": plan.rows, "counts": dict(counts), "parts": listed}
 
 
 def open_job(output_path: str, plan: Plan, compression: str = "zstd") -> Ledger:
@@ -200,13 +217,13 @@ def open_job(output_path: str, plan: Plan, compression: str = "zstd") -> Ledger:
     try:
         os.makedirs(path, exist_ok=True)
         foreign = sorted(set(os.listdir(path)) - {STATE})
-        if foreign and not os.path.exists(os.path.join(state, PLAN)):
+        if foreign and not _is_there(os.path.join(state, PLAN)):
             shown = ", ".join(foreign[:3]) + (" ..." if len(foreign) > 3 else "")
             text = f"output.path={output_path} holds other files ({shown}): give a new or empty folder"
             raise JobError(text, ExitCode.OUTPUT)
         os.makedirs(state, exist_ok=True)
         probe(state)
-        if not os.path.exists(os.path.join(state, PLAN)):
+        if not _is_there(os.path.join(state, PLAN)):
             publish_bytes(state, PLAN, plan.to_json())
     except OSError as error:
         raise output_error(path, error) from None
@@ -247,6 +264,15 @@ def output_error(path: str, error: OSError) -> JobError:
         space = f"free space unknown: {unknown.strerror}"
     quota = ", so a quota may be used up" if error.errno == errno.EDQUOT else ""
     return JobError(f"cannot write {path}: {error.strerror or error} ({space}{quota})", ExitCode.IO)
+
+
+def _is_there(path: str) -> bool:
+    """os.path.exists() takes every error for an absence, and a full folder without a plan is somebody else's."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def in_threads(function: Callable[[A], T], items: Iterable[A]) -> list[T]:

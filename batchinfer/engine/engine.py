@@ -63,7 +63,7 @@ class Engine:
         self._sequences: dict[int, _Sequence] = {}
         self._watched: dict[int, _Sequence] = {}  # those with stop strings or logprobs: host work for every token
         self._in_flight: deque[Step] = deque()  # started, tokens not taken yet
-        self._stopped: set[int] = set()  # ended by a token that came when their next one was already under way
+        self._stopped: set[int] = set()  # ended when their next token was already under way
         self._penalised = 0  # open sequences whose every token depends on all tokens before it
         self._refused: list[Completion] = []
         self._next_id = 0
@@ -103,6 +103,11 @@ class Engine:
         params = request.sampling
         owner = _OpenRequest(request, [None] * params.n, params.n)
         for index in range(params.n):
+            before = request.so_far[index] if request.so_far else None
+            if before is not None and before.finish_reason:
+                owner.samples[index] = before
+                owner.missing -= 1
+                continue
             seq_id = self._next_id
             self._scheduler.add(
                 seq_id,
@@ -111,10 +116,11 @@ class Engine:
                 min_new_tokens=params.min_tokens,
                 expected_new_tokens=self._lengths.expected(params.max_tokens),
                 stop_token_ids=self._stop_ids(request),
+                generated=() if before is None else before.token_ids,
             )
             self._next_id += 1
             self._penalised += params.penalised
-            self._sequences[seq_id] = _Sequence(owner, index)
+            self._sequences[seq_id] = _Sequence(owner, index, _unstack(before))
             if params.stop or params.logprobs is not None:
                 self._watched[seq_id] = self._sequences[seq_id]
 
@@ -160,6 +166,38 @@ class Engine:
         self._seconds["output"] += time.perf_counter() - start
         return done
 
+    def unfinished(self) -> list[Completion]:
+        """What there is of the requests that have begun and not ended: each can go on in another engine, as
+        ``Request.so_far`` of the same request."""
+        begun: dict[int, tuple[Request, list[Sample]]] = {}
+        for seq_id, sequence in self._sequences.items():
+            request = sequence.owner.request
+            if request.id not in begun:
+                begun[request.id] = request, [sample or _NOTHING for sample in sequence.owner.samples]
+            logprobs = _stack(sequence.logprobs, request.sampling.logprobs)
+            begun[request.id][1][sequence.index] = Sample(self._scheduler.tokens(seq_id), "", "", logprobs)
+        states = [Completion(r.id, len(r.prompt), tuple(samples)) for r, samples in begun.values()]
+        return [state for state in states if any(len(sample.token_ids) for sample in state.samples)]
+
+    def abandon(self, request_id: int) -> Completion:
+        """Drop an open request and return what there is of it, with the text so far. KeyError if it is not open."""
+        mine = {i: s for i, s in self._sequences.items() if s.owner.request.id == request_id}
+        if not mine:
+            raise KeyError(request_id)
+        owner = next(iter(mine.values())).owner
+        samples = [sample or _NOTHING for sample in owner.samples]
+        for seq_id, sequence in mine.items():
+            tokens = self._scheduler.tokens(seq_id)
+            (text,) = self.tokenizer.decode_batch([tokens])
+            logprobs = _stack(sequence.logprobs, owner.request.sampling.logprobs)
+            samples[sequence.index] = Sample(tokens, text, "", logprobs)
+            self._scheduler.finish(seq_id)
+            self._forget(seq_id)
+            if self._in_flight:
+                self._stopped.add(seq_id)
+        self._open -= 1
+        return Completion(request_id, len(owner.request.prompt), tuple(samples))
+
     def stats(self) -> EngineStats:
         """Counters so far."""
         scheduler, stats = self._scheduler, self._stats
@@ -200,9 +238,19 @@ class Engine:
             return RowError(ErrorCode.BAD_TOKEN_IDS, f"token ids must lie in [0, {self.vocab_size - 1}]")
         try:
             request.sampling.check()
+            self._check_so_far(request)
         except ValueError as error:
             return RowError(ErrorCode.BAD_SAMPLING, str(error))
         return None
+
+    def _check_so_far(self, request: Request) -> None:
+        """ValueError unless the samples that the request brings along are those of an interrupted one."""
+        room = min(request.sampling.max_tokens, self.max_seq_len - len(request.prompt))
+        begun = [sample for sample in request.so_far if not sample.finish_reason]
+        if request.so_far and (len(request.so_far) != request.sampling.n or not begun):
+            raise ValueError(f"so_far must hold {request.sampling.n} samples, and one of them unfinished")
+        if any(len(sample.token_ids) >= room for sample in begun):
+            raise ValueError(f"so_far holds an unfinished sample that has all of its {room} tokens")
 
     def _stop_ids(self, request: Request) -> np.ndarray:
         params = request.sampling
@@ -275,10 +323,8 @@ class Engine:
 
     def _end_sample(self, seq_id: int, tokens: np.ndarray, text: str, reason: str) -> Completion | None:
         """Record a sample; the request's completion if it was the last one."""
-        self._watched.pop(seq_id, None)
-        sequence = self._sequences.pop(seq_id)
+        sequence = self._forget(seq_id)
         owner = sequence.owner
-        self._penalised -= owner.request.sampling.penalised
         if reason == "stop" and self._in_flight:
             self._stopped.add(seq_id)
         self._lengths.finished(len(tokens), owner.request.sampling.max_tokens)
@@ -288,6 +334,23 @@ class Engine:
         if owner.missing:
             return None
         return Completion(owner.request.id, len(owner.request.prompt), tuple(s for s in owner.samples if s is not None))
+
+    def _forget(self, seq_id: int) -> _Sequence:
+        self._watched.pop(seq_id, None)
+        sequence = self._sequences.pop(seq_id)
+        self._penalised -= sequence.owner.request.sampling.penalised
+        return sequence
+
+
+_NOTHING = Sample(np.zeros(0, np.int32), "", "")
+
+
+def _unstack(sample: Sample | None) -> list[tuple[float, np.ndarray, np.ndarray]]:
+    """The inverse of :func:`_stack`."""
+    if sample is None or sample.logprobs is None:
+        return []
+    logprobs = sample.logprobs
+    return [(float(c), ids, top) for c, ids, top in zip(logprobs.chosen, logprobs.top_ids, logprobs.top, strict=True)]
 
 
 def _stack(rows: list[tuple[float, np.ndarray, np.ndarray]], wanted: int | None) -> Logprobs | None:

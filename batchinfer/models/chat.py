@@ -3,7 +3,7 @@
 The environment is the one that templates are written for (transformers' ``apply_chat_template``): trimmed blocks, loop
 controls, ``raise_exception``, ``strftime_now``, a ``tojson`` that does not escape for HTML, and ``{% generation %}``
 blocks, which mark text for training and mean nothing here. A template is a stranger's program: it sees plain strings,
-lists and dicts only, and may not write more than ``MAX_CHARS``.
+lists and dicts only, in a sandbox that bounds what it costs (sandbox.py).
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MAX_CHARS = 16 << 20
-"""No model reads 16 million characters; a template that writes more is looping."""
+from batchinfer.sandbox import Sandbox
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -37,16 +35,15 @@ class ChatTemplate:
     ``now`` is the time that ``strftime_now`` tells (None: the clock), for text that must not change from day to day."""
 
     def __init__(self, source: str, special: Mapping[str, str], now: datetime | None = None):
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: (now or datetime.now()).strftime(form)
+        extensions = [_GenerationTag, jinja2.ext.loopcontrols]
+        sandbox = Sandbox(filters={"tojson": _to_json}, trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        sandbox.globals["raise_exception"] = _raise
+        sandbox.globals["strftime_now"] = lambda form: (now or datetime.now()).strftime(form)
         self.special = dict(special)
+        self._sandbox = sandbox
         try:
-            self.template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+            self._template = sandbox.compile_template(source)
+        except (jinja2.TemplateError, ValueError) as error:
             raise ValueError(f"the chat template does not compile: {error}") from None
 
     def render(self, messages: list[dict[str, str]]) -> str:
@@ -54,18 +51,10 @@ class ChatTemplate:
         if not messages:
             raise ValueError("there are no messages")
         variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
-        parts, length = [], 0
         try:
-            for part in self.template.generate(**self.special, **variables):
-                length += len(part)
-                if length > MAX_CHARS:
-                    raise ValueError(f"the chat template wrote more than {MAX_CHARS} characters")
-                parts.append(part)
-        except ValueError:
-            raise
+            return self._sandbox.render(self._template, {**self.special, **variables})
         except Exception as error:  # a template can raise anything; it is this row's error, whatever it is
             raise ValueError(f"the chat template refuses the messages: {error or type(error).__name__}") from None
-        return "".join(parts)
 
 
 def _raise(message: str) -> None:

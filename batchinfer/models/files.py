@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,20 +25,19 @@ class ModelError(JobError):
 
 def read_json(path: str, *, required: bool = True) -> dict[str, Any]:
     """The JSON object in ``path``; {} when it is absent and not ``required``. Raises ModelError."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-    except FileNotFoundError:
-        if not required:
-            return {}
-        raise ModelError(f"{path} is missing") from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-    if len(data) > MAX_JSON_BYTES:
-        raise ModelError(
-            f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB, which no model needs: is it the right file?"
-        )
-    return parse_json(data, path)
+    if not required and not os.path.exists(path):
+        return {}
+    return parse_json(read_whole(path), path)
+
+
+def read_whole(path: str, limit: int = MAX_JSON_BYTES) -> bytes:
+    """The bytes of a file of at most ``limit``. Raises ModelError."""
+    with open_for_reading(path) as (fd, size):
+        if size > limit:
+            raise ModelError(f"{path} is larger than {limit >> 20} MiB, which no model needs: is it the right file?")
+        data = bytearray(size)
+        read_at(fd, 0, memoryview(data), path)
+    return bytes(data)
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
@@ -115,15 +115,21 @@ class Keys:
 
 @contextmanager
 def open_for_reading(path: str) -> Iterator[tuple[int, int]]:
-    """(file descriptor, size in bytes) of ``path``; an error of opening it is a ModelError."""
+    """(file descriptor, size in bytes) of ``path``; an error of opening it is a ModelError.
+
+    A pipe or a device in a model folder has no end, and opening a pipe waits for its writer: neither is read.
+    """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise ModelError(f"{path} is missing") from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ModelError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
-        yield fd, os.fstat(fd).st_size
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise ModelError(f"{path} is no regular file: copy or download the model again")
+        yield fd, info.st_size
     finally:
         os.close(fd)
 

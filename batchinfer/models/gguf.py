@@ -62,8 +62,7 @@ def is_gguf(model_path: str) -> bool:
 def read_gguf(path: str) -> GgufFile:
     """Read and check everything before the tensor data. Raises ModelError naming file, key or tensor."""
     try:
-        size = os.stat(path).st_size
-        with open(path, "rb", buffering=1 << 20) as file:
+        with open_for_reading(path) as (fd, size), open(fd, "rb", buffering=1 << 20, closefd=False) as file:
             return _Header(file, path, size).read()
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None

@@ -15,6 +15,9 @@ from batchinfer.models.files import Keys, ModelError, read_json
 from batchinfer.models.gguf import GgufFile, is_gguf, read_gguf
 from batchinfer.models.rope import RopeSpec, rope_from_config, rope_from_gguf
 
+MAX_LAYERS = 10_000
+"""Names are made for every tensor of every layer before the files are compared with them."""
+
 
 @dataclass(frozen=True)
 class Traits:
@@ -226,6 +229,10 @@ def _unknown_architecture(name: str, key: str, known: list[str], where: str, rem
 
 def _checked(spec: ModelSpec, where: str) -> ModelSpec:
     """What must hold between the numbers."""
+    if spec.layers > MAX_LAYERS:
+        raise ModelError(
+            f"{where}: {spec.layers} layers are more than any model has ({MAX_LAYERS}): the file is damaged"
+        )
     if spec.heads % spec.kv_heads:
         raise ModelError(f"{where}: {spec.heads} attention heads cannot share {spec.kv_heads} key/value heads evenly")
     if spec.head_dim % 2:

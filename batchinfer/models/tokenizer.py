@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 
 from batchinfer.models.chat import ChatTemplate
-from batchinfer.models.files import ModelError, read_json
+from batchinfer.models.files import ModelError, read_json, read_whole
 from batchinfer.models.gguf import is_gguf, read_gguf
 from batchinfer.models.gguf_tokenizer import build_from_gguf
 from batchinfer.models.spec import token_ids
@@ -125,8 +125,9 @@ def _checked(
 
 
 def _read_backend(path: str) -> tokenizers.Tokenizer:
+    data = read_whole(path)
     try:
-        return tokenizers.Tokenizer.from_file(path)
+        return tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises plain Exception
         raise ModelError(f"{path} is not a tokenizer that can be read ({error}): copy or download it again") from None
 
@@ -166,9 +167,8 @@ def _template(folder: str, config: dict[str, Any]) -> str | None:
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.exists(path):
         try:
-            with open(path, encoding="utf-8") as file:
-                return file.read()
-        except (OSError, UnicodeDecodeError) as error:
+            return read_whole(path).decode()
+        except UnicodeDecodeError as error:
             raise ModelError(f"{path} cannot be read: {error}") from None
     found = read_json(os.path.join(folder, "chat_template.json"), required=False).get("chat_template")
     found = found or config.get("chat_template")
@@ -185,8 +185,8 @@ def _digest(folder: str) -> str:
     for name in FOLDER_FILES:
         path = os.path.join(folder, name)
         if os.path.exists(path):
-            with open(path, "rb") as file:
-                digest.update(f"{name}\n{os.path.getsize(path)}\n".encode() + file.read())
+            data = read_whole(path)
+            digest.update(f"{name}\n{len(data)}\n".encode() + data)
     return digest.hexdigest()
 
 

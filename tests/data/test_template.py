@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from batchinfer import sandbox
 from batchinfer.data import template
 from batchinfer.data.template import RowTemplate
 from batchinfer.types import ExitCode, JobError
@@ -45,6 +46,7 @@ def test_from_a_file(tmp_path: Path):
     assert caught.value.exit_code == ExitCode.USAGE
 
 
+@pytest.mark.feature("input", "prompts from a sandboxed Jinja template over columns")
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -63,6 +65,7 @@ def test_templates_that_are_refused(text: str, expected: str):
     assert caught.value.exit_code == ExitCode.USAGE
 
 
+@pytest.mark.feature("job", "null, empty, over-long and non-UTF-8 prompts, unknown roles ... are error rows")
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -95,9 +98,9 @@ def test_rows_that_fail_leave_the_next_row_unharmed(text: str, expected: str):
 
 
 def test_the_turns_of_each_row_are_counted_anew(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(template, "MAX_ITERATIONS", 10)
+    monkeypatch.setattr(sandbox, "MAX_STEPS", 11)  # ten turns and the call of range
     made = RowTemplate("{% for i in range(n) %}{{ i }}{% endfor %}")
     for _ in range(3):
         assert made.render({"n": 10}) == "0123456789"
-    with pytest.raises(ValueError, match="more than 10 turns"):
+    with pytest.raises(ValueError, match="more than 11 turns"):
         made.render({"n": 11})

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from batchinfer.models import chat
+from batchinfer import sandbox
 from batchinfer.models.chat import ChatTemplate
 
 MESSAGES = [
@@ -79,9 +79,9 @@ def test_messages_are_not_changed_by_rendering() -> None:
 
 
 def test_too_much_text(monkeypatch: Any) -> None:
-    monkeypatch.setattr(chat, "MAX_CHARS", 1000)
+    monkeypatch.setattr(sandbox, "MAX_OUTPUT", 1000)
     source = "{% for a in range(100) %}{% for b in range(100) %}xxxx{% endfor %}{% endfor %}"
-    with pytest.raises(ValueError, match="wrote more than 1000 characters"):
+    with pytest.raises(ValueError, match="longer than 1000 characters"):
         ChatTemplate(source, {}).render(MESSAGES)
 
 
