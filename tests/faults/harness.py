@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from faults.shim import Fault
+
 import batchinfer
 from batchinfer.config import Config, to_dict
-from faults.shim import Fault
 
 BOUND = 60.0
 """Seconds that any job here may take (I7); it takes a tenth of one, but the machine may be busy."""

@@ -17,12 +17,12 @@ from typing import Any
 
 import pyarrow.parquet  # noqa: F401 (imported once, for all jobs)
 from fake_engine import FakeEngine, identify_fake
+from faults import shim
 
 from batchinfer import job
 from batchinfer.__main__ import _report
 from batchinfer.cluster.world import World
 from batchinfer.config import from_dict
-from faults import shim
 
 
 class SlowEngine(FakeEngine):

@@ -194,7 +194,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a number in the index": (shards({NORM: 7}), "plain file names"),
     "an index without a map": (shards({}), "weight_map"),
     "missing shards": (shards({NORM: "model-00002.safetensors"}), "lacks 1 of the 1 shards"),
-    "an index of another model": (shards({"other": "model-00001.safetensors"}), "the shards are of another model|is not"),
+    "an index of another model": (
+        shards({"other": "model-00001.safetensors"}),
+        "the shards are of another model|is not",
+    ),
     "a symbolic link to another kind of file": (instead(WEIGHTS, lambda p: p.symlink_to("/etc/passwd")), "safetensors"),
     "a symbolic link to a device": (instead("config.json", lambda p: p.symlink_to("/dev/zero")), "regular file"),
     "an endless template": (instead("chat_template.jinja", lambda p: p.symlink_to("/dev/zero")), "regular file"),

@@ -193,7 +193,13 @@ def plant(poisons: Sequence[Poison], good: Any) -> tuple[list[Any], list[Any], l
 
 
 def check(
-    poisons: Sequence[Poison], bad: pa.Array, clean: pa.Array, places: list[int], column: str, where: Path, **changes: Any
+    poisons: Sequence[Poison],
+    bad: pa.Array,
+    clean: pa.Array,
+    places: list[int],
+    column: str,
+    where: Path,
+    **changes: Any,
 ) -> None:
     others = changes.pop("others", {})
     number = pa.array(range(len(bad)))
@@ -264,16 +270,16 @@ def test_settings_of_a_row(name: str, tmp_path: Path) -> None:
     bad, clean, places = plant(poisons, None)
     prompts = {"prompt": [f"row {i}" for i in range(len(bad))]}
     changes = {"input.sampling_columns": {name: "setting"}}
-    check(
-        poisons, pa.array(bad, kind), pa.array(clean, kind), places, "setting", tmp_path, others=prompts, **changes
-    )
+    check(poisons, pa.array(bad, kind), pa.array(clean, kind), places, "setting", tmp_path, others=prompts, **changes)
 
 
 def test_one_good_row_among_poison(tmp_path: Path) -> None:
     texts = [None, "", "good", None, f"{POISON}", "x" * 10**6]
     rows = run(pa.table({"i": range(6), "prompt": texts}), tmp_path / "a", {"sampling.seed": 3})
     assert [row["status"] for row in rows] == ["error", "error", "ok", "error", "error", "error"]
-    alone = run(pa.table({"i": range(6), "prompt": ["a", "b", "good", "c", "d", "e"]}), tmp_path / "b", {"sampling.seed": 3})
+    alone = run(
+        pa.table({"i": range(6), "prompt": ["a", "b", "good", "c", "d", "e"]}), tmp_path / "b", {"sampling.seed": 3}
+    )
     assert rows[2] == alone[2]
 
 
