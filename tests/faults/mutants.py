@@ -74,7 +74,7 @@ MUTANTS = [
         "data/ledger.py",
         'f".{stem}.{self._attempt}',
         'f"{stem}.{self._attempt}',
-        "data/test_ledger.py",
+        ORDER,
     ),
     Mutant("no page CRC", "data/part.py", "write_page_checksum=True", "write_page_checksum=False", "data/test_part.py"),
     Mutant(

@@ -46,6 +46,8 @@ def test_a_file_is_synced_before_it_is_published_and_its_folder_after(final: str
     folder_synced = index(record, "fsync", folder, link)
     assert opened < written < synced < closed < link < folder_synced
     assert index(record, "unlink", temporary, folder_synced) > folder_synced
+    assert os.path.dirname(temporary) == os.path.dirname(final)  # a rename elsewhere may fail with EXDEV
+    assert os.path.basename(temporary).startswith(".")  # readers of Parquet folders pass these over
     assert not [call for call in record[link + 1 :] if call.name == "write" and call.path in (temporary, final)]
 
 
