@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 
-from batchinfer.data.commit import NO_SPACE, probe, publish, publish_bytes, read_bytes, remove, write_new
+from batchinfer.data.commit import NO_SPACE, claims, probe, publish, publish_bytes, read_bytes, remove, write_new
 from batchinfer.data.digest import content_digest
 from batchinfer.data.part import (
     BadPart,
@@ -182,6 +182,8 @@ class Ledger:
             for name in os.listdir(self.path):
                 if name.startswith((".part-", f".{SUCCESS}.")) and name.endswith(".tmp"):
                     remove(os.path.join(self.path, name))
+        for claim in claims(self.path):
+            remove(claim)
 
 
 def success_record(plan: Plan, parts: Iterable[tuple[PartInfo, int]]) -> dict[str, Any]:

@@ -230,7 +230,9 @@ def _unknown_architecture(name: str, key: str, known: list[str], where: str, rem
 def _checked(spec: ModelSpec, where: str) -> ModelSpec:
     """What must hold between the numbers."""
     if spec.layers > MAX_LAYERS:
-        raise ModelError(f"{where}: {spec.layers} layers are more than any model has ({MAX_LAYERS}): the file is damaged")
+        raise ModelError(
+            f"{where}: {spec.layers} layers are more than any model has ({MAX_LAYERS}): the file is damaged"
+        )
     if spec.heads % spec.kv_heads:
         raise ModelError(f"{where}: {spec.heads} attention heads cannot share {spec.kv_heads} key/value heads evenly")
     if spec.head_dim % 2:

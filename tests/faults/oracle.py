@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,7 +24,6 @@ import pyarrow.parquet as pq
 from fake_engine import POISON, answer
 
 from batchinfer.data.audit import verify
-from batchinfer.data.prompts import row_seed
 from batchinfer.types import ROW_BITS, ExitCode
 
 PART = re.compile(r"part-[0-9]{6}\.parquet")
@@ -59,7 +59,8 @@ def _answer(prompt: str | None, seed: int, uid: int) -> tuple[str | None, str | 
     if POISON in prompt:
         return None, "KV_CAPACITY"
     ids = np.frombuffer(prompt.encode(), np.uint8)
-    return bytes(answer(ids, row_seed(seed, uid), 0, MAX_TOKENS).astype(np.uint8)).decode(), None
+    digest = hashlib.sha256(b"batchinfer row" + struct.pack("<QQ", seed, uid)).digest()
+    return bytes(answer(ids, int.from_bytes(digest[:8], "little"), 0, MAX_TOKENS).astype(np.uint8)).decode(), None
 
 
 @dataclass
