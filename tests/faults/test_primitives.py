@@ -45,7 +45,10 @@ def test_racing_jobs(name: str, bench: Bench, expected: Expected) -> None:
         tally[f"races, {name}"] += 1
 
 
-@pytest.mark.parametrize("kind", ["kill before", "kill after", "refused", "lost", "replayed"])
+KINDS = ["kill before", "kill after", "refused", "lost", "replayed"] if LONG else ["kill after", "replayed"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_at_every_call_with_claims(kind: str, bench: Bench, tmp_path: Path) -> None:
     """As test_calls.py does, on a file system that leaves symbolic links alone."""
     bench.inputs = write_inputs(tmp_path / "in", rows=(18,))
