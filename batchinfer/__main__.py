@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from batchinfer import __version__
+from batchinfer.cluster import signals
+from batchinfer.cluster.launch import launch_name, note_failure, noted_failure
 from batchinfer.cluster.world import World, join, launcher, outside
 from batchinfer.config import REQUIRED, Config, allowed, check, from_dict, items, to_dict, type_of
-from batchinfer.types import ExitCode, JobError
+from batchinfer.types import ExitCode, JobError, exit_code
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ COMMANDS = {
     "plan": Command("show what run would do: files, rows, chunks, columns, prompt; writes nothing", ("input.path",)),
     "status": Command("say how much of a job is done, from its output folder alone", ("output.path",)),
     "verify": Command("read every part of a job's output again and check it", ("output.path",)),
-    "bench": Command("time the engine on the rows of the input", ("model.path", "input.path")),
+    "bench": Command("time the engine on the rows of the input, or on bench.workload", ("model.path",)),
     "doctor": Command("say what this installation and this node can do, and what to repair", ()),
 }
 
@@ -48,9 +50,13 @@ EXAMPLE = "batchinfer run model.path=DIR|FILE.gguf input.path=prompts.parquet ou
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; its exit code (types.ExitCode). Every failure of a rank ends the whole MPI job with its code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    running = arguments[:1] == ["run"]
+    if running:
+        signals.install()
     world = outside()
     try:
-        name, options = parse(sys.argv[1:] if argv is None else argv)
+        name, options = parse(arguments)
         if name != "run" and launcher().rank != 0:
             return ExitCode.COMPLETE
         if name == "doctor":
@@ -61,15 +67,18 @@ def main(argv: list[str] | None = None) -> int:
             return _print_config(options) if launcher().rank == 0 else ExitCode.COMPLETE
         if name == "run":
             world = join(_mpi_mode(options.overrides))
+            signals.install()
         config = _shared_config(name, options, world)
-        return _dispatch(name, config, world)
+        return _dispatch(name, options, config, world)
     except BaseException as error:
         code = _report(error, world)
+        if running:
+            note_failure(code)
         world.abort(code)
         return code
 
 
-def _dispatch(name: str, config: Config, world: World) -> int:
+def _dispatch(name: str, options: argparse.Namespace, config: Config, world: World) -> int:
     if name == "bench":
         from batchinfer import bench
 
@@ -80,6 +89,8 @@ def _dispatch(name: str, config: Config, world: World) -> int:
         return job.run(config, world)
     from batchinfer import inquire
 
+    if name == "status" and options.code:
+        return inquire.show_code(config, launch_name(), noted_failure())
     return {"plan": inquire.show_plan, "status": inquire.show_status, "verify": inquire.show_verify}[name](config)
 
 
@@ -89,13 +100,12 @@ def _report(error: BaseException, world: World) -> int:
         return error.code
     if isinstance(error, JobError):
         print(f"batchinfer: error:{world.place} {error}", file=sys.stderr)
-        return error.exit_code
-    if isinstance(error, KeyboardInterrupt):
+    elif isinstance(error, KeyboardInterrupt):
         print(f"batchinfer: interrupted{world.place}: the same command again goes on from here", file=sys.stderr)
-        return ExitCode.INCOMPLETE
-    print(f"batchinfer: internal error{world.place}", file=sys.stderr)
-    traceback.print_exception(type(error), error, error.__traceback__)
-    return ExitCode.INTERNAL
+    else:
+        print(f"batchinfer: internal error{world.place}", file=sys.stderr)
+        traceback.print_exception(type(error), error, error.__traceback__)
+    return exit_code(error)
 
 
 # Options
@@ -134,8 +144,13 @@ def _command_parser(name: str) -> argparse.ArgumentParser:
     needs = "".join(f"  {key}=PATH\n" for key in COMMANDS[name].needs)
     parser.epilog = f"required:\n{needs}\n{_where_keys_are()}"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="a setting, or group=option")
-    parser.add_argument("--cfg", choices=["job"], help="print the resulting configuration as YAML, and do no more")
+    parser.add_argument(
+        "--cfg", metavar="job|KEY", help="print the resulting configuration as YAML, or one value of it, and do no more"
+    )
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder with groups of your own")
+    if name == "status":
+        text = "print nothing: the exit code is that of the finished job, or of the newest attempt at it"
+        parser.add_argument("--code", action="store_true", help=text)
     return parser
 
 
@@ -305,7 +320,13 @@ def _explained(error: BaseException, overrides: list[str]) -> JobError:
 def _print_config(options: argparse.Namespace) -> int:
     from omegaconf import OmegaConf
 
-    print(OmegaConf.to_yaml(to_dict(compose(options.overrides, options.config_dir))), end="")
+    config = compose(options.overrides, options.config_dir)
+    if options.cfg == "job":
+        print(OmegaConf.to_yaml(to_dict(config)), end="")
+    elif options.cfg in dict(items()):
+        print(dict(items(config))[options.cfg])
+    else:
+        raise _unknown_key(f"--cfg {options.cfg}", options.cfg)
     return ExitCode.COMPLETE
 
 
@@ -320,7 +341,10 @@ def _shared_config(name: str, options: argparse.Namespace, world: World) -> Conf
     text = None
     if world.rank == 0:
         config = compose(options.overrides, options.config_dir)
-        check(config, COMMANDS[name].needs)
+        needs = COMMANDS[name].needs
+        if name == "bench" and config.bench.workload == "none":
+            needs += ("input.path",)
+        check(config, needs)
         if name == "run" and config.cluster.mpi != _mpi_mode(options.overrides):
             value = config.cluster.mpi
             raise JobError(f"cluster.mpi={value} in a file comes too late: give it on the command line", ExitCode.USAGE)

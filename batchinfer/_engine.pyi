@@ -117,13 +117,16 @@ class Scheduler:
         min_new_tokens: int = 0,
         expected_new_tokens: int = 0,
         stop_token_ids: _Tokens = (),
+        generated: _Tokens = (),
     ) -> None:
         """Queue a sequence. ``max_new_tokens`` is clipped to max_seq_len - len(prompt). A stop token counts from the
         (min_new_tokens + 1)-th generated token on. ``expected_new_tokens`` (0: max_new_tokens) only guides admission;
-        a sequence that outlives it is then expected to become twice as long.
+        a sequence that outlives it is then expected to become twice as long. ``generated``: tokens that an earlier
+        life of the sequence has generated; it goes on after them, and they count as its own.
 
         Raises ValueError if the id is open, the prompt is empty, too long for one more token, or holds a negative id,
-        a number is out of range, or prompt and new tokens need more pages than there are; TypeError for non-integers.
+        a number is out of range, ``generated`` is complete already, or prompt and new tokens need more pages than
+        there are; TypeError for non-integers.
         """
     def schedule(self) -> Step | None:
         """The next step, or None if nothing can run now. May be called with one step not yet updated; RuntimeError

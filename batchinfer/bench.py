@@ -1,13 +1,17 @@
-"""``batchinfer bench``: the engine alone, timed on the rows of a Parquet file; one JSON line per repetition."""
+"""``batchinfer bench``: the engine alone, timed on the rows of a Parquet file or on a workload of random token ids; one
+JSON line per repetition."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import platform
 import resource
 import time
 from collections.abc import Sequence
+
+import numpy as np
 
 from batchinfer.config import Config
 from batchinfer.data.columns import check_input
@@ -16,40 +20,77 @@ from batchinfer.data.reader import read_chunk
 from batchinfer.data.tables import list_inputs
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.loading import load_engine
-from batchinfer.types import Chunk, EngineStats, Request, SamplingParams
+from batchinfer.types import Chunk, EngineStats, Request
+from batchinfer.workloads import make_requests
 
-WARM_UP = SamplingParams(max_tokens=4, ignore_eos=True)
+WARM_UP_PROMPT, WARM_UP_TOKENS, WARM_UP_SPREAD = 64, 4, 128
+"""The warm-up's sequences end one after the other, over so many steps."""
+
+
+class NoText:
+    """The tokenizer of a workload: token ids go in and come out, and no token ends a text."""
+
+    eos_ids: tuple[int, ...] = ()
+
+    def decode_batch(self, ids: list[np.ndarray]) -> list[str]:
+        return [""] * len(ids)
 
 
 def main(config: Config) -> int:
-    """Time ``bench.repeat`` runs over the input's first ``bench.rows`` rows (0: all). Reading, tokenising and loading
-    the weights are not in the figure; they are reported beside it. The prefix cache starts empty each time."""
+    """Time ``bench.repeat`` runs. Reading, tokenising and loading the weights are not in the figure; they are reported
+    beside it. Each run has a fresh engine, so that the prefix cache starts empty, and is warmed up on other prompts."""
+    named = config.bench.workload != "none"
     for repetition in range(config.bench.repeat):
         start = time.perf_counter()
-        engine = load_engine(config.model, config.engine, threads=config.engine.threads)
+        engine = load_engine(
+            config.model,
+            config.engine,
+            threads=config.engine.threads,
+            tokenizer=NoText() if named else None,  # type: ignore[arg-type]
+        )
         load_seconds = time.perf_counter() - start
-        requests = _requests(config, engine)
-        _run(engine, [dataclasses.replace(r, prompt=r.prompt[::-1].copy(), sampling=WARM_UP) for r in requests[:2]])
+        if named:
+            requests = make_requests(config.bench.workload, engine.vocab_size, config.bench.rows)
+        else:
+            requests = _requests(config, engine)
+        _run(engine, _warm_up(requests, config.engine.max_slots))
         before = dataclasses.replace(engine.stats())
         start = time.perf_counter()
         peak_pages = _run(engine, requests)
         seconds = time.perf_counter() - start
         line = {
-            "name": config.input.path,
+            "name": config.bench.workload if named else config.input.path,
             "model": config.model.path,
             "repetition": repetition,
             "requests": len(requests),
             "load_seconds": round(load_seconds, 2),
-            **_rates(before, engine.stats(), seconds),
+            **_rates(requests, before, engine.stats(), seconds),
             "peak_pages_used": peak_pages,
+            "pages": engine.stats().pages_total,
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "peak_device_mb": engine.peak_device_bytes() >> 20,
             "engine": dataclasses.asdict(config.engine),
-            "max_tokens": config.sampling.max_tokens,
+            "max_tokens": max(request.sampling.max_tokens for request in requests),
             "host": platform.node(),
         }
         print(json.dumps(line), flush=True)
         engine.close()
     return 0
+
+
+def _warm_up(requests: Sequence[Request], max_slots: int) -> list[Request]:
+    """Prompts that share nothing with the measured ones, enough to run at the batch size that the measured ones reach,
+    and at the smaller ones on the way out: what is compiled, captured or loaded at first use is not in the figure."""
+    count = min(max_slots, sum(request.sampling.n for request in requests))
+    return [
+        Request(
+            request.id,
+            request.prompt[: -WARM_UP_PROMPT - 1 : -1].copy(),
+            dataclasses.replace(request.sampling, n=1, max_tokens=WARM_UP_TOKENS + WARM_UP_SPREAD * i // count),
+            seed=i,
+        )
+        for i, request in enumerate(itertools.islice(itertools.cycle(requests), count))
+    ]
 
 
 def _requests(config: Config, engine: Engine) -> list[Request]:
@@ -79,7 +120,9 @@ def _run(engine: Engine, requests: Sequence[Request]) -> int:
     return peak
 
 
-def _rates(before: EngineStats, after: EngineStats, seconds: float) -> dict[str, object]:
+def _rates(requests: Sequence[Request], before: EngineStats, after: EngineStats, seconds: float) -> dict[str, object]:
+    """Prompt tokens count once for a request; the cached share is of what its samples need."""
+    needed = sum(len(request.prompt) * request.sampling.n for request in requests)
     prompt, output, cached = (
         getattr(after, name) - getattr(before, name)
         for name in ("prompt_tokens", "output_tokens", "cached_prompt_tokens")
@@ -90,7 +133,7 @@ def _rates(before: EngineStats, after: EngineStats, seconds: float) -> dict[str,
         "output_tokens": output,
         "prompt_tokens_per_s": round(prompt / seconds, 1),
         "output_tokens_per_s": round(output / seconds, 1),
-        "cached_prompt_share": round(cached / prompt, 4) if prompt else 0.0,
+        "cached_prompt_share": round(cached / needed, 4) if needed else 0.0,
         "preemptions": after.preemptions - before.preemptions,
         "steps": after.steps - before.steps,
         "seconds_by_part": {k: round(v - before.step_seconds[k], 3) for k, v in after.step_seconds.items()},

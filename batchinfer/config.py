@@ -20,9 +20,11 @@ MISSING = "???"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """``path``: a Hugging Face model directory (config.json, safetensors, tokenizer) or one .gguf file."""
+    """``path``: a Hugging Face model directory (config.json, safetensors, tokenizer) or one .gguf file.
+    ``dummy_weights``: random ones in place of the files', for measurements."""
 
     path: str = MISSING
+    dummy_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,23 +79,32 @@ class EngineConfig:
 @dataclass(frozen=True)
 class JobConfig:
     """``max_error_fraction``: more error rows than this share of all rows end a complete job with exit code 3.
-    ``progress_seconds``: time between two progress lines where the output is not a terminal."""
+    ``progress_seconds``: time between two progress lines where the output is not a terminal. ``journal_seconds``: time
+    between two records of the rows that finished in chunks that did not. ``margin_seconds``: how long before the end
+    of the allocation the job stops. ``row_seconds``: longest time of a row in the engine, 0 for any."""
 
     max_error_fraction: float = 0.01
     progress_seconds: float = 60.0
+    journal_seconds: float = 60.0
+    margin_seconds: float = 120.0
+    row_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """``mpi``: "auto" uses MPI where a launcher (srun, mpiexec ...) started several ranks, "on" always, "off" never."""
+    """``mpi``: "auto" uses MPI where a launcher (srun, mpiexec ...) started several ranks, "on" always, "off" never.
+    ``srun``: options that slurm/run.sh gives to srun; the program itself does not use them."""
 
     mpi: str = "auto"
+    srun: str = ""
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Of ``batchinfer bench`` alone: the input's first ``rows`` rows (0: all), run ``repeat`` times."""
+    """Of ``batchinfer bench`` alone: the input's first ``rows`` rows, or ``rows`` requests of a ``workload`` of random
+    token ids (0: all, or the workload's own number), run ``repeat`` times."""
 
+    workload: str = "none"
     rows: int = 0
     repeat: int = 1
 
@@ -114,9 +125,10 @@ class Config:
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "output.compression": ("zstd", "snappy", "lz4", "gzip", "none"),
-    "engine.device": ("auto", "cpu", "reference"),
+    "engine.device": ("auto", "cpu", "cuda", "reference"),
     "engine.dtype": ("auto", "bf16", "fp32"),
     "cluster.mpi": ("auto", "on", "off"),
+    "bench.workload": ("none", "sharegpt", "prefill", "decode", "prefix", "samples"),
 }
 """Keys whose value is one word of a list."""
 
@@ -132,6 +144,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "engine.expected_share": (0.0, 1.0),
     "job.max_error_fraction": (0.0, 1.0),
     "job.progress_seconds": (0.1, 86400.0),
+    "job.journal_seconds": (0.0, 86400.0),
+    "job.margin_seconds": (0.0, 86400.0),
+    "job.row_seconds": (0.0, 1e9),
     "bench.rows": (0, 2**40),
     "bench.repeat": (1, 1000),
 }
@@ -230,6 +245,7 @@ def check(config: Config, required: tuple[str, ...] = REQUIRED) -> None:
         raise JobError(f"sampling.{error}", ExitCode.USAGE) from None
     _check_prompt(value)
     _check_engine(value)
+    _check_dummy_weights(value, required)
     _check_paths(value)
 
 
@@ -264,6 +280,11 @@ def _check_engine(value: dict[str, Any]) -> None:
         raise _refused(
             "engine.max_model_len", length, "a sequence is a prompt token and a new one at least: 0, or >= 2"
         )
+
+
+def _check_dummy_weights(value: dict[str, Any], required: tuple[str, ...]) -> None:
+    if value["model.dummy_weights"] and "output.path" in required:
+        raise _refused("model.dummy_weights", True, "a job's rows would be noise; it is for batchinfer bench")
 
 
 def _check_paths(value: dict[str, Any]) -> None:

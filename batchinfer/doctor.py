@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,19 @@ def _cpu_name() -> str:
 
 
 def _mpi() -> dict[str, Any]:
-    """Whether ranks can be started; a missing MPI is no finding, since a plain run needs none."""
+    """Whether ranks can be started, and how; a missing MPI is no finding, since a plain run needs none."""
+    from batchinfer.cluster.launch import srun_mpi_type
     from batchinfer.cluster.world import mpi_library
 
-    return {"mpiexec": shutil.which("mpiexec"), "srun": shutil.which("srun"), "library": mpi_library()}
+    library, srun = mpi_library(), shutil.which("srun")
+    types = subprocess.run([srun, "--mpi=list"], capture_output=True, text=True) if srun else None
+    listed = types.stdout + types.stderr if types else ""
+    return {
+        "mpiexec": shutil.which("mpiexec"),
+        "srun": srun,
+        "library": library,
+        "srun_mpi": srun_mpi_type(library, listed),
+    }
 
 
 def _packages(findings: list[str]) -> dict[str, str | None]:

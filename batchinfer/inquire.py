@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from batchinfer.config import MISSING, Config
+from batchinfer.data.attempts import code_of_counts, code_of_job
 from batchinfer.data.audit import status, verify
 from batchinfer.data.columns import check_input, passed_columns, prompt_source
 from batchinfer.data.plan import make_plan
@@ -39,7 +40,7 @@ def show_plan(config: Config) -> int:
 def show_status(config: Config) -> int:
     """Print how far the job in output.path is; its exit code: 0, 3 (too many failed rows) or 75 (not complete)."""
     state = status(config.output.path)
-    ok, failed = state.counts.get("ok", 0), state.counts.get("error", 0)
+    failed = state.counts.get("error", 0)
     codes = ", ".join(f"{k.partition(':')[2]} {n:,}" for k, n in sorted(state.counts.items()) if ":" in k)
     print(f"state      {'complete' if state.complete else 'not complete'}, plan {state.plan[:12]}")
     print(f"chunks     {state.chunks_done:,} of {state.chunks:,}")
@@ -48,7 +49,12 @@ def show_status(config: Config) -> int:
     print(f"tokens     {tokens[0]:,} prompt, {tokens[1]:,} output")
     if not state.complete:
         return ExitCode.INCOMPLETE
-    return ExitCode.TOO_MANY_ERRORS if failed > config.job.max_error_fraction * (ok + failed) else ExitCode.COMPLETE
+    return code_of_counts(state.counts, config.job.max_error_fraction)
+
+
+def show_code(config: Config, launch: str | None, noted: int | None) -> int:
+    """Print nothing; the exit code to which the job in output.path has come, see data/attempts.py."""
+    return code_of_job(config.output.path, config.job.max_error_fraction, launch, noted)
 
 
 def show_verify(config: Config) -> int:

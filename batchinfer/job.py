@@ -1,82 +1,84 @@
 """One rank's job: chunks -> rows -> requests -> engine -> completions -> parts.
 
-Rank 0 plans and hands out chunks; every rank, rank 0 too, computes and commits. The same command again finds the parts
-that are there and computes the rest.
+Rank 0 plans and hands out chunks; every rank, rank 0 too, computes and commits. In a job array every task is a rank 0
+of its own job, with the same output. The same command again finds the parts that are there, goes on with the rows that
+the journal has, and computes the rest.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from batchinfer import __version__
-from batchinfer.cluster.dispatch import Dispatcher, RootDispatcher, WorkerDispatcher
-from batchinfer.cluster.world import POLL_SECONDS, World, cpu_share
+from batchinfer.cluster import signals
+from batchinfer.cluster.array import ArrayDispatcher, Share, array_share
+from batchinfer.cluster.binding import Place, check_places, cpu_share, place, table
+from batchinfer.cluster.deadline import Deadline, seconds_left
+from batchinfer.cluster.dispatch import SILENCE_SECONDS, Dispatcher, RootDispatcher, WorkerDispatcher, meanwhile
+from batchinfer.cluster.launch import launch_name
+from batchinfer.cluster.world import POLL_SECONDS, World
 from batchinfer.config import Config, EngineConfig, ModelConfig, to_dict
+from batchinfer.data import attempts
 from batchinfer.data.columns import check_input, prompt_source, used_columns
+from batchinfer.data.journal import Journal, journal_files, recall, resume
 from batchinfer.data.ledger import STATE, Ledger, open_job
 from batchinfer.data.plan import Plan, make_plan
 from batchinfer.data.prompts import PromptBuilder
 from batchinfer.data.reader import ChunkReader
 from batchinfer.data.results import ResultOptions, count_results, result_schema, result_table
+from batchinfer.data.suspects import SuspectLog, Suspicion, condemn, read_suspicion
 from batchinfer.data.tables import InputFile, input_schema, list_inputs
 from batchinfer.data.template import template_text
+from batchinfer.loop import Engine, Loop, must_stop
 from batchinfer.pipeline import Feeder, OpenChunk, Writer
-from batchinfer.report import Counters, Meter, Progress, summary, total, write_record
-from batchinfer.types import Chunk, Completion, EngineStats, ExitCode, Request
-
-LOOK_AHEAD = 2
-"""Chunks read and not yet handed to the engine, the one being handed out included."""
-
-
-class Engine(Protocol):
-    """The engine half, as a job sees it (engine/engine.py)."""
-
-    tokenizer: Any
-    max_seq_len: int
-
-    @property
-    def num_open(self) -> int: ...
-
-    @property
-    def wants_more(self) -> bool: ...
-
-    def add(self, request: Request) -> None: ...
-
-    def step(self) -> list[Completion]: ...
-
-    def stats(self) -> EngineStats: ...
-
-    def close(self) -> None: ...
+from batchinfer.report import Counters, Progress, summary, total
+from batchinfer.types import Chunk, Completion, ExitCode, JobError, Request, exit_code
 
 
 class EngineLoader(Protocol):
-    def __call__(self, model: ModelConfig, engine: EngineConfig, *, threads: int, ranks_on_node: int) -> Engine: ...
+    def __call__(
+        self, model: ModelConfig, engine: EngineConfig, *, threads: int, rank_on_node: int, ranks_on_node: int
+    ) -> Engine: ...
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What rank 0 found out, sent to every rank. ``success`` is what _SUCCESS says, if the job is complete already."""
+    """What rank 0 found out, sent to every rank. ``success`` is what _SUCCESS says, if the job is complete already;
+    otherwise ``number`` is that of the attempt's record. ``share``: rank 0's place in a job array. ``seconds``: until
+    the allocation ends, None if nobody says. ``journals``: files of earlier attempts, by chunk index. ``suspicion``:
+    the rows that were in the engine when it crashed."""
 
     attempt: str
+    number: int
+    share: Share | None
     path: str
     plan: Plan
     columns: list[str]
     missing: list[Chunk]
     success: dict[str, Any] | None
+    seconds: float | None
+    journals: dict[int, list[str]]
+    suspicion: Suspicion
+
+    @property
+    def state(self) -> str:
+        return os.path.join(self.path, STATE)
 
 
-def load_engine(model: ModelConfig, engine: EngineConfig, *, threads: int, ranks_on_node: int) -> Engine:
+def load_engine(
+    model: ModelConfig, engine: EngineConfig, *, threads: int, rank_on_node: int, ranks_on_node: int
+) -> Engine:
     """The real engine; torch is imported here and not before."""
     from batchinfer.engine.loading import load_engine as load
 
-    return load(model, engine, threads=threads, ranks_on_node=ranks_on_node)
+    return load(model, engine, threads=threads, rank_on_node=rank_on_node, ranks_on_node=ranks_on_node)
 
 
 def identify(model_path: str) -> dict[str, str]:
@@ -92,26 +94,68 @@ def run(
     load_engine: EngineLoader = load_engine,
     identify: Callable[[str], dict[str, str]] = identify,
 ) -> int:
-    """Do this rank's part of the job. Returns its exit code, the same on every rank: 0, or 3 if more rows than
-    job.max_error_fraction failed. JobError for everything that ends the job."""
-    opening = world.bcast(open_on_root(config, identify) if world.rank == 0 else None)
+    """Do this rank's part of the job. Returns its exit code, the same on every rank: 0, 3 if more rows than
+    job.max_error_fraction failed, or 75 if it had to stop before all was done. JobError for everything that ends the
+    job."""
+    opening = world.bcast(open_on_root(config, identify, world.size) if world.rank == 0 else None)
     if opening.success is not None:
-        return _exit_code(opening.success["counts"], config)
+        code = attempts.code_of_counts(opening.success["counts"], config.job.max_error_fraction)
+        world.leave(code, whole=True)
+        return code
+    try:
+        code, whole = _work(config, world, opening, load_engine)
+    except BaseException as error:
+        attempts.end(opening.path, opening.number, {"exit_code": exit_code(error), "error": str(error)})
+        raise
+    world.leave(code, whole)
+    return code
+
+
+def _work(config: Config, world: World, opening: Opening, load_engine: EngineLoader) -> tuple[int, bool]:
+    """Compute and close the job; the exit code, and whether all ranks have come to the end."""
     ledger = Ledger(opening.path, opening.plan, config.output.compression)
-    places = world.bcast(world.gather((world.hostname, tuple(sorted(os.sched_getaffinity(0))))))
+    gpus = config.engine.device not in ("cpu", "reference") and importlib.util.find_spec("batchinfer._gpu") is not None
+    places = world.bcast(world.gather(place(world.hostname, world.local_rank, gpus)))
+    check_places(places)
+    if world.rank == 0 and world.size > 1:
+        _say(f"{world.size} ranks\n{table(places)}")
+    dispatcher = _dispatcher(world, opening, ledger)
+    deadline = Deadline(opening.seconds, config.job.margin_seconds, signals.received, opening.state)
     start = ready = time.monotonic()
-    counters = Counters()
     if opening.missing:
-        counters, ready = _take_part(config, world, opening, ledger, places, load_engine)
-    notices = world.gather(ledger.notices)
-    code = None
-    if world.rank == 0:
-        for notice in dict.fromkeys(text for of_rank in notices for text in of_rank):
-            _say(notice)
-        end = time.monotonic()
-        times = {"seconds": round(end - start, 3), "computing_seconds": round(end - ready, 3)}
-        code = _close(config, opening, ledger, counters, times, [host for host, _ in places])
-    return world.bcast(code)
+        ready = _take_part(config, world, opening, ledger, dispatcher, deadline, places, load_engine)
+    end = time.monotonic()
+    if isinstance(dispatcher, WorkerDispatcher):
+        code = dispatcher.leave(ledger.notices)
+        if code is not None:
+            return code, True
+        _say(f"rank 0 is lost: rank {world.rank} has gone on without it")
+        notices, reports, leave = [ledger.notices], [], None
+    else:
+        notices, reports, leave = dispatcher.gather(ledger.notices, SILENCE_SECONDS), dispatcher.reports, dispatcher
+    for notice in dict.fromkeys(text for of_rank in notices for text in of_rank):
+        _say(notice)
+    times = {"seconds": round(end - start, 3), "computing_seconds": round(end - ready, 3)}
+    attempt = {**times, "hosts": [at.host for at in places], "this_attempt": dataclasses.asdict(total(reports))}
+    with meanwhile(dispatcher, Counters(), world.threads):
+        if dispatcher.finished:
+            code = _close(config, opening, ledger, total(reports), attempt)
+        else:
+            code = _pause(opening, ledger, deadline.reason() or "rank 0 has stopped", attempt)
+    if leave:
+        leave.release(code)
+    return code, not dispatcher.lost
+
+
+def _dispatcher(world: World, opening: Opening, ledger: Ledger) -> RootDispatcher | WorkerDispatcher | ArrayDispatcher:
+    def alone(share: Share) -> ArrayDispatcher:
+        return ArrayDispatcher(opening.missing, share, ledger.has, ledger.missing)
+
+    if world.rank > 0:
+        return WorkerDispatcher(world, lambda: alone(Share(world.rank, world.size)))
+    if world.size == 1 and opening.share is not None:
+        return alone(opening.share)
+    return RootDispatcher(world, opening.missing)
 
 
 def _take_part(
@@ -119,32 +163,46 @@ def _take_part(
     world: World,
     opening: Opening,
     ledger: Ledger,
-    places: list[tuple[str, tuple[int, ...]]],
+    dispatcher: Dispatcher,
+    deadline: Deadline,
+    places: list[Place],
     load_engine: EngineLoader,
-) -> tuple[Counters, float]:
-    """Compute chunks until all of the job are done. On rank 0: the sum of all ranks' counters, and when (monotonic
-    clock) the engine was ready."""
-    dispatcher = RootDispatcher(world, opening.missing) if world.rank == 0 else WorkerDispatcher(world)
+) -> float:
+    """Compute chunks until all of the job are done, or this rank must stop. When (monotonic clock) the engine was
+    ready."""
     start = ready = time.monotonic()
-    if world.rank < len(opening.missing):
+    if world.rank < len(opening.missing) and not deadline.reason():
         threads = config.engine.threads or cpu_share(places, world.rank)
-        engine = load_engine(config.model, config.engine, threads=threads, ranks_on_node=world.local_size)
+        with meanwhile(dispatcher, Counters(), world.threads):
+            engine = load_engine(
+                config.model,
+                config.engine,
+                threads=threads,
+                rank_on_node=world.local_rank,
+                ranks_on_node=world.local_size,
+            )
         ready = time.monotonic()
         if world.rank == 0:
-            hosts = len({host for host, _ in places})
+            hosts = len({at.host for at in places})
             _say(f"engine ready after {ready - start:.1f} s (ranks {world.size}, hosts {hosts}, threads {threads})")
         try:
-            _compute(config, world, opening, ledger, engine, dispatcher)
+            _compute(config, world, opening, ledger, engine, dispatcher, deadline)
         finally:
             engine.close()
-    while not dispatcher.finished:  # a rank for which there is no chunk
+    while not dispatcher.finished and not must_stop(dispatcher, deadline):  # a rank for which there is no chunk
         dispatcher.poll(Counters())
         time.sleep(POLL_SECONDS)
-    return total(dispatcher.reports) if world.rank == 0 else Counters(), ready
+    return ready
 
 
 def _compute(
-    config: Config, world: World, opening: Opening, ledger: Ledger, engine: Engine, dispatcher: Dispatcher
+    config: Config,
+    world: World,
+    opening: Opening,
+    ledger: Ledger,
+    engine: Engine,
+    dispatcher: Dispatcher,
+    deadline: Deadline,
 ) -> None:
     """Put the stages together around the engine, and run them."""
     options = ResultOptions.of(config.input, config.output, config.sampling)
@@ -154,15 +212,37 @@ def _compute(
     )
     provenance = {"attempt": opening.attempt, "rank": world.rank, "ranks": world.size, "model": config.model.path}
 
+    journal = Journal(opening.state, opening.plan.id, config.job.journal_seconds)
+
+    def build(table: Any, chunk: Chunk) -> list[Request | Completion]:
+        known = recall(opening.journals.get(chunk.index, ()), opening.plan.id, chunk)
+        return condemn(resume(builder.build(table, chunk), known), opening.suspicion)
+
     def commit(opened: OpenChunk) -> None:
         table = result_table(opened.table, opened.completions, options)
         ledger.commit(opened.chunk, table, provenance | {"counts": count_results(opened.completions)})
+        journal.forget(opened.chunk, opening.journals.get(opened.chunk.index, ()))
+
+    def record(records: dict[int, list[Completion]]) -> None:
+        try:
+            journal.write(records)
+        except OSError as error:  # only a cache: what it lacks is computed again
+            ledger.notices.append(f"the journal of rank {world.rank} on {world.hostname} could not be written: {error}")
 
     progress = _progress(config, opening) if world.rank == 0 else None
-    feeder, writer = Feeder(reader.read, builder.build), Writer(commit)
+    show = (lambda: progress.show(dispatcher.reports)) if progress else (lambda: None)
+    feeder, writer, log = Feeder(reader.read, build), Writer(commit, record), SuspectLog(opening.state)
+    crashed = False
     try:
-        drive(engine, dispatcher, feeder, writer, lambda: progress and progress.show(dispatcher.reports))
+        stages = (engine, dispatcher, feeder, writer, journal, deadline, opening.suspicion, log, show)
+        Loop(*stages, row_seconds=config.job.row_seconds).run()
+    except BaseException as error:
+        crashed = isinstance(error, JobError) and error.exit_code == ExitCode.LOST_RANK
+        writer.record(journal.take())
+        writer.finish()
+        raise
     finally:
+        log.close(in_order=not crashed)
         if progress:
             progress.close()
         feeder.close()
@@ -170,41 +250,9 @@ def _compute(
         reader.close()
 
 
-def drive(engine: Engine, dispatcher: Dispatcher, feeder: Feeder, writer: Writer, show: Callable[[], object]) -> None:
-    """The loop of a rank. The engine has rows of several chunks at a time, so that no chunk's end drains the batch."""
-    meter = Meter(engine.stats)
-    owners: dict[int, OpenChunk] = {}
-
-    def settle(opened: OpenChunk, completion: Completion) -> None:
-        meter.count(completion)
-        if opened.settle(completion):
-            writer.submit(opened)
-
-    while not dispatcher.finished:
-        dispatcher.poll(meter.report())
-        if len(feeder) < LOOK_AHEAD:
-            chunk = dispatcher.next_chunk(hungry=engine.wants_more and not len(feeder))
-            if chunk is not None:
-                feeder.open(chunk)
-        while engine.wants_more and (row := feeder.next()) is not None:
-            opened, item = row
-            if isinstance(item, Completion):  # a row that can't be a request
-                settle(opened, item)
-            else:
-                owners[item.id] = opened
-                engine.add(item)
-        idle = not engine.num_open
-        for completion in engine.step():
-            settle(owners.pop(completion.id), completion)
-        for chunk in writer.committed():
-            dispatcher.done(chunk, meter.report(fresh=True))
-        show()
-        if idle:
-            time.sleep(POLL_SECONDS)
-
-
-def open_on_root(config: Config, identify: Callable[[str], dict[str, str]]) -> Opening:
-    """Look at the input, make the plan or find the one that is there, and see what is missing."""
+def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], ranks: int) -> Opening:
+    """Look at the input, make the plan or find the one that is there, see what is missing, and record the attempt."""
+    share = array_share()
     files = list_inputs(config.input.path)
     check_input(files, config.input)
     schema = input_schema(files)
@@ -223,13 +271,28 @@ def open_on_root(config: Config, identify: Callable[[str], dict[str, str]]) -> O
     rows, rows_missing = ledger.plan.rows, sum(chunk.rows for chunk in missing)
     state = "complete, nothing to do" if success else f"{rows_missing:,} to do in {len(missing):,} chunks"
     _say(f"{rows:,} rows in {_files(files)}, {state}; output {ledger.path}")
+    attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.uname().nodename}-{os.getpid()}"
+    record = {
+        "attempt": attempt,
+        "batchinfer": __version__,
+        "launch": launch_name(),
+        "task": share.task if share else None,
+        "ranks": ranks,
+        "done": attempts.work_done(ledger),
+        "config": to_dict(config),
+    }
     return Opening(
-        attempt=f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.uname().nodename}-{os.getpid()}",
+        attempt=attempt,
+        number=0 if success else attempts.begin(ledger.path, record),
+        share=share,
         path=ledger.path,
         plan=ledger.plan,
         columns=used_columns(config.input, schema),
         missing=missing,
         success=success,
+        seconds=seconds_left(os.environ),
+        journals=journal_files(os.path.join(ledger.path, STATE)) if missing else {},
+        suspicion=read_suspicion(os.path.join(ledger.path, STATE)) if missing else Suspicion(),
     )
 
 
@@ -251,40 +314,25 @@ def fingerprint(config: Config, model: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _close(
-    config: Config,
-    opening: Opening,
-    ledger: Ledger,
-    counters: Counters,
-    times: dict[str, float],
-    hosts: list[str],
-) -> int:
-    """Rank 0, when every chunk is committed: check, publish _SUCCESS, sum up."""
-    success = ledger.finish({"attempt": opening.attempt, "ranks": len(hosts), **times})
-    code = _exit_code(success["counts"], config)
-    record = {
-        "attempt": opening.attempt,
-        "batchinfer": __version__,
-        "exit_code": code,
-        **times,
-        "hosts": hosts,
-        "this_attempt": dataclasses.asdict(counters),
-        "job": success["counts"],
-        "config": to_dict(config),
-    }
-    try:
-        write_record(Path(opening.path) / STATE, opening.attempt, record)
-    except OSError as error:  # the job is complete all the same
-        _say(f"the record of this attempt cannot be written: {error}")
-    print(summary(success["counts"], counters, times, len(hosts), opening.path), file=sys.stderr, flush=True)
+def _close(config: Config, opening: Opening, ledger: Ledger, counters: Counters, attempt: dict[str, Any]) -> int:
+    """Rank 0, or a rank that has lost it, when every chunk is committed: check, publish _SUCCESS, sum up."""
+    times = {key: attempt[key] for key in ("seconds", "computing_seconds")}
+    ranks = len(attempt["hosts"])
+    success = ledger.finish({"attempt": opening.attempt, "ranks": ranks, **times})
+    code = attempts.code_of_counts(success["counts"], config.job.max_error_fraction)
+    attempts.end(opening.path, opening.number, {"exit_code": code, **attempt, "job": success["counts"]})
+    print(summary(success["counts"], counters, times, ranks, opening.path), file=sys.stderr, flush=True)
     if code == ExitCode.TOO_MANY_ERRORS:
         _say(f"more rows failed than job.max_error_fraction={config.job.max_error_fraction:g} allows: exit code {code}")
     return code
 
 
-def _exit_code(counts: Mapping[str, int], config: Config) -> int:
-    ok, failed = counts.get("ok", 0), counts.get("error", 0)
-    return ExitCode.TOO_MANY_ERRORS if failed > config.job.max_error_fraction * (ok + failed) else ExitCode.COMPLETE
+def _pause(opening: Opening, ledger: Ledger, reason: str, attempt: dict[str, Any]) -> int:
+    """Rank 0, or a rank that has lost it, when it had to stop: say what is left."""
+    left = sum(chunk.rows for chunk in ledger.missing())
+    _say(f"stopped, {reason}; {left:,} rows are not committed: the same command goes on")
+    attempts.end(opening.path, opening.number, {"exit_code": ExitCode.INCOMPLETE, "reason": reason, **attempt})
+    return ExitCode.INCOMPLETE
 
 
 def _progress(config: Config, opening: Opening) -> Progress:

@@ -83,10 +83,11 @@ class Feeder:
 
 
 class Writer:
-    """Finished chunks in, committed chunks out. ``commit`` runs in the thread."""
+    """Finished chunks in, committed chunks out. ``commit`` runs in the thread, and so does ``record``, which appends to
+    the journal."""
 
-    def __init__(self, commit: Callable[[OpenChunk], Any]):
-        self._commit = commit
+    def __init__(self, commit: Callable[[OpenChunk], Any], record: Callable[[Any], Any] = lambda records: None):
+        self._commit, self._record = commit, record
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._pending: deque[tuple[Chunk, Future[Any]]] = deque()
 
@@ -95,6 +96,14 @@ class Writer:
         if len(self._pending) >= MAX_UNCOMMITTED:
             self._pending[-MAX_UNCOMMITTED][1].result()
         self._pending.append((opened.chunk, self._thread.submit(self._commit, opened)))
+
+    def record(self, records: Any) -> None:
+        """Append to the journal after the commits submitted before."""
+        self._thread.submit(self._record, records)
+
+    def finish(self) -> None:
+        """Wait until everything submitted is done."""
+        self._thread.submit(lambda: None).result()
 
     def committed(self) -> Iterator[Chunk]:
         """The chunks committed since the last call."""

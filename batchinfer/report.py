@@ -1,16 +1,13 @@
-"""Counters -> the progress line, the closing summary and the record of an attempt."""
+"""Counters -> the progress line and the closing summary."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, TextIO
 
 from batchinfer.types import Completion, EngineStats
@@ -175,12 +172,3 @@ def summary(counts: Mapping[str, int], attempt: Counters, times: Mapping[str, fl
         f"{rate:,.1f} output tok/s after loading\n"
         f"output     {output}"
     )
-
-
-def write_record(folder: Path, attempt: str, record: Mapping[str, Any]) -> None:
-    """Write or replace attempts/<attempt>.json in the job's state folder; readers see a whole text, old or new."""
-    path = folder / "attempts" / f"{attempt}.json"
-    path.parent.mkdir(exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)

@@ -31,6 +31,8 @@ class ErrorCode(str, Enum):
     BAD_TOKEN_IDS = "BAD_TOKEN_IDS"
     BAD_SAMPLING = "BAD_SAMPLING"
     KV_CAPACITY = "KV_CAPACITY"
+    ENGINE_CRASH = "ENGINE_CRASH"
+    TIMEOUT = "TIMEOUT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +104,15 @@ class Request:
 
     ``id`` is opaque to the engine and comes back in the Completion. ``prompt`` is int32 [tokens], at least one.
     ``seed`` is a 64-bit hash of (run seed, row identity): sample ``i`` draws from hash(seed, i), so that its
-    tokens do not depend on batch, rank or restart.
+    tokens do not depend on batch, rank or restart. ``so_far``: the samples that an earlier attempt began, none or all n
+    of them; the unfinished ones go on after their tokens.
     """
 
     id: int
     prompt: np.ndarray
     sampling: SamplingParams
     seed: int = 0
+    so_far: tuple[Sample, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,8 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One continuation. ``finish_reason`` is "stop" (stop token or stop string) or "length".
+    """One continuation. ``finish_reason`` is "stop" (stop token or stop string) or "length"; "" while it is unfinished,
+    and then there is no text yet.
 
     ``token_ids`` (int32) ends with the stop token where there was one; ``text`` holds neither that nor the
     stop string.
@@ -139,12 +144,17 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What became of a Request: ``samples`` (n of them, in sample order) or ``error``."""
+    """What became of a Request: ``samples`` (n of them, in sample order) or ``error``; both if it was abandoned."""
 
     id: int
     prompt_tokens: int
     samples: tuple[Sample, ...] = ()
     error: RowError | None = None
+
+    @property
+    def finished(self) -> bool:
+        """False for the state of a request that was interrupted."""
+        return self.error is not None or all(sample.finish_reason for sample in self.samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,3 +209,10 @@ class ExitCode:
     OUTPUT = 73
     IO = 74
     INCOMPLETE = 75
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a command that ends with ``error``."""
+    if isinstance(error, JobError):
+        return error.exit_code
+    return ExitCode.INCOMPLETE if isinstance(error, KeyboardInterrupt) else ExitCode.INTERNAL

@@ -1,26 +1,42 @@
 # One function per part of the extension; a new backend is one more function and one more folder under csrc/.
 
-# Which device to build for: what -DBATCHINFER_DEVICE or the environment asks for, else what this tree has kernels for.
+# Which device to build for: what -DBATCHINFER_DEVICE or the environment asks for, else cuda where a CUDA compiler is
+# found, else cpu. What was chosen, and why, is one line of the configure log.
 function(batchinfer_choose_device out)
   set(known cpu cuda rocm xpu none)
   set(device "${BATCHINFER_DEVICE}")
+  set(reason "as asked for")
   if(NOT device AND DEFINED ENV{BATCHINFER_DEVICE})
     set(device "$ENV{BATCHINFER_DEVICE}")
   endif()
   if(NOT device)
-    set(device cpu)
+    batchinfer_find_nvcc(nvcc)
+    if(nvcc)
+      set(device cuda)
+      set(reason "BATCHINFER_DEVICE is not set, and there is ${nvcc}")
+    else()
+      set(device cpu)
+      set(reason "BATCHINFER_DEVICE is not set, and no CUDA compiler is in CUDACXX, CUDA_HOME/bin or PATH")
+    endif()
   endif()
   if(NOT device IN_LIST known)
     message(FATAL_ERROR "BATCHINFER_DEVICE=${device} is not one of: ${known}")
   endif()
-  set(folder_cuda gpu)
-  set(folder_rocm gpu)
-  set(folder_xpu sycl)
-  if(DEFINED folder_${device} AND NOT EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/${folder_${device}}")
-    message(FATAL_ERROR "BATCHINFER_DEVICE=${device}: this release has no ${device} kernels (csrc/${folder_${device}} "
-                        "is missing). Build for the CPU: BATCHINFER_DEVICE=cpu pip install .")
+  if(device MATCHES "^(rocm|xpu)$")
+    message(FATAL_ERROR "BATCHINFER_DEVICE=${device}: this release has no ${device} kernels. Build for the CPU: "
+                        "BATCHINFER_DEVICE=cpu pip install .")
   endif()
+  message(STATUS "batchinfer: device ${device} (${reason})")
   set(${out} "${device}" PARENT_SCOPE)
+endfunction()
+
+# The CUDA compiler that enable_language(CUDA) will take, or an empty string.
+function(batchinfer_find_nvcc out)
+  find_program(nvcc NAMES $ENV{CUDACXX} nvcc HINTS "$ENV{CUDA_HOME}/bin" NO_CACHE)
+  if(NOT nvcc)
+    set(nvcc "")
+  endif()
+  set(${out} "${nvcc}" PARENT_SCOPE)
 endfunction()
 
 function(batchinfer_use_compiler_cache)

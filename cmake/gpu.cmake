@@ -28,6 +28,12 @@ endfunction()
 
 # A macro, to be called from the top CMakeLists.txt: enable_language leaves its variables in the caller's scope.
 macro(batchinfer_add_cuda)
+  batchinfer_find_nvcc(BATCHINFER_NVCC)
+  if(NOT BATCHINFER_NVCC)
+    message(FATAL_ERROR "BATCHINFER_DEVICE=cuda: there is no CUDA compiler in CUDACXX, CUDA_HOME/bin or PATH. Load the "
+                        "CUDA module of this site, or build for the CPU: BATCHINFER_DEVICE=cpu pip install .")
+  endif()
+  set(CMAKE_CUDA_COMPILER "${BATCHINFER_NVCC}")
   if(NOT CMAKE_CUDA_ARCHITECTURES)
     # enable_language would store a default of its own, and hide that none was given.
     set(CMAKE_CUDA_ARCHITECTURES OFF)

@@ -48,6 +48,8 @@ class FakeEngine:
         self._running: list[list] = []  # [steps left, completion]
         self._stats = EngineStats(pages_total=slots)
         self.most_open = 0
+        self.added = 0
+        self.resumed = 0  # of them, those that brought tokens along
 
     @property
     def num_open(self) -> int:
@@ -59,6 +61,7 @@ class FakeEngine:
 
     def add(self, request: Request) -> None:
         self._waiting.append(request)
+        self.added += 1
         self._stats.prompt_tokens += len(request.prompt)
         self.most_open = max(self.most_open, self.num_open)
 
@@ -69,14 +72,35 @@ class FakeEngine:
         if self._stats.steps == self._fail_at_step:
             raise RuntimeError("the device went away")
         while self._waiting and len(self._running) < self._slots:
-            completion = self._complete(self._waiting.popleft())
-            self._running.append([max((len(s.token_ids) for s in completion.samples), default=1), completion])
+            request = self._waiting.popleft()
+            completion = self._complete(request)
+            steps = max((len(s.token_ids) for s in completion.samples), default=1)
+            self._running.append([steps - self._known_tokens(request, completion), completion])
         for entry in self._running:
             entry[0] -= 1
             self._stats.output_tokens += len(entry[1].samples)
         done = [completion for left, completion in self._running if left == 0]
         self._running = [entry for entry in self._running if entry[0] > 0]
         return done
+
+    def unfinished(self) -> list[Completion]:
+        """Of each running request the tokens of the steps so far."""
+        states = []
+        for left, completion in self._running:
+            longest = max((len(s.token_ids) for s in completion.samples), default=0)
+            known = longest - left
+            samples = [
+                s if len(s.token_ids) <= known else Sample(s.token_ids[:known], "", "") for s in completion.samples
+            ]
+            if any(len(s.token_ids) for s in samples):
+                states.append(Completion(completion.id, completion.prompt_tokens, tuple(samples)))
+        return states
+
+    def abandon(self, request_id: int) -> Completion:
+        state = {c.id: c for c in self.unfinished()}.get(request_id, Completion(request_id, 0))
+        self._running = [entry for entry in self._running if entry[1].id != request_id]
+        self._waiting = deque(request for request in self._waiting if request.id != request_id)
+        return state
 
     def stats(self) -> EngineStats:
         self._stats.running, self._stats.waiting = len(self._running), len(self._waiting)
@@ -85,6 +109,13 @@ class FakeEngine:
 
     def close(self) -> None:
         self.closed = True
+
+    def _known_tokens(self, request: Request, completion: Completion) -> int:
+        """Tokens of the longest sample that the request brings along; they must be those that it would get here."""
+        for before, sample in zip(request.so_far, completion.samples, strict=bool(request.so_far)):
+            assert before.token_ids.tolist() == sample.token_ids[: len(before.token_ids)].tolist()
+        self.resumed += bool(request.so_far)
+        return max((len(s.token_ids) for s in request.so_far), default=0)
 
     def _complete(self, request: Request) -> Completion:
         if POISON.encode() in bytes(request.prompt.astype(np.uint8)):
@@ -97,7 +128,9 @@ class FakeEngine:
         return Completion(request.id, len(request.prompt), tuple(samples))
 
 
-def load_fake(model: ModelConfig, engine: EngineConfig, *, threads: int, ranks_on_node: int) -> FakeEngine:
+def load_fake(
+    model: ModelConfig, engine: EngineConfig, *, threads: int, rank_on_node: int, ranks_on_node: int
+) -> FakeEngine:
     return FakeEngine(slots=engine.max_slots)
 
 

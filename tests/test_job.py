@@ -71,6 +71,14 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
     return pa.concat_tables([pq.read_table(path) for path in parts(output)]).to_pylist()
 
 
+def given_up(rows: list[dict[str, Any]], whole: list[dict[str, Any]]) -> int:
+    """How many rows are errors because they were alone in an engine that crashed again; all others are those of
+    ``whole``."""
+    innocent = [(row, other) for row, other in zip(rows, whole, strict=True) if row["error_code"] != "ENGINE_CRASH"]
+    assert all(row == other for row, other in innocent)
+    return len(rows) - len(innocent)
+
+
 def success(output: Path) -> dict[str, Any]:
     return json.loads((output / "_SUCCESS").read_text())
 
@@ -105,12 +113,14 @@ def test_one_output_row_per_input_row_in_order(inputs: Path, tmp_path: Path, cap
     printed = capfd.readouterr().err
     assert "87 rows in 2 files, 87 to do in 9 chunks" in printed
     assert "rows       87: 87 ok, 0 failed" in printed
-    (record,) = (tmp_path / "out" / "_batchinfer" / "attempts").glob("*.json")
-    record = json.loads(record.read_text())
-    assert record["exit_code"] == 0
-    assert record["this_attempt"]["rows"] == 87
-    assert record["job"] == counts
-    assert from_dict(record["config"]) == config
+    folder = tmp_path / "out" / "_batchinfer" / "attempts"
+    assert {path.name for path in folder.iterdir()} == {"000001.begin.json", "000001.end.json"}
+    began, ended = (json.loads((folder / f"000001.{name}.json").read_text()) for name in ("begin", "end"))
+    assert (began["done"], began["ranks"]) == ([0, 0], 1)
+    assert from_dict(began["config"]) == config
+    assert ended["exit_code"] == 0
+    assert ended["this_attempt"]["rows"] == 87
+    assert ended["job"] == counts
 
 
 def test_rows_of_several_chunks_are_in_the_engine_together(inputs: Path, tmp_path: Path) -> None:
@@ -143,6 +153,7 @@ def test_parts_without_success_need_no_engine_either(inputs: Path, tmp_path: Pat
     assert success(tmp_path / "out")["counts"]["ok"] == 87
 
 
+@pytest.mark.feature("job", "a killed job goes on with the same command and ends with the same rows")
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(crashes=st.lists(st.integers(1, 60), min_size=1, max_size=3), slots=st.integers(1, 12))
 def test_after_any_crashes_the_output_is_that_of_one_run(
@@ -155,13 +166,13 @@ def test_after_any_crashes_the_output_is_that_of_one_run(
     config = configure(inputs, output)
     for step in crashes:
         seen = {path.name: path.read_bytes() for path in parts(output)}
-        with contextlib.suppress(RuntimeError):  # a late crash never happens: the job is done before
+        with contextlib.suppress(JobError):  # a late crash never happens: the job is done before
             run(config, lambda *_, step=step, **__: FakeEngine(slots=slots, fail_at_step=step))
         if not (output / "_SUCCESS").exists():
             assert all(pq.read_table(path).num_rows <= 10 for path in parts(output))
         assert seen.items() <= {path.name: path.read_bytes() for path in parts(output)}.items()
-    assert run(config) == 0
-    assert rows_of(output) == rows_of(whole)
+    assert run(config) in (ExitCode.COMPLETE, ExitCode.TOO_MANY_ERRORS)
+    assert given_up(rows_of(output), rows_of(whole)) < len(crashes)
     assert verify(str(output)).ok
     assert not list(output.glob(".part-*"))
 
@@ -214,6 +225,7 @@ def test_bad_rows_become_error_rows(tmp_path: Path, capfd: pytest.CaptureFixture
     assert run(lenient, never) == ExitCode.COMPLETE
 
 
+@pytest.mark.feature("job", "the neighbours of a bad row are what they would be without it")
 def test_neighbours_of_a_bad_row_do_not_notice(tmp_path: Path) -> None:
     for name, third in (("good", "fine"), ("bad", None)):
         table = pa.table({"prompt": ["a", "b", third, "c", "d"]})
@@ -250,7 +262,7 @@ def test_what_does_not_change_the_results_may_change(
     inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = configure(inputs, tmp_path / "out")
-    with pytest.raises(RuntimeError, match="went away"):
+    with pytest.raises(JobError, match="went away"):
         run(config, lambda *_, **__: FakeEngine(fail_at_step=12))
     inputs = inputs.rename(inputs.parent / "moved")
     other = configure(
@@ -316,6 +328,7 @@ def test_a_template_is_compared_by_its_text_not_its_file(inputs: Path, tmp_path:
     assert refusal(config).exit_code == ExitCode.MISMATCH
 
 
+@pytest.mark.feature("commands", "plan: rows, chunks, columns and prompt, nothing written")
 def test_plan_status_and_verify(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = configure(inputs, tmp_path / "out")
     assert show_plan(config) == 0
@@ -329,7 +342,7 @@ def test_plan_status_and_verify(inputs: Path, tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(JobError) as caught:
         show_status(config)
     assert caught.value.exit_code == ExitCode.OUTPUT
-    with pytest.raises(RuntimeError, match="went away"):
+    with pytest.raises(JobError, match="went away"):
         run(config, lambda *_, **__: FakeEngine(fail_at_step=40))
     capsys.readouterr()
     assert show_status(config) == ExitCode.INCOMPLETE

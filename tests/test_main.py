@@ -22,6 +22,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return captured.err
 
 
+@pytest.mark.feature("commands", "an unknown key or wrong value names the key, its file and what is allowed")
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
@@ -119,6 +120,7 @@ def test_interpolation_works_inside_a_path(monkeypatch: pytest.MonkeyPatch) -> N
     assert compose(["output.path=${oc.env:BATCHINFER_TEST_SCRATCH}/out"]).output.path == "/scratch/a b/out"
 
 
+@pytest.mark.feature("commands", "Hydra overrides, groups of one's own, --cfg job; no folders left behind")
 def test_groups_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "my, configs ü"
     (folder / "sampling").mkdir(parents=True)
@@ -139,6 +141,7 @@ def test_groups_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "# @package _global_" in error_of(capsys, "run", "+site=local", *paths)
 
 
+@pytest.mark.feature("commands", "Hydra overrides, groups of one's own, --cfg job; no folders left behind")
 def test_cfg_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--cfg", "job", "sampling=greedy", "model.path=m.gguf", "output.path=${model.path}.out"]) == 0
     printed = OmegaConf.create(capsys.readouterr().out)
@@ -146,6 +149,7 @@ def test_cfg_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[str
     assert OmegaConf.to_container(printed) == to_dict(compose(["model.path=m.gguf", "output.path=m.gguf.out"]))
 
 
+@pytest.mark.feature("commands", "Hydra overrides, groups of one's own, --cfg job; no folders left behind")
 def test_composing_leaves_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["run", "--cfg", "job"]) == 0

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
-from pathlib import Path
 
 import numpy as np
+import pytest
 
-from batchinfer.report import REPORT_SECONDS, Counters, Meter, Progress, duration, summary, total, write_record
+from batchinfer.report import REPORT_SECONDS, Counters, Meter, Progress, duration, summary, total
 from batchinfer.types import Completion, EngineStats, ErrorCode, RowError, Sample
 
 
@@ -40,6 +39,7 @@ def test_totals_over_ranks() -> None:
     assert total([]) == Counters()
 
 
+@pytest.mark.feature("job", "progress: one live line on a terminal, a plain line a minute elsewhere, a summary")
 def test_plain_lines_come_at_their_interval_with_rates_of_the_last_minute() -> None:
     clock, stream = Clock(), io.StringIO()
     progress = Progress(rows=1000, done=100, seconds=60, stream=stream, clock=clock)
@@ -71,6 +71,7 @@ def test_nothing_done_yet_divides_by_nothing() -> None:
     assert "KV -" in line
 
 
+@pytest.mark.feature("job", "progress: one live line on a terminal, a plain line a minute elsewhere, a summary")
 def test_a_terminal_gets_one_live_line() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -101,10 +102,3 @@ def test_the_summary_names_what_a_person_asks_first() -> None:
     assert "12,345 prompt, 67,890 output" in text
     assert "600 rows in 2:10 on 4 ranks, 50.0 output tok/s after loading" in text
     assert "/data/out" in text
-
-
-def test_a_record_is_replaced_whole(tmp_path: Path) -> None:
-    write_record(tmp_path, "first", {"a": 1})
-    write_record(tmp_path, "first", {"a": 2})
-    assert [path.name for path in (tmp_path / "attempts").iterdir()] == ["first.json"]
-    assert json.loads((tmp_path / "attempts" / "first.json").read_text()) == {"a": 2}

@@ -1,7 +1,8 @@
 """The ranks of a job: who they are, and small messages between them. The only module that imports mpi4py.
 
 No call of a live job blocks inside MPI: blocking calls spin (2.6 CPU seconds per 4 s of MPI_Barrier, measured) and
-take the core from the engine. Everything here starts an operation and polls it with short sleeps.
+take the core from the engine. Everything here starts an operation and polls it with short sleeps, for a bounded time:
+a rank that has died answers nothing, and no launcher option makes all MPI libraries say so.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,10 @@ LAST_WORDS_SECONDS = 0.5
 
 START_SECONDS = 900
 """Most time between the first rank that is ready and the last: importing over a slow network file system has taken 4
-minutes on 64 ranks."""
+minutes on 64 ranks, and rank 0 may look at a large input. Also the most that an exchange among all ranks may take."""
+
+LEAVE_SECONDS = 30
+"""Most time between the first rank that wants to end and the last; what they had to say is said by then."""
 
 RANK_VARIABLES = (
     ("PMI_RANK", "PMI_SIZE"),  # MPICH and Intel MPI under mpiexec, srun --mpi=pmi2, PALS
@@ -74,6 +78,7 @@ class World:
     size = 1
     local_rank = 0
     local_size = 1
+    threads = True  # whether send and receive may be called from another thread than the main one, one at a time
 
     def __init__(self) -> None:
         self.hostname = socket.gethostname()
@@ -88,7 +93,8 @@ class World:
         return [value]
 
     def send(self, rank: int, message: Any) -> None:
-        """Start a message; it arrives once, in order, after the messages sent there before."""
+        """Start a message; it arrives once, in order, after the messages sent there before, or is dropped where the
+        MPI library knows that the rank is dead."""
         raise ValueError(f"rank {rank} does not exist: this job has one rank")
 
     def receive(self) -> tuple[int, Any] | None:
@@ -97,6 +103,10 @@ class World:
 
     def abort(self, code: int) -> None:
         """End the processes of all ranks with this exit code; a single process just returns."""
+
+    def leave(self, code: int, whole: bool) -> None:
+        """The last call of a rank that ends with ``code``. ``whole``: no rank is lost. Otherwise this ends the process
+        here, and the job too if it is complete: MPI_Finalize would wait for the lost rank for ever."""
 
 
 class Unjoined(World):
@@ -123,7 +133,7 @@ class Unjoined(World):
 
 
 class MpiWorld(World):
-    """The ranks of MPI's COMM_WORLD. All calls come from the main thread."""
+    """The ranks of MPI's COMM_WORLD. One thread at a time may call."""
 
     def __init__(self, mpi: Any):
         super().__init__()
@@ -135,6 +145,8 @@ class MpiWorld(World):
         self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
         node.Free()
         self.place = f" [rank {self.rank} on {self.hostname}]"
+        self.threads = mpi.Query_thread() >= mpi.THREAD_SERIALIZED
+        self._dead: set[int] = set()  # ranks to which a message failed
         self._sending: list[Any] = []
         self._inbox: deque[tuple[int, Any]] = deque()
         self._gathered: list[deque[Any]] = [deque() for _ in range(self.size)]
@@ -169,13 +181,36 @@ class MpiWorld(World):
         time.sleep(LAST_WORDS_SECONDS)
         self._comm.Abort(code)
 
+    def leave(self, code: int, whole: bool) -> None:
+        if whole and not self._dead and self._in_time(self._comm.Ibarrier().Test, LEAVE_SECONDS):
+            faulthandler.dump_traceback_later(LEAVE_SECONDS, exit=True, file=sys.__stderr__)
+            self._mpi.Finalize()
+            faulthandler.cancel_dump_traceback_later()
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if code in (ExitCode.COMPLETE, ExitCode.TOO_MANY_ERRORS):
+            self.abort(code)
+        os._exit(code)
+
     def _start(self, rank: int, kind: int, value: Any) -> None:
-        self._sending.append(self._comm.isend((kind, value), dest=rank))
+        if rank in self._dead:
+            return
+        try:
+            self._sending.append(self._comm.isend((kind, value), dest=rank))
+        except self._mpi.Exception:
+            self._dead.add(rank)
 
     def _all_sent(self) -> bool:
         """Give the buffers of finished messages back; whether none is left."""
-        self._sending = [request for request in self._sending if not request.test()[0]]
+        self._sending = [request for request in self._sending if not self._is_over(request)]
         return not self._sending
+
+    def _is_over(self, request: Any) -> bool:
+        try:
+            return request.test()[0]
+        except self._mpi.Exception:  # the receiver has died
+            return True
 
     def _arrived(self) -> bool:
         """Sort what has arrived. Both kinds come in one stream per sender, so that none overtakes the other."""
@@ -193,8 +228,16 @@ class MpiWorld(World):
         self._wait(request.Test)
 
     def _wait(self, ready: Callable[[], bool]) -> None:
+        if not self._in_time(ready, START_SECONDS):
+            raise JobError(f"not all ranks have answered within {START_SECONDS} s: one is lost", ExitCode.LOST_RANK)
+
+    def _in_time(self, ready: Callable[[], bool], seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
         while not ready():
+            if time.monotonic() > deadline:
+                return False
             time.sleep(POLL_SECONDS)
+        return True
 
 
 def outside() -> World:
@@ -224,11 +267,6 @@ def join(mode: str) -> World:
     return world
 
 
-def cpu_share(places: Sequence[tuple[str, tuple[int, ...]]], rank: int) -> int:
-    """CPUs for one rank, given (host, usable CPUs) of each: ranks that a launcher did not bind apart share theirs."""
-    return max(1, len(places[rank][1]) // list(places).count(places[rank]))
-
-
 def mpi_library() -> str | None:
     """Version of the MPI library that would be used, first line; None if there is none. Does not initialise MPI."""
     try:
@@ -241,6 +279,14 @@ def mpi_library() -> str | None:
     return MPI.Get_library_version().split("\n")[0].strip()
 
 
+def _survive_dead_ranks(library: str) -> None:
+    """Of two network layers in an MPICH choose libfabric, unless the user has chosen: with UCX, its first choice, a
+    message to a dead rank is a segmentation fault of the sender (MPICH 5.0.2)."""
+    device = next((line for line in library.splitlines() if line.startswith("MPICH Device:")), "")
+    if "ucx" in device and "ofi" in device:
+        os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
+
+
 def _wait_for_all_ranks_to_start(launch: Launch) -> Any:
     """Load and initialise MPI. A rank that dies on the way without a word must not leave the others waiting for ever:
     MPI_Init can't be interrupted, but a watchdog thread of the interpreter can end the process (and print this
@@ -248,9 +294,13 @@ def _wait_for_all_ranks_to_start(launch: Launch) -> Any:
     try:
         import mpi4py
 
-        mpi4py.rc.thread_level = "funneled"  # only the main thread talks
-        faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=sys.__stderr__)
+        mpi4py.rc.initialize = False
+        mpi4py.rc.finalize = True  # of a process that does not come to leave()
         from mpi4py import MPI
+
+        _survive_dead_ranks(MPI.Get_library_version())
+        faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=sys.__stderr__)
+        MPI.Init_thread(MPI.THREAD_SERIALIZED)  # while the main thread loads the model, another one talks
     except (ImportError, RuntimeError) as error:
         reason = f"a launcher started several ranks ({launch.variable})" if launch.parallel else "cluster.mpi=on"
         raise JobError(

@@ -4,6 +4,8 @@
     OUT/.part-000123.ATTEMPT.tmp    on its way; readers of Parquet folders pass over names with a dot
     OUT/_SUCCESS                    JSON, last of all
     OUT/_batchinfer/plan.json       the plan (plan.py)
+    OUT/_batchinfer/journal/        finished rows of chunks that are not (journal.py)
+    OUT/_batchinfer/suspects/       rows in an engine that crashed (suspects.py)
 
 There is no "running" state, no lock and no clock. Any number of processes may compute the same chunk: the first to
 publish it wins, and the others throw their work away.
@@ -25,6 +27,7 @@ import pyarrow as pa
 
 from batchinfer.data.commit import NO_SPACE, claims, probe, publish, publish_bytes, read_bytes, remove, write_new
 from batchinfer.data.digest import content_digest
+from batchinfer.data.journal import clear_journals
 from batchinfer.data.part import (
     BadPart,
     PartInfo,
@@ -36,6 +39,7 @@ from batchinfer.data.part import (
     read_info,
 )
 from batchinfer.data.plan import Plan, difference_table, differences
+from batchinfer.data.suspects import clear_suspects
 from batchinfer.types import Chunk, ExitCode, JobError
 
 STATE = "_batchinfer"
@@ -76,6 +80,10 @@ class Ledger:
         except OSError as error:
             raise output_error(self.path, error) from None
         return [chunk for chunk in self.plan.chunks if part_name(chunk) not in names]
+
+    def has(self, chunk: Chunk) -> bool:
+        """Whether the chunk's part file is there; as out of date as :meth:`missing` may be."""
+        return os.path.exists(os.path.join(self.path, part_name(chunk)))
 
     def commit(self, chunk: Chunk, table: pa.Table, provenance: dict[str, Any] | None = None) -> Literal["won", "lost"]:
         """Publish the chunk's rows, or find that another process did it before; either way the part is there.
@@ -177,11 +185,14 @@ class Ledger:
             raise output_error(path, error) from None
 
     def _sweep(self) -> None:
-        """Drop temporary files, whose ever they are: every chunk is published, so their owners can only lose."""
+        """Drop temporary files, journals and suspicions, whose ever they are: every chunk is published, and their
+        owners can only lose."""
         with suppress(OSError):  # the job is complete whether its scraps are listed or not
             for name in os.listdir(self.path):
                 if name.startswith((".part-", f".{SUCCESS}.")) and name.endswith(".tmp"):
                     remove(os.path.join(self.path, name))
+            clear_journals(os.path.join(self.path, STATE))
+            clear_suspects(os.path.join(self.path, STATE))
         for claim in claims(self.path):
             remove(claim)
 

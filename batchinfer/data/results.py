@@ -72,14 +72,14 @@ def generated_columns(options: ResultOptions) -> list[Column]:
 
     columns = [
         of_sample("generated_text", pa.string(), lambda s: s.text),
-        of_sample("finish_reason", pa.string(), lambda s: s.finish_reason),
+        of_sample("finish_reason", pa.string(), lambda s: s.finish_reason or None),
         Column("prompt_tokens", pa.int32(), lambda c: c.prompt_tokens),
         of_sample("completion_tokens", pa.int32(), lambda s: len(s.token_ids)),
     ]
     if options.token_ids:
         columns.append(of_sample("token_ids", pa.list_(pa.int32()), lambda s: s.token_ids))
     if options.logprobs:
-        columns.append(of_sample("logprobs", LOGPROBS, lambda s: _logprobs(s.logprobs)))
+        columns.append(of_sample("logprobs", LOGPROBS, lambda s: logprobs_value(s.logprobs)))
     columns += [
         Column("status", pa.string(), lambda c: "error" if c.error else "ok"),
         Column("error_code", pa.string(), lambda c: c.error and c.error.code.value),
@@ -130,7 +130,8 @@ def _passed(source: pa.Schema, options: ResultOptions) -> list[str]:
     return list(source.names if options.columns is None else options.columns)
 
 
-def _logprobs(logprobs: Logprobs | None) -> dict[str, Any] | None:
+def logprobs_value(logprobs: Logprobs | None) -> dict[str, Any] | None:
+    """As a value of the type :data:`LOGPROBS`."""
     if logprobs is None:
         return None
     return {"chosen": logprobs.chosen, "top_ids": list(logprobs.top_ids), "top": list(logprobs.top)}

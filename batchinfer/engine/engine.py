@@ -1,8 +1,9 @@
-"""The engine: requests in, completions out, one step at a time."""
+"""The engine: requests in, completions out, one step at a time, and one step ahead of a device that allows it."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -52,7 +53,7 @@ class Engine:
         num_pages: int,
         vocab_size: int,
     ):
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._lengths = lengths
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
@@ -61,9 +62,13 @@ class Engine:
         self._runner = runner
         self._sequences: dict[int, _Sequence] = {}
         self._watched: dict[int, _Sequence] = {}  # those with stop strings or logprobs: host work for every token
+        self._in_flight: deque[Step] = deque()  # started, tokens not taken yet
+        self._stopped: set[int] = set()  # ended by a token that came when their next one was already under way
+        self._penalised = 0  # open sequences whose every token depends on all tokens before it
         self._refused: list[Completion] = []
         self._next_id = 0
         self._open = 0
+        self._closed = False
         self._stats = EngineStats(pages_total=num_pages)
         self._seconds = {"schedule": 0.0, "output": 0.0}
 
@@ -98,6 +103,11 @@ class Engine:
         params = request.sampling
         owner = _OpenRequest(request, [None] * params.n, params.n)
         for index in range(params.n):
+            before = request.so_far[index] if request.so_far else None
+            if before is not None and before.finish_reason:
+                owner.samples[index] = before
+                owner.missing -= 1
+                continue
             seq_id = self._next_id
             self._scheduler.add(
                 seq_id,
@@ -106,30 +116,85 @@ class Engine:
                 min_new_tokens=params.min_tokens,
                 expected_new_tokens=self._lengths.expected(params.max_tokens),
                 stop_token_ids=self._stop_ids(request),
+                generated=() if before is None else before.token_ids,
             )
             self._next_id += 1
-            self._sequences[seq_id] = _Sequence(owner, index)
+            self._penalised += params.penalised
+            self._sequences[seq_id] = _Sequence(owner, index, _unstack(before))
             if params.stop or params.logprobs is not None:
                 self._watched[seq_id] = self._sequences[seq_id]
 
     def step(self) -> list[Completion]:
-        """Run one step; return the requests that it completed. [] at once when nothing is open."""
+        """Start one step, and take the tokens of the oldest under way if the runner needs them taken; return the
+        requests that this completed. [] at once when nothing is open.
+
+        With a step ahead, a sequence whose end only its tokens can tell (stop token or string) is computed once more,
+        for nothing. Sequences with penalties keep the host in the loop: the next step waits for their tokens.
+        """
         done, self._refused = self._refused, []
-        start = time.perf_counter()
-        step = self._scheduler.schedule()
-        if step is not None:
-            for slot, seq_id in zip(step.new_slots.tolist(), step.new_seqs.tolist(), strict=True):
-                self._assign(slot, seq_id)
-            scheduled = time.perf_counter()
-            self._seconds["schedule"] += scheduled - start
-            out = self._runner.run(step, lambda row: self._history(step, row))
-            start = time.perf_counter()
-            done += self._take(step, out)
-            self._stats.steps += 1
-            self._stats.output_tokens += step.num_samples
-        self._seconds["output"] += time.perf_counter() - start
+        if self._penalised and self._in_flight:
+            done += self._finish_step()
+        ahead = self._runner.ahead if self._start_step() and not self._penalised else 0
+        if len(self._in_flight) > ahead:
+            done += self._finish_step()
         self._open -= len(done)
         return done
+
+    def _start_step(self) -> bool:
+        """Whether there was one to start."""
+        start = time.perf_counter()
+        step = self._scheduler.schedule()
+        if step is None:
+            return False
+        for slot, seq_id in zip(step.new_slots.tolist(), step.new_seqs.tolist(), strict=True):
+            self._assign(slot, seq_id)
+        self._seconds["schedule"] += time.perf_counter() - start
+        self._runner.start(step, lambda row: self._history(step, row))
+        self._in_flight.append(step)
+        return True
+
+    def _finish_step(self) -> list[Completion]:
+        """Take the tokens of the oldest step under way; completions of the requests whose last sample ended."""
+        out = self._runner.finish()
+        start = time.perf_counter()
+        step = self._in_flight.popleft()
+        wasted = sum(seq_id in self._stopped for seq_id in step.sample_seq.tolist()) if self._stopped else 0
+        self._stopped.clear()
+        done = self._take(step, out)
+        self._stats.steps += 1
+        self._stats.output_tokens += step.num_samples - wasted
+        self._seconds["output"] += time.perf_counter() - start
+        return done
+
+    def unfinished(self) -> list[Completion]:
+        """What there is of the requests that have begun and not ended: each can go on in another engine, as
+        ``Request.so_far`` of the same request."""
+        begun: dict[int, tuple[Request, list[Sample]]] = {}
+        for seq_id, sequence in self._sequences.items():
+            request = sequence.owner.request
+            if request.id not in begun:
+                begun[request.id] = request, [sample or _NOTHING for sample in sequence.owner.samples]
+            logprobs = _stack(sequence.logprobs, request.sampling.logprobs)
+            begun[request.id][1][sequence.index] = Sample(self._scheduler.tokens(seq_id), "", "", logprobs)
+        states = [Completion(r.id, len(r.prompt), tuple(samples)) for r, samples in begun.values()]
+        return [state for state in states if any(len(sample.token_ids) for sample in state.samples)]
+
+    def abandon(self, request_id: int) -> Completion:
+        """Drop an open request and return what there is of it, with the text so far. KeyError if it is not open."""
+        mine = {i: s for i, s in self._sequences.items() if s.owner.request.id == request_id}
+        if not mine:
+            raise KeyError(request_id)
+        owner = next(iter(mine.values())).owner
+        samples = [sample or _NOTHING for sample in owner.samples]
+        for seq_id, sequence in mine.items():
+            tokens = self._scheduler.tokens(seq_id)
+            (text,) = self.tokenizer.decode_batch([tokens])
+            logprobs = _stack(sequence.logprobs, owner.request.sampling.logprobs)
+            samples[sequence.index] = Sample(tokens, text, "", logprobs)
+            self._scheduler.finish(seq_id)
+            self._forget(seq_id)
+        self._open -= 1
+        return Completion(request_id, len(owner.request.prompt), tuple(samples))
 
     def stats(self) -> EngineStats:
         """Counters so far."""
@@ -141,10 +206,19 @@ class Engine:
         stats.step_seconds = self._seconds | self._runner.seconds
         return stats
 
+    def peak_device_bytes(self) -> int:
+        """Most memory of a GPU that was in use; 0 where the host's is."""
+        return self._runner.peak_device_bytes()
+
     def close(self) -> None:
-        """Drop what is open; the engine can't be used afterwards."""
+        """Drop what is open and give the memory back; the engine can't be used afterwards."""
+        if self._closed:
+            return
+        self._closed = True
+        self._runner.close()
         for seq_id in list(self._sequences):
             self._scheduler.finish(seq_id)
+        self._in_flight.clear()
         self._sequences.clear()
         self._watched.clear()
 
@@ -158,13 +232,23 @@ class Engine:
                 f"the prompt has {length} tokens and needs room for one more; engine.max_model_len is "
                 f"{self.max_seq_len}",
             )
-        if int(request.prompt.min()) < 0 or int(request.prompt.max()) >= self._vocab_size:
-            return RowError(ErrorCode.BAD_TOKEN_IDS, f"token ids must lie in [0, {self._vocab_size - 1}]")
+        if int(request.prompt.min()) < 0 or int(request.prompt.max()) >= self.vocab_size:
+            return RowError(ErrorCode.BAD_TOKEN_IDS, f"token ids must lie in [0, {self.vocab_size - 1}]")
         try:
             request.sampling.check()
+            self._check_so_far(request)
         except ValueError as error:
             return RowError(ErrorCode.BAD_SAMPLING, str(error))
         return None
+
+    def _check_so_far(self, request: Request) -> None:
+        """ValueError unless the samples that the request brings along are those of an interrupted one."""
+        room = min(request.sampling.max_tokens, self.max_seq_len - len(request.prompt))
+        begun = [sample for sample in request.so_far if not sample.finish_reason]
+        if request.so_far and (len(request.so_far) != request.sampling.n or not begun):
+            raise ValueError(f"so_far must hold {request.sampling.n} samples, and one of them unfinished")
+        if any(len(sample.token_ids) >= room for sample in begun):
+            raise ValueError(f"so_far holds an unfinished sample that has all of its {room} tokens")
 
     def _stop_ids(self, request: Request) -> np.ndarray:
         params = request.sampling
@@ -182,7 +266,7 @@ class Engine:
         return self._sequences[seq_id].owner.request.prompt, self._scheduler.tokens(seq_id)
 
     def _take(self, step: Step, out: SampleOutput) -> list[Completion]:
-        """Record the step's tokens; completions of the requests whose last sample ended."""
+        """Record the step's tokens and end what they end."""
         if self._watched:
             self._record_logprobs(step, out)
         ended = {f.seq_id: (f.tokens, f.reason) for f in self._scheduler.update(out.tokens.numpy())}
@@ -216,6 +300,8 @@ class Engine:
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Stop the sequences whose newest token completed a stop string: their ids and tokens."""
         for seq_id in step.sample_seq.tolist():
+            if seq_id not in self._watched:  # nothing to search for, or ended before this step
+                continue
             params = self._params(seq_id)
             if not params.stop or ended.get(seq_id, (None, ""))[1] == "stop":
                 continue
@@ -235,9 +321,10 @@ class Engine:
 
     def _end_sample(self, seq_id: int, tokens: np.ndarray, text: str, reason: str) -> Completion | None:
         """Record a sample; the request's completion if it was the last one."""
-        self._watched.pop(seq_id, None)
-        sequence = self._sequences.pop(seq_id)
+        sequence = self._forget(seq_id)
         owner = sequence.owner
+        if reason == "stop" and self._in_flight:
+            self._stopped.add(seq_id)
         self._lengths.finished(len(tokens), owner.request.sampling.max_tokens)
         logprobs = _stack(sequence.logprobs, owner.request.sampling.logprobs)
         owner.samples[sequence.index] = Sample(tokens, text, reason, logprobs)
@@ -245,6 +332,23 @@ class Engine:
         if owner.missing:
             return None
         return Completion(owner.request.id, len(owner.request.prompt), tuple(s for s in owner.samples if s is not None))
+
+    def _forget(self, seq_id: int) -> _Sequence:
+        self._watched.pop(seq_id, None)
+        sequence = self._sequences.pop(seq_id)
+        self._penalised -= sequence.owner.request.sampling.penalised
+        return sequence
+
+
+_NOTHING = Sample(np.zeros(0, np.int32), "", "")
+
+
+def _unstack(sample: Sample | None) -> list[tuple[float, np.ndarray, np.ndarray]]:
+    """The inverse of :func:`_stack`."""
+    if sample is None or sample.logprobs is None:
+        return []
+    logprobs = sample.logprobs
+    return [(float(c), ids, top) for c, ids, top in zip(logprobs.chosen, logprobs.top_ids, logprobs.top, strict=True)]
 
 
 def _stack(rows: list[tuple[float, np.ndarray, np.ndarray]], wanted: int | None) -> Logprobs | None:

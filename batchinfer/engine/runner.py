@@ -1,44 +1,106 @@
-"""From a step plan to sampled tokens: the only place where the engine touches a device."""
+"""From a step plan to sampled tokens: what the engine asks of a device, and how the host's own CPU does it."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
+from batchinfer.engine.memory import free_memory, host_budget
 from batchinfer.engine.slots import History, SlotTable
-from batchinfer.models.decoder import Decoder, StepInput
-from batchinfer.ops import AttentionInput, Ops, SampleOutput
+from batchinfer.models.decoder import Decoder, KVCache, StepInput
+from batchinfer.ops import AttentionInput, SampleOutput
 
 if TYPE_CHECKING:
     from batchinfer._engine import Step
 
 
-class Runner:
-    """Runs the decoder over one step of the scheduler. On CPU the scheduler's arrays are used in place."""
+class Runner(Protocol):
+    """Runs the decoder over the scheduler's steps, in the order in which they are started.
 
-    def __init__(self, decoder: Decoder, ops: Ops, num_pages: int, page_size: int, max_slots: int):
+    ``ahead`` is how many steps may be started before the tokens of the oldest are taken. ``seconds`` are sums by part.
+    """
+
+    ahead: int
+    slots: SlotTable
+    seconds: dict[str, float]
+
+    def cache_budget(self, ranks_on_node: int) -> int:
+        """Bytes that the KV pool of one of the node's ranks may take if the user names no size."""
+
+    def allocate(self, num_pages: int) -> int:
+        """Make the KV pool, once, before the first step. The pages that it got: fewer where ``num_pages`` don't fit.
+        Raises JobError (69) with the arithmetic where that fails too."""
+
+    def start(self, step: Step, history: Callable[[int], History]) -> None:
+        """Begin a step; ``history(row)`` as in :meth:`SlotTable.extras`. A token -1 is the one that the step started
+        before sampled for the same slot."""
+
+    def finish(self) -> SampleOutput:
+        """Wait for the oldest step that was started: one token for each of its sampled rows, on the host. Valid until
+        the next call."""
+
+    def peak_device_bytes(self) -> int:
+        """Most bytes of device memory taken so far; 0 if the device is the host."""
+
+    def close(self) -> None:
+        """Wait for what is under way, and give the memory back: weights, cache and buffers. Once, and the last call."""
+
+
+def make_runner(decoder: Decoder, page_size: int, max_slots: int) -> Runner:
+    """The runner for the decoder's device. Raises JobError (64) for a page size that the device can't work with."""
+    if decoder.ops.device.type == "cpu":
+        return HostRunner(decoder, page_size, max_slots)
+    from batchinfer.engine.device_runner import DeviceRunner
+
+    return DeviceRunner(decoder, page_size, max_slots)
+
+
+class HostRunner:
+    """Computes a step when it is started, on the scheduler's own arrays."""
+
+    ahead = 0
+
+    def __init__(self, decoder: Decoder, page_size: int, max_slots: int):
         self._decoder = decoder
-        self._ops = ops
-        self._cache = decoder.new_cache(num_pages, page_size)
+        self._page_size = page_size
+        self._cache = KVCache((), ())
+        self._done: deque[SampleOutput] = deque()
         self.slots = SlotTable(max_slots)
         self.seconds = {"forward": 0.0, "sample": 0.0}
 
-    def run(self, step: Step, history: Callable[[int], History]) -> SampleOutput:
-        """One token for each of the step's sampled rows; ``history(row)`` as in :meth:`SlotTable.gather`."""
+    def cache_budget(self, ranks_on_node: int) -> int:
+        return host_budget(free_memory() // ranks_on_node)
+
+    def allocate(self, num_pages: int) -> int:
+        self._cache = self._decoder.new_cache(num_pages, self._page_size)
+        return num_pages
+
+    def start(self, step: Step, history: Callable[[int], History]) -> None:
         start = time.perf_counter()
         logits = self._decoder.forward(self._step_input(step), self._cache)
         middle = time.perf_counter()
         if step.num_samples:
-            out = self._ops.sample(logits, self.slots.gather(step.sample_slot, step.sample_count, history))
+            inputs = self.slots.gather(step.sample_slot, step.sample_count, history)
+            self._done.append(self._decoder.ops.sample(logits, inputs))
         else:
-            out = SampleOutput(torch.zeros(0, dtype=torch.int32))
+            self._done.append(SampleOutput(torch.zeros(0, dtype=torch.int32)))
         self.seconds["forward"] += middle - start
         self.seconds["sample"] += time.perf_counter() - middle
-        return out
+
+    def finish(self) -> SampleOutput:
+        return self._done.popleft()
+
+    def peak_device_bytes(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        self._cache = KVCache((), ())
+        del self._decoder
 
     @staticmethod
     def _step_input(step: Step) -> StepInput:

@@ -21,6 +21,16 @@ _FIELDS = {
     "min_tokens": np.int32,
 }
 
+PARAMETERS = {
+    "temperature": torch.float32,
+    "top_k": torch.int32,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "seed": torch.int64,
+    "position": torch.int32,
+}
+"""The fields of SampleInput that every row has."""
+
 History = tuple[np.ndarray, np.ndarray]
 """Prompt and generated tokens of a sequence, int32."""
 
@@ -44,18 +54,25 @@ class SlotTable:
         self._penalised[slot] = params.penalised
         self._stop_ids[slot] = stop_ids
 
-    def gather(self, slots: np.ndarray, counts: np.ndarray, history: Callable[[int], History]) -> SampleInput:
-        """The sampler's input for rows whose sequences hold ``slots`` and have ``counts`` tokens each, int32 [N].
+    def parameters(self, slots: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """PARAMETERS of rows whose sequences hold ``slots`` and have ``counts`` tokens each, int32 [N]."""
+        columns = {name: self._columns[name][slots] for name in ("temperature", "top_k", "top_p", "min_p")}
+        return columns | {"seed": self._seed[slots], "position": counts}
+
+    def extras(
+        self, slots: np.ndarray, counts: np.ndarray, history: Callable[[int], History]
+    ) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...]]:
+        """The optional fields of SampleInput that one of the rows needs; mostly none.
 
         ``history(row)`` is asked only for rows with penalties.
         """
-        column = {name: torch.from_numpy(values[slots]) for name, values in self._columns.items()}
-        extra: dict[str, object] = {}
+        extra: dict[str, torch.Tensor | tuple[torch.Tensor, ...]] = {}
         penalised = self._penalised[slots]
         if penalised.any():
             extra |= _history_arrays(penalised, history)
             extra["penalties"] = tuple(
-                column[name] for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
+                torch.from_numpy(self._columns[name][slots])
+                for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
             )
         too_short = counts < self._columns["min_tokens"][slots]
         if too_short.any():
@@ -65,18 +82,15 @@ class SlotTable:
         logprobs = self._logprobs[slots]
         if (logprobs >= 0).any():
             extra["num_logprobs"] = torch.from_numpy(logprobs)
-        return SampleInput(
-            temperature=column["temperature"],
-            top_k=column["top_k"],
-            top_p=column["top_p"],
-            min_p=column["min_p"],
-            seed=torch.from_numpy(self._seed[slots]),
-            position=torch.from_numpy(np.ascontiguousarray(counts)),
-            **extra,
-        )
+        return extra
+
+    def gather(self, slots: np.ndarray, counts: np.ndarray, history: Callable[[int], History]) -> SampleInput:
+        """The sampler's input on the host: :meth:`parameters` and :meth:`extras`."""
+        given = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in self.parameters(slots, counts).items()}
+        return SampleInput(**given, **self.extras(slots, counts, history))
 
 
-def _history_arrays(penalised: np.ndarray, history: Callable[[int], History]) -> dict[str, object]:
+def _history_arrays(penalised: np.ndarray, history: Callable[[int], History]) -> dict[str, torch.Tensor]:
     none = np.zeros(0, np.int32)
     pairs = [history(row) if wanted else (none, none) for row, wanted in enumerate(penalised)]
     ids, start = _ragged([np.concatenate(pair) for pair in pairs])

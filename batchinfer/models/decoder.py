@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,21 +61,18 @@ class Decoder:
     ):
         self.spec, self.ops, self.dtype = spec, ops, dtype
         self.layers, self.embed, self.norm, self.head = _assemble(spec, weights, ops)
-        self.rope = Rope(torch.from_numpy(spec.rope.table(max_positions)))
-        self.workspace = Workspace.allocate(spec, max_step_tokens)
-        self.sampled = Workspace.allocate(spec, max_samples)
-        self.logits = torch.empty(max_samples, spec.vocab_size, dtype=torch.float32)
+        self.rope = Rope(torch.from_numpy(spec.rope.table(max_positions)).to(ops.device))
+        activations = ops.activations(dtype)
+        self.max_positions, self.max_step_tokens = max_positions, max_step_tokens
+        self.workspace = Workspace.allocate(spec, max_step_tokens, activations, ops.device)
+        self.sampled = Workspace.allocate(spec, max_samples, activations, ops.device)
+        self.logits = torch.empty(max_samples, spec.vocab_size, dtype=torch.float32, device=ops.device)
 
     def new_cache(self, num_pages: int, page_size: int) -> KVCache:
-        """A cache of zeros. numpy's zeros are the kernel's: a page takes memory when it is first written, where torch
-        would write all of them now (8 GiB take seconds, and a small job uses a hundredth)."""
+        """A cache of zeros."""
         shape = (num_pages, self.spec.kv_heads, page_size, self.spec.head_dim)
-        size = math.prod(shape) * self.dtype.itemsize
-
-        def zeros() -> Tensor:
-            return torch.from_numpy(np.zeros(size, np.uint8)).view(self.dtype).view(shape)
-
-        return KVCache(*(tuple(zeros() for _ in range(self.spec.layers)) for _ in "kv"))
+        k, v = (tuple(self.ops.zeros(shape, self.dtype) for _ in range(self.spec.layers)) for _ in "kv")
+        return KVCache(k, v)
 
     def forward(self, step: StepInput, cache: KVCache) -> Tensor:
         """Logits float32 [N, V] of the sampled rows: a view that the next call overwrites. Writes the step's keys and
@@ -106,7 +101,7 @@ class Decoder:
 
 def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops) -> tuple:
     """(layers, embedding [V, D], final norm, packed LM head). A matrix is packed as it comes."""
-    got = {name: ops.pack_weight(t) if t.ndim == 2 and name != "embed" else t for name, t in weights}
+    got = {name: ops.pack_weight(t) if t.ndim == 2 and name != "embed" else t.to(ops.device) for name, t in weights}
     head = got.get("lm_head") if not spec.tied_embeddings else ops.pack_weight(got["embed"])
 
     def linear(name: str) -> Linear:

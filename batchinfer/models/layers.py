@@ -11,8 +11,6 @@ from torch import Tensor
 from batchinfer.models.spec import ModelSpec
 from batchinfer.ops import HeadNorm, Ops, Rope
 
-ACTIVATIONS = torch.float32
-
 
 @dataclass(frozen=True)
 class Linear:
@@ -52,7 +50,8 @@ class Workspace:
     gated: Tensor  # [T, I]
 
     @staticmethod
-    def allocate(spec: ModelSpec, tokens: int) -> Workspace:
+    def allocate(spec: ModelSpec, tokens: int, dtype: torch.dtype, device: torch.device) -> Workspace:
+        """Buffers for ``tokens`` tokens; ``lse`` is float32 whatever ``dtype`` the activations have."""
         h, g, e = spec.heads, spec.kv_heads, spec.head_dim
         shapes = {
             "residual": (spec.width,),
@@ -64,7 +63,12 @@ class Workspace:
             "gate_up": (2 * spec.mlp_width,),
             "gated": (spec.mlp_width,),
         }
-        return Workspace(**{name: torch.empty(tokens, *shape, dtype=ACTIVATIONS) for name, shape in shapes.items()})
+
+        def buffer(name: str) -> Tensor:
+            kind = torch.float32 if name == "lse" else dtype
+            return torch.empty(tokens, *shapes[name], dtype=kind, device=device)
+
+        return Workspace(**{name: buffer(name) for name in shapes})
 
     def first(self, tokens: int) -> Workspace:
         """The same buffers, for a step of ``tokens`` tokens."""

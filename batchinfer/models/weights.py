@@ -131,6 +131,19 @@ def load_weights(model_path: str, spec: ModelSpec, dtype: torch.dtype) -> Iterat
                     yield part.target, open_targets.pop(part.target)
 
 
+def dummy_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """Random targets of the spec's layout, made on ``device``: for measurements of a model whose weights are not here.
+
+    Matrices have the deviation 0.02 that most families are initialised with; norms are ones and biases zeros.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    for name, shape in layout(spec).targets.items():
+        if len(shape) == 2:
+            yield name, torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
+        else:
+            yield name, torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=device)
+
+
 def _unused(name: str, plan: Layout) -> bool:
     return name in plan.ignored or IGNORED.fullmatch(name) is not None
 

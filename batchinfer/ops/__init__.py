@@ -1,12 +1,13 @@
 """The op list: every computation on a device, with its contract.
 
-``reference.py`` is the plain torch truth of each op, ``native.py`` the compiled one. The backend is chosen once, by
-:func:`load`, and handed to the model as an argument; nothing above this package asks which device it runs on.
+``reference.py`` is the plain torch truth of each op, ``native.py`` the compiled one for CPUs, ``gpu.py`` the one for
+GPUs. The backend is chosen once, by :func:`load`, and handed to the model as an argument; nothing above this package
+but the engine's runner asks which device it runs on.
 
 Notation: T tokens of the step, S sequences of the step, N rows that sample, D model width, H query heads, G key/value
-heads (H is a multiple of G), E head width, V vocabulary, P pages, B tokens per page. Activations are float32 on CPU;
-weights and the KV cache have the engine's dtype (float32 or bfloat16). Every op writes into the ``out`` it is given,
-which is contiguous and may not alias an input unless the op says so.
+heads (H is a multiple of G), E head width, V vocabulary, P pages, B tokens per page. Weights and the KV cache have the
+engine's dtype (float32 or bfloat16), activations the dtype that ``activations`` gives. All tensors lie on ``device``.
+Every op writes into the ``out`` it is given, which is contiguous and may not alias an input unless the op says so.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from batchinfer.ops.choice import choose, find_gpus
+
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -39,17 +43,19 @@ class HeadNorm:
 
 @dataclass(frozen=True)
 class AttentionInput:
-    """Which tokens attend to what; the same for every layer of a step. CPU int32 tensors.
+    """Which tokens attend to what; the same for every layer of a step. int32 tensors.
 
     ``q_start`` [S+1]: tokens q_start[i]..q_start[i+1] of the step belong to sequence i, and are its last ones.
     ``kv_len`` [S]: length of sequence i, this step's tokens included. ``slot`` [S]: its row of ``page_table``
-    [slots, pages per slot], where entry j is the page of positions j*B..(j+1)*B-1.
+    [slots, pages per slot], where entry j is the page of positions j*B..(j+1)*B-1. ``decode_only`` promises that no
+    sequence has more than one token in the step, so that a backend need not look for others.
     """
 
     q_start: Tensor
     kv_len: Tensor
     slot: Tensor
     page_table: Tensor
+    decode_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,14 @@ class SampleOutput:
 
 class Ops(Protocol):
     """What a backend provides. Raises ValueError on shapes or dtypes outside the contract."""
+
+    device: torch.device
+
+    def activations(self, weights: torch.dtype) -> torch.dtype:
+        """The dtype of x, q, the residual stream and attention's output, where weights and cache have ``weights``."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Zeros on the device, for a KV cache. May take memory only when it is first written."""
 
     def pack_weight(self, weight: Tensor) -> Any:
         """[N, K] weight in the engine's dtype -> opaque packed form for ``linear``; done once at load."""
@@ -148,13 +162,21 @@ class Ops(Protocol):
         Temperature 0 is the arg max after penalties and bans."""
 
 
-def load(device: str, threads: int = 0) -> Ops:
-    """The ops for ``device``: "cpu" (compiled) or "reference" (plain torch, slow). ``threads`` 0: the CPUs that this
-    process may use. Raises RuntimeError naming the rebuild command when the extension lacks the device."""
-    if device == "reference":
+def load(device: str, threads: int = 0, *, rank: int = 0, ranks: int = 1) -> Ops:
+    """The ops for ``device``, a value of ``engine.device``, in the process that is number ``rank`` of the ``ranks`` of
+    its node. ``threads`` (of the CPU backend) 0: the CPUs that this process may use.
+
+    Raises RuntimeError, saying what to do, where the build or the node lacks the device.
+    """
+    choice = choose(device, find_gpus, rank=rank, ranks=ranks)
+    if choice.backend == "cuda":
+        from batchinfer.ops.gpu import GpuOps
+
+        return GpuOps(f"cuda:{choice.index}")
+    if choice.backend == "reference":
         from batchinfer.ops.reference import ReferenceOps
 
         return ReferenceOps()
     from batchinfer.ops.native import NativeOps
 
-    return NativeOps(device, threads)
+    return NativeOps(choice.backend, threads)

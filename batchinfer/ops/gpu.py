@@ -69,6 +69,12 @@ class GpuOps:
         self._workspaces: dict[tuple, tuple[int, tuple[Tensor, ...]]] = {}
         self._biases: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
+    def activations(self, weights: torch.dtype) -> torch.dtype:
+        return weights
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
     def pack_weight(self, weight: Tensor) -> Tensor:
         _shape("weight", weight, 2)
         if weight.dtype not in DTYPES:
@@ -203,6 +209,7 @@ class GpuOps:
             pages,
             page_size,
             split,
+            inputs.decode_only,
             *(t.data_ptr() for t in workspace),
         )
         self._gpu.plan_attention(handle, self._stream())

@@ -19,6 +19,13 @@ class ReferenceOps:
 
     def __init__(self, dtype: torch.dtype = torch.float32):
         self.dtype = dtype
+        self.device = torch.device("cpu")
+
+    def activations(self, weights: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
 
     def pack_weight(self, weight: Tensor) -> Tensor:
         return weight.to(self.dtype)

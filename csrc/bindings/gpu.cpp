@@ -52,8 +52,9 @@ void bind_attention(py::module_& m) {
                                    "Addresses of a step's work lists; the tensors are the caller's.")
         .def(py::init([](uintptr_t q_start, uintptr_t kv_len, uintptr_t slot, uintptr_t page_table, int sequences,
                          int slots, int slot_pages, int heads, int kv_heads, int head_width, int pages, int page_size,
-                         int split, uintptr_t decode_start, uintptr_t prefill_start, uintptr_t partial_start,
-                         uintptr_t queues, uintptr_t arrivals, uintptr_t partial_out, uintptr_t partial_lse) {
+                         int split, bool decode_only, uintptr_t decode_start, uintptr_t prefill_start,
+                         uintptr_t partial_start, uintptr_t queues, uintptr_t arrivals, uintptr_t partial_out,
+                         uintptr_t partial_lse) {
             return gpu::AttentionPlan{at<int32_t>(q_start),
                                       at<int32_t>(kv_len),
                                       at<int32_t>(slot),
@@ -67,6 +68,7 @@ void bind_attention(py::module_& m) {
                                       pages,
                                       page_size,
                                       split,
+                                      decode_only,
                                       at<int32_t>(decode_start),
                                       at<int32_t>(prefill_start),
                                       at<int32_t>(partial_start),

@@ -67,6 +67,11 @@ void Scheduler::add(const NewSequence& request) {
                 " tokens and one new token exceed max_seq_len=" + std::to_string(config_.max_seq_len));
     const auto prompt_length = static_cast<int32_t>(request.prompt.size());
     const int32_t max_new = std::min(request.max_new_tokens, config_.max_seq_len - prompt_length);
+    require(std::ranges::all_of(request.generated, [](int32_t id) { return id >= 0; }),
+            "a generated token is negative");
+    require(std::ssize(request.generated) < max_new, "it has " + std::to_string(request.generated.size()) +
+                                                         " generated tokens already, and may have " +
+                                                         std::to_string(max_new));
     const int32_t pages = pages_for(prompt_length + max_new - 1);  // the last token is never computed
     require(pages <= config_.num_pages, "its prompt of " + std::to_string(prompt_length) + " tokens and " +
                                             std::to_string(max_new) + " new ones need " + std::to_string(pages) +
@@ -75,6 +80,7 @@ void Scheduler::add(const NewSequence& request) {
     auto sequence = std::make_unique<Sequence>();
     sequence->tokens.reserve(prompt_length + std::min(max_new, kReservedTokens));
     sequence->tokens.assign(request.prompt.begin(), request.prompt.end());
+    sequence->tokens.insert(sequence->tokens.end(), request.generated.begin(), request.generated.end());
     sequence->last_token = sequence->tokens.back();
     sequence->prompt_length = prompt_length;
     sequence->max_new_tokens = max_new;

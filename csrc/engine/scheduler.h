@@ -37,6 +37,7 @@ struct NewSequence {
     int32_t min_new_tokens = 0;       // stop tokens before so many generated ones do not stop
     int32_t expected_new_tokens = 0;  // 0: max_new_tokens
     std::span<const int32_t> stop_token_ids = {};
+    std::span<const int32_t> generated = {};  // of an earlier life: it goes on from there, and they count as its own
 };
 
 enum class FinishReason : uint8_t { kStop, kLength };

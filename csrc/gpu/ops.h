@@ -70,7 +70,8 @@ struct AttentionPlan {
     int32_t sequences, slots, slot_pages;
     int32_t heads, kv_heads, head_width;
     int32_t pages, page_size;
-    int32_t split;  // KV positions that one decode item covers
+    int32_t split;     // KV positions that one decode item covers
+    bool decode_only;  // no sequence has more than one token: no launch looks for others
 
     int32_t* decode_start;   // [sequences + 1]
     int32_t* prefill_start;  // [sequences + 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batchinfer.cluster.world import Launch, World, cpu_share, join, launcher
+from batchinfer.cluster.world import Launch, World, join, launcher
 from batchinfer.types import ExitCode, JobError
 
 
@@ -33,12 +33,6 @@ from batchinfer.types import ExitCode, JobError
 )
 def test_launcher_is_read_from_the_environment(environment: dict[str, str], expected: Launch) -> None:
     assert launcher(environment) == expected
-
-
-def test_ranks_with_the_same_cpus_share_them() -> None:
-    places = [("a", (0, 1, 2, 3)), ("a", (0, 1, 2, 3)), ("b", (0, 1, 2, 3)), ("b", (4, 5)), ("b", (6,))]
-    assert [cpu_share(places, rank) for rank in range(5)] == [2, 2, 4, 2, 1]
-    assert cpu_share([("a", (0, 1))] * 5, 3) == 1
 
 
 def test_a_plain_run_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

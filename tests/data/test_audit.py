@@ -32,6 +32,7 @@ def part(job: Ledger, index: int) -> Path:
     return Path(job.path) / part_name(job.plan.chunks[index])
 
 
+@pytest.mark.feature("commands", "status: progress of a job from its output folder alone")
 def test_status_on_the_way(tmp_path: Path):
     job = open_job(str(tmp_path / "out"), small_plan(tmp_path / "input"))
     assert status(job.path).chunks_done == 0
@@ -74,6 +75,7 @@ def test_nothing_is_changed(job: Ledger):
     assert state() == before
 
 
+@pytest.mark.feature("commands", "verify: flipped bits, truncated, swapped, doubled and missing parts are found")
 def test_a_flipped_bit_anywhere(job: Ledger):
     rng = random.Random(5)
     for _ in range(100):
@@ -96,6 +98,7 @@ def test_a_truncated_part(job: Ledger, keep: int):
     assert list(verify(job.path).bad) == ["part-000000.parquet"]
 
 
+@pytest.mark.feature("commands", "verify: flipped bits, truncated, swapped, doubled and missing parts are found")
 def test_parts_that_changed_places(job: Ledger):
     one, two = part(job, 0).read_bytes(), part(job, 1).read_bytes()
     part(job, 0).write_bytes(two)

@@ -56,6 +56,7 @@ def test_what_fits(files: list[InputFile], config: dict[str, Any]):
     check_input(files, InputConfig(**config))
 
 
+@pytest.mark.feature("input", "missing columns and wrong column types are refused with column, type and what is needed")
 @pytest.mark.parametrize(
     ("config", "expected"),
     [

@@ -51,6 +51,7 @@ def names(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 
 
+@pytest.mark.feature("job", "parts appear whole: written aside, synced, read back, linked without replace")
 def test_the_order_of_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     spied = spy(monkeypatch)
     temporary, final = str(tmp_path / ".x.tmp"), str(tmp_path / "x")
@@ -157,6 +158,7 @@ def test_a_folder_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.undo()
 
 
+@pytest.mark.feature("job", "file systems without hard links, and refusal of those where nothing is safe")
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS])
 def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int):
     spy(monkeypatch, failing("link", code))
@@ -169,6 +171,7 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cod
     assert not publish_bytes(str(tmp_path), "x", b"third")  # link() respects what renameat2 published
 
 
+@pytest.mark.feature("job", "file systems without hard links, and refusal of those where nothing is safe")
 def test_without_any_primitive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     spy(monkeypatch, lacking("link", "symlink"))
     monkeypatch.setattr(commit.ctypes, "CDLL", lambda *_, **__: object())
@@ -239,6 +242,7 @@ def test_a_claim_cannot_lead_out_of_the_folder(tmp_path: Path, only_claims: None
     assert (tmp_path / "secret").read_bytes() == b"secret"
 
 
+@pytest.mark.feature("job", "killed at any system call, or many processes racing: no row lost, none twice")
 @pytest.mark.parametrize("without_links", [False, True])
 def test_killed_at_every_call(tmp_path: Path, without_links: bool):
     """The final name is absent or complete, and whoever comes next completes the work."""
@@ -275,6 +279,7 @@ def test_killed_at_every_call(tmp_path: Path, without_links: bool):
     assert set(seen) == {False, True}
 
 
+@pytest.mark.feature("job", "killed at any system call, or many processes racing: no row lost, none twice")
 def test_of_many_racing_processes_one_wins(tmp_path: Path):
     context = multiprocessing.get_context("fork")
     workers, rounds = 4, 40

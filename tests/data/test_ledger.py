@@ -132,6 +132,7 @@ def test_the_rows_must_be_those_of_the_chunk(plan: Plan, out: Path):
         open_job(str(out), plan).commit(plan.chunks[0], rows_of(plan.chunks[0]).slice(1))
 
 
+@pytest.mark.feature("job", "other input, model, template or sampling is refused with a table field, planned, now")
 def test_another_plan_is_refused_with_a_table(plan: Plan, out: Path, tmp_path: Path):
     run(open_job(str(out), plan))
     other = replace(plan, fingerprint={"model": {"path": "n"}})
@@ -235,6 +236,7 @@ def test_a_success_file_of_another_plan(plan: Plan, out: Path):
     assert "_SUCCESS cannot be read" in refusal(open_job(str(out), plan).success, ExitCode.OUTPUT)
 
 
+@pytest.mark.feature("job", "no space, quota and I/O errors end the job with 73 or 74 and leave nothing half")
 @pytest.mark.parametrize(
     ("code", "tries", "expected"),
     [
@@ -345,6 +347,7 @@ def test_an_error_at_every_call_of_a_commit(
     assert at >= 11
 
 
+@pytest.mark.feature("job", "killed at any system call, or many processes racing: no row lost, none twice")
 def test_killed_at_every_call_of_a_job(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """SIGKILL before and after each call of open, commit and finish; then the same again, which ends the job."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # a killed process loses nothing that it wrote; saves seconds
@@ -379,6 +382,7 @@ def run_and_die(out: str, plan: Plan, at: int) -> None:
     run(open_job(out, plan))
 
 
+@pytest.mark.feature("job", "killed at any system call, or many processes racing: no row lost, none twice")
 def test_jobs_that_race_for_everything(tmp_path: Path):
     """Four processes start the same job at once and compute all of it: one plan, one winner for each chunk."""
     plan = small_plan(tmp_path / "input", rows=60)

@@ -54,6 +54,7 @@ def test_there_and_back(plan: Plan, compression: str):
     check_identity(info, plan, chunk)
 
 
+@pytest.mark.feature("output", "zstd Parquet with page checksums, provenance and digests in the footer")
 def test_any_reader_can_read_it_and_it_has_page_checksums(plan: Plan, tmp_path: Path):
     path = tmp_path / "x.parquet"
     path.write_bytes(part_of(plan, plan.chunks[0]))

@@ -38,6 +38,7 @@ def error_of(entry: Request | Completion) -> tuple[ErrorCode, str]:
     return entry.error.code, entry.error.message
 
 
+@pytest.mark.feature("input", "prompts from a text column")
 def test_a_request():
     tokenizer = ByteTokenizer()
     first, second = build(pa.array(["ab", "é"]), InputConfig(prompt_column="x"), tokenizer)
@@ -66,6 +67,7 @@ def test_rows_are_tokenised_slice_by_slice():
             assert text_of(entry) == text
 
 
+@pytest.mark.feature("job", "null, empty, over-long and non-UTF-8 prompts, unknown roles ... are error rows")
 @pytest.mark.parametrize("kind", [pa.string(), pa.binary()])
 def test_bad_texts(kind: pa.DataType, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prompts, "MAX_PROMPT_CHARS", 5000)
@@ -90,6 +92,7 @@ def chat(*messages: tuple[Any, Any]) -> list[dict[str, Any]]:
     return [{"role": role, "content": content, "name": None} for role, content in messages]
 
 
+@pytest.mark.feature("input", "prompts from chat messages, by the model's own template")
 def test_messages():
     tokenizer = ByteTokenizer()
     rows = [chat(("system", "s"), ("user", "u"), ("assistant", ""), ("tool", "t"), ("developer", "d"))]
@@ -98,6 +101,7 @@ def test_messages():
     assert tokenizer.calls == [(1, False)]  # the template writes the special tokens
 
 
+@pytest.mark.feature("job", "null, empty, over-long and non-UTF-8 prompts, unknown roles ... are error rows")
 @pytest.mark.parametrize(
     ("row", "code", "expected"),
     [
@@ -131,6 +135,7 @@ def test_messages_that_are_not_utf8(kind: pa.DataType):
     assert error_of(entries[1])[0] is ErrorCode.INVALID_UTF8
 
 
+@pytest.mark.feature("input", "prompts from a sandboxed Jinja template over columns")
 def test_templates():
     tokenizer = ByteTokenizer()
     column = invalid_text([b"a", b"b" + INVALID, None, b"d"])
@@ -152,6 +157,7 @@ def test_a_template_may_give_an_empty_prompt():
     assert text_of(entries[1]) == "a"
 
 
+@pytest.mark.feature("input", "prompts of ready token ids")
 @pytest.mark.parametrize("kind", [pa.int8(), pa.int64(), pa.uint64()])
 def test_token_ids(kind: pa.DataType):
     tokenizer = ByteTokenizer()
@@ -174,6 +180,7 @@ def test_token_ids_outside_the_vocabulary():
     assert {error_of(entry)[0] for entry in entries[1:]} == {ErrorCode.BAD_TOKEN_IDS}
 
 
+@pytest.mark.feature("input", "sampling settings per row, from columns")
 def test_a_row_may_override_the_sampling():
     config = InputConfig(prompt_column="x", sampling_columns={"temperature": "t", "seed": "s"})
     heat, seeds = pa.array([0.5, None, float("nan")]), pa.array([None, 8, 8])

@@ -73,6 +73,7 @@ print(pa.default_memory_pool().max_memory())
 """
 
 
+@pytest.mark.feature("input", "row groups are read piece by piece in bounded memory")
 def test_memory_is_bounded_by_the_chunk_not_by_the_row_group(tmp_path: Path):
     """40 MB in one row group. In a process of its own, since Arrow tells only the peak since the process began."""
     texts = [f"{i:08d}" + "x" * 1000 for i in range(40_000)]
@@ -97,6 +98,7 @@ LARGE_MESSAGE = [
 ]
 
 
+@pytest.mark.feature("input", "string, large_string, dictionary, lists and structs in any Arrow layout")
 @pytest.mark.parametrize(
     ("kind", "values", "plain"),
     [
@@ -165,6 +167,7 @@ def test_only_the_row_groups_of_the_chunk_are_read_and_damage_in_them_is_found(t
         assert chunks.read(Chunk(0, 0, 0, 300))["x"].to_pylist() == texts[:300]
 
 
+@pytest.mark.feature("input", "a file that changes during the job ends it before a wrong row is written")
 def test_a_file_that_was_replaced_since_it_was_listed(tmp_path: Path):
     path = write(tmp_path / "a.parquet", {"x": ["before"]})
     (file,) = list_inputs(str(path))

@@ -37,6 +37,7 @@ def test_one_sample():
     assert table.column_names == ["id", "prompt", *GENERATED]
 
 
+@pytest.mark.feature("output", "n samples per row as list columns")
 def test_several_samples_are_lists_in_their_order():
     options = ResultOptions(columns=(), token_ids=True, logprobs=True, many=True)
     first, second = result_table(SOURCE, answers(samples=2), options).to_pylist()
@@ -57,6 +58,7 @@ def test_several_samples_are_lists_in_their_order():
     ]
 
 
+@pytest.mark.feature("output", "log-probabilities of chosen and top-k tokens")
 def test_logprobs_of_one_sample():
     (row, _) = result_table(SOURCE, answers(), ResultOptions(logprobs=True))["logprobs"].to_pylist()
     assert row["chosen"] == [0.0, -98.0, -97.0]
@@ -91,6 +93,7 @@ def test_options_of_a_configuration():
     assert options({"sampling_columns": {"logprobs": "x"}}, {}) == ResultOptions(prefix="p_", logprobs=True)
 
 
+@pytest.mark.feature("output", "all or chosen input columns are passed through")
 def test_columns_passed_through():
     assert result_table(SOURCE, answers(), ResultOptions(columns=("prompt",))).column_names == ["prompt", *GENERATED]
     assert result_table(SOURCE, answers(), ResultOptions(columns=(), prefix="m_")).column_names == [
@@ -104,6 +107,7 @@ def test_text_that_is_not_utf8_passes_through():
     assert table["x"].cast(pa.binary()).to_pylist() == [b"a", INVALID]
 
 
+@pytest.mark.feature("output", "a name collision with a passed column is refused; the prefix is configurable")
 def test_a_name_that_the_input_has_already():
     source = pa.table({"status": ["new", "old"], "x": [1, 2]})
     with pytest.raises(JobError, match="the input has a column 'status'") as caught:

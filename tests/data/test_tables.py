@@ -23,6 +23,7 @@ def refusal(path: Path | str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.feature("input", "a Parquet file, a folder searched in depth, a glob")
 def test_one_file(tmp_path: Path):
     path = write(tmp_path / "rows.data", {"prompt": ["a", "b", "c"]}, row_group_size=2)
     (file,) = list_inputs(str(path))
@@ -46,6 +47,7 @@ def test_a_long_footer_is_read_whole(tmp_path: Path):
     assert read_footer(str(path))[2] == hashlib.sha256(data[-length:]).hexdigest()
 
 
+@pytest.mark.feature("input", "a Parquet file, a folder searched in depth, a glob")
 def test_a_folder_is_searched_to_its_leaves_in_the_order_of_paths(tmp_path: Path):
     for name in ("b.parquet", "a/z.parquet", "a/b/c.parquet", "_old/x.parquet", ".tmp/x.parquet", "a/_x.parquet"):
         write(tmp_path / name, ROW)
@@ -64,6 +66,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path):
     assert [f.path for f in list_inputs(str(tmp_path / "data"))] == ["a.parquet", "more/b.parquet"]
 
 
+@pytest.mark.feature("input", "a Parquet file, a folder searched in depth, a glob")
 def test_a_glob_takes_files_of_any_name_and_folders(tmp_path: Path):
     for name in ("x/day=1/a.parquet", "x/day=2/b.parquet", "x/other/c.parquet", "x/day=3.pq", "x/_day=4.pq"):
         write(tmp_path / name, ROW)
@@ -81,6 +84,7 @@ def test_a_name_with_glob_characters_is_a_name_if_it_exists(tmp_path: Path):
     assert [f.path for f in list_inputs(str(path))] == ["a[1].parquet"]
 
 
+@pytest.mark.feature("input", "hive partitions key=value become columns")
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
@@ -129,6 +133,7 @@ def test_nothing_there(tmp_path: Path):
     assert "holds no Parquet file" in refusal(tmp_path / "*.parquet")
 
 
+@pytest.mark.feature("input", "empty, truncated, foreign and unreadable files are refused with their name")
 def test_a_file_of_no_bytes(tmp_path: Path):
     write(tmp_path / "a.parquet", ROW)
     (tmp_path / "b.parquet").write_bytes(b"")
@@ -137,6 +142,7 @@ def test_a_file_of_no_bytes(tmp_path: Path):
     assert "empty (0 bytes)" in text
 
 
+@pytest.mark.feature("input", "empty, truncated, foreign and unreadable files are refused with their name")
 @pytest.mark.parametrize("keep", [1, 4, 8, 11, 100, -1])
 def test_a_truncated_file(tmp_path: Path, keep: int):
     path = write(tmp_path / "a.parquet", ROW)
@@ -144,6 +150,7 @@ def test_a_truncated_file(tmp_path: Path, keep: int):
     assert f"input file {path} does not end as a Parquet file does: it is truncated" in refusal(path)
 
 
+@pytest.mark.feature("input", "empty, truncated, foreign and unreadable files are refused with their name")
 def test_files_that_are_something_else(tmp_path: Path):
     (tmp_path / "a.parquet").write_text('{"prompt": "a line of JSON"}\n' * 10)
     assert "not Parquet" in refusal(tmp_path)
@@ -168,6 +175,7 @@ def test_files_without_rows(tmp_path: Path):
     assert [f.rows for f in list_inputs(str(tmp_path))] == [0, 0, 1]
 
 
+@pytest.mark.feature("input", "string, large_string, dictionary, lists and structs in any Arrow layout")
 @pytest.mark.parametrize(
     ("kind", "plain"),
     [

@@ -46,6 +46,7 @@ def test_from_a_file(tmp_path: Path):
     assert caught.value.exit_code == ExitCode.USAGE
 
 
+@pytest.mark.feature("input", "prompts from a sandboxed Jinja template over columns")
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -64,6 +65,7 @@ def test_templates_that_are_refused(text: str, expected: str):
     assert caught.value.exit_code == ExitCode.USAGE
 
 
+@pytest.mark.feature("job", "null, empty, over-long and non-UTF-8 prompts, unknown roles ... are error rows")
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -66,11 +66,13 @@ def whole(smollm_dir: Path, prompts: list[list[int]]) -> list[np.ndarray]:
     return tokens
 
 
+@pytest.mark.feature("engine", "the real model's greedy tokens are those of transformers in float32")
 def test_greedy_tokens_are_those_of_transformers(whole: list[np.ndarray], expected: list[list[int]]) -> None:
     different = [i for i, (ours, theirs) in enumerate(zip(whole, expected, strict=True)) if ours.tolist() != theirs]
     assert different == []
 
 
+@pytest.mark.feature("engine", "the real model's greedy tokens are those of transformers in float32")
 def test_chunked_prefill_prefix_cache_and_preemption_change_nothing(
     smollm_dir: Path, prompts: list[list[int]], whole: list[np.ndarray]
 ) -> None:

@@ -80,7 +80,10 @@ class Harness:
         self.arrivals = 0
 
     def add(self, seq_id: int, prompt: tuple[int, ...], max_new: int, min_new: int = 0, expected: int = 0,
-            stop: tuple[int, ...] = ()) -> None:  # fmt: skip
+            stop: tuple[int, ...] = (), resume: int = 0) -> None:  # fmt: skip
+        """``resume``: the sequence has had a life before, and generated so many tokens (all but one at most)."""
+        job = make_job(prompt, max_new, min_new, stop, self.config["max_seq_len"], self.arrivals)
+        job.sampled = min(resume, len(job.expected) - 1)
         self.scheduler.add(
             seq_id,
             np.array(prompt, np.int32),
@@ -88,8 +91,9 @@ class Harness:
             min_new_tokens=min_new,
             expected_new_tokens=expected,
             stop_token_ids=np.array(stop, np.int32),
+            generated=np.array(job.expected[: job.sampled], np.int32),
         )
-        self.jobs[seq_id] = make_job(prompt, max_new, min_new, stop, self.config["max_seq_len"], self.arrivals)
+        self.jobs[seq_id] = job
         self.arrivals += 1
 
     def finish(self, seq_id: int) -> None:

@@ -8,97 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine.tiny_engine import VOCAB, LetterTokenizer, make_decoder, make_engine, random_prompts, run
 
-from batchinfer import ops as op_list
-from batchinfer._engine import Scheduler
-from batchinfer.engine.engine import Engine
-from batchinfer.engine.lengths import LengthPredictor
-from batchinfer.engine.runner import Runner
 from batchinfer.models.decoder import Decoder, StepInput
-from batchinfer.models.rope import RopeSpec
-from batchinfer.models.spec import ModelSpec
 from batchinfer.ops import AttentionInput
-from batchinfer.types import Completion, ErrorCode, Request, SamplingParams
-
-VOCAB, EOS = 64, 1
-SPEC = ModelSpec(
-    architecture="LlamaForCausalLM",
-    layers=2,
-    width=32,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    mlp_width=48,
-    vocab_size=VOCAB,
-    norm_eps=1e-5,
-    tied_embeddings=True,
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    rope=RopeSpec("default", theta=10000.0, width=8, trained_positions=128),
-    max_positions=128,
-)
-
-
-class LetterTokenizer:
-    """Token i is the character chr(33 + i); the end-of-sequence token is invisible, as special tokens are."""
-
-    vocab_size = VOCAB
-    eos_ids = (EOS,)
-
-    def decode_batch(self, ids: list[np.ndarray]) -> list[str]:
-        return ["".join(chr(33 + t) for t in row.tolist() if t != EOS) for row in ids]
+from batchinfer.types import ErrorCode, Request, Sample, SamplingParams
 
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator) * 0.3
-
-    weights: dict[str, torch.Tensor] = {"embed": random(VOCAB, 32) * 3, "norm": torch.ones(32)}
-    for layer in range(SPEC.layers):
-        weights |= {
-            f"layers.{layer}.attn_norm": torch.ones(32),
-            f"layers.{layer}.qkv": random(64, 32),
-            f"layers.{layer}.o": random(32, 32),
-            f"layers.{layer}.mlp_norm": torch.ones(32),
-            f"layers.{layer}.gate_up": random(96, 32),
-            f"layers.{layer}.down": random(32, 48),
-        }
-    ops = op_list.load("cpu", 1)
-    return Decoder(
-        SPEC, iter(weights.items()), ops, torch.float32, max_positions=128, max_step_tokens=128, max_samples=32
-    )
-
-
-def make_engine(decoder: Decoder, expected_share: float = 0.0, **options: Any) -> Engine:
-    given = {"num_pages": 200, "page_size": 4, "max_slots": 8, "max_step_tokens": 64, "prefix_cache": True} | options
-    scheduler = Scheduler(max_seq_len=128, **given)
-    runner = Runner(decoder, decoder.ops, given["num_pages"], given["page_size"], given["max_slots"])
-    return Engine(
-        scheduler,
-        runner,
-        LetterTokenizer(),  # type: ignore[arg-type]
-        LengthPredictor(expected_share),
-        max_seq_len=128,
-        max_slots=given["max_slots"],
-        num_pages=given["num_pages"],
-        vocab_size=VOCAB,
-    )
-
-
-def run(engine: Engine, requests: list[Request]) -> dict[int, Completion]:
-    for request in requests:
-        engine.add(request)
-    done: dict[int, Completion] = {}
-    for _ in range(10_000):
-        if not engine.num_open:
-            return done
-        done |= {completion.id: completion for completion in engine.step()}
-    raise AssertionError("the engine does not come to an end")
+    return make_decoder()
 
 
 def all_logits(decoder: Decoder, tokens: list[int]) -> np.ndarray:
@@ -134,21 +53,12 @@ def greedy(decoder: Decoder, prompt: np.ndarray) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def random_prompts(count: int, seed: int = 1) -> list[np.ndarray]:
-    """Half of them begin alike, so that pages are shared."""
-    rng = np.random.default_rng(seed)
-    shared = rng.integers(2, VOCAB, 13)
-    prompts = []
-    for i in range(count):
-        own = rng.integers(2, VOCAB, rng.integers(1, 40))
-        prompts.append(np.concatenate([shared, own] if i % 2 else [own]).astype(np.int32))
-    return prompts
-
-
 PLAIN = SamplingParams(max_tokens=12, ignore_eos=True)
+CAREFUL = replace(PLAIN, temperature=1.0, presence_penalty=0.5, repetition_penalty=1.2, logprobs=2, min_tokens=3)
 TIGHT = {"num_pages": 24, "max_slots": 6, "max_step_tokens": 7, "expected_share": 0.01}
 
 
+@pytest.mark.feature("engine", "paged attention over pages, chunks and preemptions: tokens of full recomputation")
 @pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, TIGHT, {"max_slots": 1}], ids=str)
 def test_greedy_tokens_are_those_of_full_recomputation(decoder: Decoder, options: dict[str, Any]) -> None:
     prompts = random_prompts(12)
@@ -163,6 +73,7 @@ def test_greedy_tokens_are_those_of_full_recomputation(decoder: Decoder, options
     assert options is not TIGHT or engine.stats().preemptions > 0
 
 
+@pytest.mark.feature("sampling", "seeds: a row's draws depend on nothing but its seed; n samples per row")
 def test_samples_depend_on_their_seed_alone(decoder: Decoder) -> None:
     params = replace(PLAIN, temperature=1.0, n=3, top_p=0.95)
     prompts = random_prompts(6)
@@ -177,6 +88,7 @@ def test_samples_depend_on_their_seed_alone(decoder: Decoder) -> None:
     assert other.samples[0].text != together[0].samples[0].text
 
 
+@pytest.mark.feature("sampling", "stop tokens, max_tokens, min_tokens, ignore_eos")
 def test_end_of_sequence_stop_tokens_and_min_tokens(decoder: Decoder) -> None:
     prompt = random_prompts(1)[0]
     free = greedy(decoder, prompt)
@@ -195,6 +107,7 @@ def test_end_of_sequence_stop_tokens_and_min_tokens(decoder: Decoder) -> None:
     assert stop not in held.token_ids.tolist()[: first + 1]
 
 
+@pytest.mark.feature("sampling", "stop strings")
 @pytest.mark.parametrize("ends_with_length", [False, True])
 def test_a_stop_string_ends_and_cuts_the_text(decoder: Decoder, ends_with_length: bool) -> None:
     prompt = random_prompts(1)[0]
@@ -209,6 +122,7 @@ def test_a_stop_string_ends_and_cuts_the_text(decoder: Decoder, ends_with_length
     assert got.token_ids.tolist() == free[: end + 3]
 
 
+@pytest.mark.feature("sampling", "log-probabilities of chosen and top-k tokens")
 def test_logprobs_are_the_log_softmax_of_the_logits(decoder: Decoder) -> None:
     prompts = random_prompts(4)
     wanted = [None, 0, 3, 5]
@@ -230,6 +144,70 @@ def test_a_presence_penalty_forbids_repetition(decoder: Decoder) -> None:
     params = replace(PLAIN, max_tokens=30, presence_penalty=100.0)
     tokens = run(make_engine(decoder), [Request(0, prompt, params)])[0].samples[0].token_ids.tolist()
     assert len(set(tokens)) == 30
+
+
+@pytest.mark.feature("engine", "an interrupted sample goes on in another engine and ends with the same tokens")
+@pytest.mark.parametrize("steps", [9, 14, 30])
+def test_interrupted_requests_go_on_in_another_engine(decoder: Decoder, steps: int) -> None:
+    """Sampled with penalties, logprobs, a stop string and several samples: all that depends on the tokens before."""
+    params = replace(CAREFUL, stop=("zz", "!"), n=2)
+    requests = [Request(i, prompt, params, seed=100 + i) for i, prompt in enumerate(random_prompts(6))]
+    whole = run(make_engine(decoder), requests)
+    first = make_engine(decoder, **TIGHT)
+    for request in requests:
+        first.add(request)
+    done = {c.id: c for _ in range(steps) for c in first.step()}
+    begun = {c.id: c for c in first.unfinished()}
+    assert begun
+    assert not set(done) & set(begun)
+    assert not any(c.finished for c in begun.values())
+    rest = [replace(r, so_far=begun[r.id].samples) if r.id in begun else r for r in requests if r.id not in done]
+    done |= run(make_engine(decoder), rest)
+    for request in requests:
+        assert done[request.id].prompt_tokens == len(request.prompt)
+        for got, expected in zip(done[request.id].samples, whole[request.id].samples, strict=True):
+            assert got.token_ids.tolist() == expected.token_ids.tolist()
+            assert (got.text, got.finish_reason) == (expected.text, expected.finish_reason)
+            assert got.logprobs is not None
+            assert expected.logprobs is not None
+            np.testing.assert_allclose(got.logprobs.chosen, expected.logprobs.chosen, atol=1e-5)
+            assert got.logprobs.top.shape == expected.logprobs.top.shape
+
+
+def test_an_abandoned_request_gives_what_there_is_and_leaves_nothing(decoder: Decoder) -> None:
+    prompts = random_prompts(3)
+    requests = [Request(i, prompt, replace(PLAIN, n=2, logprobs=1)) for i, prompt in enumerate(prompts)]
+    whole = run(make_engine(decoder), requests)
+    engine = make_engine(decoder)
+    for request in requests:
+        engine.add(request)
+    for _ in range(5):
+        engine.step()
+    state = engine.abandon(1)
+    assert not state.finished
+    for sample, full in zip(state.samples, whole[1].samples, strict=True):
+        count = len(sample.token_ids)
+        assert 0 < count < 12
+        assert sample.token_ids.tolist() == full.token_ids[:count].tolist()
+        assert full.text.startswith(sample.text)
+        assert sample.logprobs is not None
+        assert len(sample.logprobs.chosen) == count
+    with pytest.raises(KeyError):
+        engine.abandon(1)
+    rest = run(engine, [])
+    assert set(rest) == {0, 2}
+    assert engine.num_open == engine.stats().pages_used == 0
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_samples_that_are_not_those_of_an_interrupted_request_are_refused(decoder: Decoder, samples: int) -> None:
+    whole = Sample(np.arange(12, dtype=np.int32), "", "")  # has all of its tokens and yet no reason
+    so_far = (whole, *[Sample(np.zeros(0, np.int32), "", "")] * (samples - 1))
+    request = Request(0, random_prompts(1)[0], PLAIN, so_far=so_far)
+    error = run(make_engine(decoder), [request])[0].error
+    assert error is not None
+    assert error.code == ErrorCode.BAD_SAMPLING
+    assert "so_far" in error.message
 
 
 def test_requests_that_cannot_run_come_back_with_their_reason(decoder: Decoder) -> None:

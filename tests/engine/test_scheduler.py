@@ -113,6 +113,7 @@ def test_max_new_tokens_is_clipped_to_max_seq_len() -> None:
     assert ended[0].reason == "length"
 
 
+@pytest.mark.feature("engine", "continuous batching, chunked prefill beside decode")
 def test_long_prompt_goes_in_chunks_beside_decodes() -> None:
     s = scheduler(max_step_tokens=10, max_slots=4)
     s.add(0, [1] * 3, max_new_tokens=20)
@@ -147,6 +148,7 @@ def test_slots_are_reused_lowest_first() -> None:
     assert step.seq_slot.tolist() == [0, 1, 2]
 
 
+@pytest.mark.feature("engine", "prefix cache: token ids compared, pages shared within a step too")
 def test_prompts_of_one_step_share_their_prefix() -> None:
     """256 prompts with one long head: the head is computed once, though all start in the same step."""
     s = scheduler(num_pages=500, max_slots=256, max_step_tokens=4096, max_seq_len=256)
@@ -181,6 +183,7 @@ def test_same_tokens_after_another_prefix_are_another_page() -> None:
     assert computed(run(s)) == {0: 9, 1: 9}
 
 
+@pytest.mark.feature("engine", "prefix cache: token ids compared, pages shared within a step too")
 @pytest.mark.parametrize("hash_bits", [0, 1, 64])
 def test_colliding_hashes_do_not_mix_prefixes(hash_bits: int) -> None:
     harness = Harness({**CONFIG, "num_pages": 200, "max_step_tokens": 400, "_hash_bits": hash_bits})
@@ -236,6 +239,7 @@ def test_the_end_of_a_prefix_is_evicted_before_its_beginning() -> None:
     assert computed(run(s)) == {2: 4}
 
 
+@pytest.mark.feature("engine", "admission that foresees page use")
 def test_admission_waits_for_pages_that_will_be_needed() -> None:
     """Both prompts would fit now; both sequences would not fit later."""
     s = scheduler(num_pages=8, max_seq_len=32)
@@ -279,6 +283,7 @@ def test_expectation_lets_more_sequences_in() -> None:
         assert run(s).num_seqs == running
 
 
+@pytest.mark.feature("engine", "preemption by recomputation")
 def test_preempted_sequence_comes_back_with_its_tokens() -> None:
     """Two sequences that turn out longer than expected: the newer one leaves, returns, and goes on where it was."""
     harness = Harness({**CONFIG, "num_pages": 8, "max_seq_len": 32})
@@ -323,6 +328,7 @@ def test_token_in_flight_survives_preemption(steps_ahead: int) -> None:
     assert all(len(tokens) == 16 for tokens in finished.values())
 
 
+@pytest.mark.feature("engine", "steps planned ahead of the device")
 def test_one_step_ahead_sends_unknown_tokens() -> None:
     s = scheduler()
     s.add(0, [1, 2, 3], max_new_tokens=3, stop_token_ids=[9])
@@ -391,6 +397,8 @@ def test_arrays_live_as_long_as_someone_holds_them() -> None:
         ({"min_new_tokens": -1}, "min_new_tokens must not be negative"),
         ({"expected_new_tokens": -1}, "expected_new_tokens must not be negative"),
         ({"seq_id": 7}, "sequence 7: this id is open already"),
+        ({"generated": [1, 2, 3, 4]}, "4 generated tokens already, and may have 4"),
+        ({"generated": [-1]}, "generated token is negative"),
     ],
 )
 def test_add_refuses_what_can_not_run(arguments: dict[str, Any], message: str) -> None:

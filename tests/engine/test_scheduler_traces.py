@@ -48,6 +48,7 @@ def sequences(draw: st.DrawFn, max_seq_len: int) -> dict[str, Any]:
         "min_new": draw(st.integers(0, 3)),
         "expected": draw(st.integers(0, max_new)),
         "stop": draw(st.sampled_from([(), (0,), (1, 2)])),
+        "resume": draw(st.sampled_from([0, 0, 0, 1, 5])),
     }
 
 
@@ -137,6 +138,7 @@ def test_same_calls_same_steps(workload: tuple[dict[str, Any], list[dict[str, An
         assert a.seq_ids.tolist() == [seq_id - 1000 for seq_id in b.seq_ids.tolist()]
 
 
+@pytest.mark.feature("engine", "prefix cache: token ids compared, pages shared within a step too")
 @settings(max_examples=40, deadline=None)
 @given(
     given_prompts=st.lists(prompts(28), min_size=1, max_size=12),

@@ -37,7 +37,7 @@ class SlowEngine(FakeEngine):
         return super().step()
 
 
-def load(model: Any, engine: Any, *, threads: int, ranks_on_node: int, step_seconds: float) -> SlowEngine:
+def load(model: Any, engine: Any, *, step_seconds: float, **ranks: int) -> SlowEngine:
     return SlowEngine(engine.max_slots, step_seconds)
 
 
@@ -53,6 +53,7 @@ def run_job(order: dict[str, Any]) -> int:
         shim.arm(config.output.path, shim.Fault(**order["fault"]))
     for name, value in order["settings"].items():  # module.NAME of the product, for this job alone
         module, _, attribute = name.rpartition(".")
+        assert hasattr(sys.modules[module], attribute), name
         setattr(sys.modules[module], attribute, value)
     try:
         return job.run(config, World(), functools.partial(load, step_seconds=order["step_seconds"]), identify_fake)

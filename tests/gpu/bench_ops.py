@@ -1,4 +1,6 @@
-"""Times of the GPU ops beside the device's own ceilings: python tests/gpu/bench_ops.py [decode|prefill|rows|sample ...]
+"""Times of the GPU ops beside the device's own ceilings.
+
+python tests/gpu/bench_ops.py [decode|prefill|rows|linear|sample ...]
 
 Each op is captured in a graph and its replays are timed by events, the median of several; the host has no part in it.
 Bytes are the fewest that the op must move, operations the fewest it must do; shapes are those of Llama-3.1-8B (32 query
@@ -179,6 +181,25 @@ def bench_rows(gpu: GpuOps, copy: float) -> None:
     )
 
 
+def bench_linear(gpu: GpuOps, copy: float) -> None:
+    """The four products of a layer, for few tokens (the weights are read once) and for many. Each call takes other
+    weights, as a model's layers do: 16 calls of the smallest read 0.5 GB, ten times the L2."""
+    for outputs, depth in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
+        weights = [torch.randn(outputs, depth, device="cuda", dtype=BF16) for _ in range(16)]
+        for tokens in (16, 64, 256, 1024, 8192):
+            x = torch.randn(tokens, depth, device="cuda", dtype=BF16)
+            out = torch.empty(tokens, outputs, device="cuda", dtype=BF16)
+
+            def all_layers(x: torch.Tensor = x, out: torch.Tensor = out, weights: list = weights) -> None:
+                for weight in weights:
+                    gpu.linear(x, weight, out)
+
+            time = seconds(all_layers, 1) / len(weights)
+            bytes = 2 * (outputs * depth + tokens * (outputs + depth))
+            flops = 2 * tokens * outputs * depth / time / 1e12
+            line(f"linear {tokens} x {depth} -> {outputs}, {flops:.0f} TFLOP/s", time, bytes=bytes, copy=copy)
+
+
 def bench_sample(gpu: GpuOps, copy: float, rows: int, vocab: int = 128_256) -> None:
     logits = 3 * torch.randn(rows, vocab, device="cuda")
 
@@ -209,7 +230,7 @@ def bench_sample(gpu: GpuOps, copy: float, rows: int, vocab: int = 128_256) -> N
 
 def main() -> None:
     gpu = GpuOps()
-    wanted = sys.argv[1:] or ["decode", "prefill", "rows", "sample"]
+    wanted = sys.argv[1:] or ["decode", "prefill", "rows", "linear", "sample"]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     copy = copy_rate()
     if "decode" in wanted:
@@ -218,6 +239,8 @@ def main() -> None:
         bench_prefill(gpu)
     if "rows" in wanted:
         bench_rows(gpu, copy)
+    if "linear" in wanted:
+        bench_linear(gpu, copy)
     if "sample" in wanted:
         for rows in (256, 16):
             bench_sample(gpu, copy, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ class Case:
 
     def on_device(self) -> AttentionInput:
         i = self.inputs
-        return AttentionInput(i.q_start.cuda(), i.kv_len.cuda(), i.slot.cuda(), i.page_table.cuda())
+        return AttentionInput(i.q_start.cuda(), i.kv_len.cuda(), i.slot.cuda(), i.page_table.cuda(), i.decode_only)
 
 
 def make_case(shape, dtype, lengths: list[tuple[int, int]], page_size: int = 16, seed: int = 0, slots: int = 0) -> Case:
@@ -158,6 +158,13 @@ def test_independent_of_neighbours(gpu, shape):
         crowd_out, crowd_lse = crowd.run(gpu, 0.1)
         assert torch.equal(crowd_out[self_start:], out)
         assert torch.equal(crowd_lse[self_start:], lse)
+
+
+def test_the_promise_of_decodes_alone_changes_nothing(gpu):
+    case = make_case((32, 8, 128), torch.bfloat16, [(1, n) for n in (1, 17, 300, 1024, 2500)])
+    want = case.run(gpu, 0.1)
+    case.inputs = replace(case.inputs, decode_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(case.run(gpu, 0.1), want, strict=True))
 
 
 def test_graph_replay(gpu):

@@ -79,6 +79,7 @@ def make(model: TinyModel, ops: Ops, dtype: torch.dtype) -> Decoder:
     return Decoder(spec, weights, ops, dtype, max_positions=length, max_step_tokens=64, max_samples=4)
 
 
+@pytest.mark.feature("models", "each architecture gives transformers' logits in float32")
 @pytest.mark.parametrize("name", TINY)
 def test_float32_is_that_of_transformers(name: str, tiny: Callable[[str], TinyModel], ops: Ops) -> None:
     model = tiny(name)
@@ -86,6 +87,7 @@ def test_float32_is_that_of_transformers(name: str, tiny: Callable[[str], TinyMo
     assert_relative(ours, theirs, 1e-4)
 
 
+@pytest.mark.feature("models", "bf16 logits within 2e-2 of float32")
 @pytest.mark.parametrize("name", ["llama", "llama-biased-tied", "qwen2", "qwen3"])
 def test_bfloat16_is_near_float32(name: str, tiny: Callable[[str], TinyModel], ops: Ops) -> None:
     model = tiny(name)

@@ -57,6 +57,7 @@ def own_rules() -> dict[str, Tokenizer]:
     }
 
 
+@pytest.mark.feature("models", "tokenizer and chat template from the folder or from the GGUF file")
 @pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "llama-bpe", "tekken"])
 def test_splits_as_the_models_own_rule(name: str, tmp_path: Path) -> None:
     own = own_rules()[name]

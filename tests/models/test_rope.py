@@ -39,6 +39,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.feature("models", "rope: default, linear, dynamic, yarn, llama3, longrope")
 @pytest.mark.parametrize("positions", [300, 3000])
 @pytest.mark.parametrize("name", SCALINGS)
 def test_table_is_that_of_transformers(name: str, positions: int) -> None:

@@ -21,6 +21,7 @@ def entry(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict[st
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
+@pytest.mark.feature("models", "safetensors, one file or shards, streamed")
 def test_reads_what_the_library_writes(tmp_path: Path) -> None:
     arrays = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.zeros((0, 4), np.int8), "c": np.float16([1.5])}
     save_file(arrays, tmp_path / "x.safetensors", metadata={"format": "pt"})
@@ -34,6 +35,7 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
         assert data[tensor.offset : tensor.offset + tensor.nbytes] == want.tobytes()
 
 
+@pytest.mark.feature("models", "truncated, overlapping, missing shards and pickled weights are refused with what to do")
 @pytest.mark.parametrize(
     ("entries", "size", "message"),
     [
@@ -149,6 +151,7 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
         open_folder(str(tmp_path))
 
 
+@pytest.mark.feature("models", "truncated, overlapping, missing shards and pickled weights are refused with what to do")
 @pytest.mark.parametrize(
     ("files", "message"),
     [

@@ -86,6 +86,7 @@ CONFIGS: dict[str, Callable[[Path], Path]] = {
 }
 
 
+@pytest.mark.feature("models", "tokenizer and chat template from the folder or from the GGUF file")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_same_ids_and_text_as_transformers(name: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast

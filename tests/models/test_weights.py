@@ -240,6 +240,7 @@ def wide(tiny: Callable[[str], TinyModel], tmp_path: Path) -> Callable[[str], Pa
     return build
 
 
+@pytest.mark.feature("models", "GGUF, dequantised")
 @pytest.mark.parametrize("name", ["llama", "llama-biased-tied", "qwen2", "qwen3-biased"])
 def test_gguf_is_the_same_model(name: str, wide: Callable[[str], Path], tmp_path: Path) -> None:
     folder = wide(name)

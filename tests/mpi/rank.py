@@ -1,6 +1,7 @@
-"""`batchinfer` with the fake engine, for the tests of this folder: run it under mpiexec.
+"""`batchinfer` with the fake engine, for the tests of this folder and of slurm/: run it under mpiexec or srun.
 
-FAIL_RANK and FAIL_WHEN (see ``Failing``) make one rank fail; STEP_SECONDS slows the engine's steps down.
+FAIL_RANK and FAIL_WHEN (see ``Failing``) make one rank fail, in a job array one task; with FAIL_ONCE, the path of a
+file that is there, only the first time. STEP_SECONDS slows the engine's steps down, IMPORT_SECONDS the start.
 """
 
 from __future__ import annotations
@@ -13,26 +14,37 @@ import sys
 import time
 from pathlib import Path
 
-RANK = int(os.environ.get("PMI_RANK", 0))
-WHEN = os.environ.get("FAIL_WHEN", "") if os.environ.get("FAIL_RANK") == str(RANK) else ""
+RANK = os.environ.get("PMI_RANK") or os.environ.get("SLURM_ARRAY_TASK_ID", "0")
+ONCE = Path(os.environ.get("FAIL_ONCE", __file__))
+IN_STEP = "SLURM_ARRAY_TASK_ID" not in os.environ or "SLURM_STEP_ID" in os.environ
+WHEN = os.environ.get("FAIL_WHEN", "") if os.environ.get("FAIL_RANK") == RANK and ONCE.exists() and IN_STEP else ""
 START_SECONDS = float(os.environ.get("START_SECONDS", 900))
 STEP_SECONDS = float(os.environ.get("STEP_SECONDS", 0))
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-if WHEN == "silently":
-    os._exit(9)
+if sys.argv[1:2] == ["run"] and "--cfg" not in sys.argv:
+    time.sleep(float(os.environ.get("IMPORT_SECONDS", 0)))
+    if WHEN and "FAIL_ONCE" in os.environ:
+        ONCE.unlink()
+    if WHEN == "silently":
+        os._exit(9)
 if WHEN == "before MPI":
     sys.modules["mpi4py"] = None
+if WHEN == "stopped before MPI":
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 from fake_engine import FakeEngine, identify_fake  # noqa: E402
 
 from batchinfer import __main__ as command  # noqa: E402
 from batchinfer import job  # noqa: E402
-from batchinfer.cluster import world  # noqa: E402
+from batchinfer.cluster import dispatch, world  # noqa: E402
 from batchinfer.types import JobError  # noqa: E402
 
 world.START_SECONDS = START_SECONDS
+dispatch.SILENCE_SECONDS = float(os.environ.get("SILENCE_SECONDS", 60))
+dispatch.HEARTBEAT_SECONDS = dispatch.SILENCE_SECONDS / 6
+job.SILENCE_SECONDS = dispatch.SILENCE_SECONDS
 
 
 class Failing(FakeEngine):
@@ -43,14 +55,25 @@ class Failing(FakeEngine):
                 raise RuntimeError("the device went away")
             if WHEN == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if WHEN == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
         return super().step()
 
     def close(self) -> None:
+        if WHEN == "killed at the end":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if WHEN == "stopped at the end":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if WHEN == "at the end":
             raise JobError("the last breath failed", 74)
 
 
-def load(model: object, engine: object, *, threads: int, ranks_on_node: int) -> FakeEngine:
+def load(model: object, engine: object, *, threads: int, rank_on_node: int, ranks_on_node: int) -> FakeEngine:
+    if WHEN == "killed at the start":
+        time.sleep(0.5)  # the exchange before is over everywhere
+        os.kill(os.getpid(), signal.SIGKILL)
+    if WHEN == "stopped at the start":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if WHEN == "at the start":
         raise JobError("no device for this rank", 69)
     if os.environ.get("SHOW_SHARES"):

@@ -68,6 +68,7 @@ def test_messages_arrive_before_a_gather_that_follows_them() -> None:
     assert result.stdout == "all arrived 2\n"
 
 
+@pytest.mark.feature("job", "same row, same tokens on any number of MPI ranks, sampled ones too")
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_output_does_not_depend_on_the_number_of_ranks(
     ranks: int, inputs: Path, alone: Path, tmp_path: Path
@@ -98,14 +99,15 @@ def test_more_ranks_than_chunks(inputs: Path, tmp_path: Path) -> None:
     assert shares == {f"rank {rank}: {cpus} threads, 4 ranks" for rank in range(2)}  # two chunks, two engines
 
 
+@pytest.mark.feature("job", "a failing rank ends the job with its exit code")
 @pytest.mark.parametrize(
     ("when", "rank", "code", "text"),
     [
         ("before MPI", 2, 69, "[rank 2 on {host}] a launcher started several ranks (PMI_SIZE), but"),
         ("importing", 2, 70, "no_such_module"),
         ("at the start", 3, 69, "[rank 3 on {host}] no device for this rank"),
-        ("midway", 1, 70, "the device went away"),
-        ("midway", 0, 70, "the device went away"),
+        ("midway", 1, 71, "the device went away"),
+        ("midway", 0, 71, "the device went away"),
         ("killed", 2, None, ""),
         ("at the end", 2, 74, "the last breath failed"),
     ],
@@ -124,15 +126,36 @@ def test_a_failing_rank_ends_the_job(
         assert tables(tmp_path / "out") == tables(alone)
 
 
+@pytest.mark.parametrize("when", ["stopped", "stopped at the start", "stopped at the end"])
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.feature("job", "ranks that hang are not waited for: the others finish the job and end it")
+def test_a_hanging_rank_is_left_behind(when: str, rank: int, inputs: Path, alone: Path, tmp_path: Path) -> None:
+    hang = {"FAIL_WHEN": when, "FAIL_RANK": str(rank), "SILENCE_SECONDS": "6", "STEP_SECONDS": "0.02"}
+    result = launch(4, inputs, tmp_path / "out", "sampling.temperature=1", **hang)
+    assert result.returncode == 0, result.stderr
+    assert tables(tmp_path / "out") == tables(alone)
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize("when", ["killed at the start", "killed at the end"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_dead_rank_ends_the_job_under_mpiexec(when: str, rank: int, inputs: Path, tmp_path: Path) -> None:
+    result = launch(4, inputs, tmp_path / "out", FAIL_WHEN=when, FAIL_RANK=str(rank), SILENCE_SECONDS="6")
+    assert result.returncode != 0
+    again = launch(4, inputs, tmp_path / "out")
+    assert again.returncode == 0, again.stderr
+
+
 def test_too_many_bad_rows_is_the_exit_code_of_the_whole_job(inputs: Path, tmp_path: Path) -> None:
     result = launch(3, inputs, tmp_path / "out", "job.max_error_fraction=0")
     assert result.returncode == 3, result.stderr
     assert (tmp_path / "out" / "_SUCCESS").exists()
 
 
-def test_ranks_do_not_wait_for_ever_for_one_that_never_starts(inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["silently", "stopped before MPI"])
+def test_ranks_do_not_wait_for_ever_for_one_that_never_starts(when: str, inputs: Path, tmp_path: Path) -> None:
     """mpiexec says nothing about a process that ends before it has loaded MPI."""
-    result = launch(3, inputs, tmp_path / "out", FAIL_WHEN="silently", FAIL_RANK="1", START_SECONDS="3")
+    result = launch(3, inputs, tmp_path / "out", FAIL_WHEN=when, FAIL_RANK="1", START_SECONDS="3")
     assert result.returncode != 0
     assert "_wait_for_all_ranks_to_start" in result.stderr
     assert not (tmp_path / "out").exists()
@@ -145,6 +168,7 @@ def test_a_wrong_configuration_is_told_once(inputs: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.feature("job", "launcher and MPI library that do not fit are refused")
 def test_ranks_that_do_not_see_each_other_are_refused(inputs: Path, tmp_path: Path) -> None:
     """What a launcher with the wrong PMI gives: singletons, each of which would do the whole job."""
     result = launch(0, inputs, tmp_path / "out", SLURM_PROCID="1", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="4")

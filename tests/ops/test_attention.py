@@ -127,6 +127,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.feature("CPU kernels", "paged attention with log-sum-exp: GQA, prefill and decode, bf16 and fp32")
 @isas
 @settings(max_examples=25, deadline=None)
 @given(case=cases(), threads=st.integers(1, 3))
@@ -145,6 +146,7 @@ def test_more_than_one_split(isa: str, dtype: torch.dtype) -> None:
 MIX = [(1, 700), (1, 650), (90, 1100), (1, 1), (1, 640), (64, 64), (1, 700), (3, 65), (17, 300)]
 
 
+@pytest.mark.feature("CPU kernels", "results independent of batch and threads")
 @isas
 @dtypes
 @pytest.mark.parametrize("shared", [0, 40])
@@ -174,6 +176,7 @@ def test_a_token_does_not_depend_on_how_its_prompt_is_chunked(isa: str, dtype: t
         assert torch.equal(lse, whole_lse[rows]), (first, last)
 
 
+@pytest.mark.feature("CPU kernels", "shared prefixes are read once for all their sequences")
 @dtypes
 def test_a_shared_prefix_becomes_one_item(dtype: torch.dtype) -> None:
     ops = native(ISAS[0], 1)

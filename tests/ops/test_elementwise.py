@@ -51,6 +51,9 @@ def test_embed(ops: NativeOps, dtype: torch.dtype, tokens: int, width: int, scal
     assert torch.equal(out, want)
 
 
+@pytest.mark.feature(
+    "CPU kernels", "rope with query/key norms and cache write, RMSNorm with residual, SiLU-mul, embedding"
+)
 @given(ops=backends, tokens=token_counts, width=widths, residual=st.booleans(), in_place=st.booleans(), seed=seeds)
 def test_rms_norm(ops: NativeOps, tokens: int, width: int, residual: bool, in_place: bool, seed: int) -> None:
     x, weight = normal(seed, tokens, width, scale=3), normal(seed + 1, width)
@@ -108,6 +111,9 @@ def fresh_outputs(case: dict, dtype: torch.dtype) -> dict:
     return case | {"k_cache": k_cache, "v_cache": v_cache, "q_out": case["q_out"].to(dtype)}
 
 
+@pytest.mark.feature(
+    "CPU kernels", "rope with query/key norms and cache write, RMSNorm with residual, SiLU-mul, embedding"
+)
 @given(ops=backends, case=rope_cases())
 def test_rope_and_cache(ops: NativeOps, case: dict) -> None:
     want = fresh_outputs(case, torch.float64)

@@ -52,6 +52,7 @@ def check(ops: NativeOps, x: Tensor, weight: Tensor, bias: Tensor | None) -> Non
     assert (error <= bound).all(), f"{ops.isa}: error {error.max()}"
 
 
+@pytest.mark.feature("CPU kernels", "matrix products with weights packed once, bf16 and fp32")
 @isas
 @settings(max_examples=25, deadline=None)
 @given(
@@ -78,6 +79,7 @@ def test_shapes_of_a_real_model(isa: str, dtype: torch.dtype, outputs: int, dept
     check(native(isa), x, weight, bias)
 
 
+@pytest.mark.feature("CPU kernels", "results independent of batch and threads")
 @isas
 @dtypes
 def test_a_row_does_not_depend_on_batch_or_threads(isa: str, dtype: torch.dtype) -> None:

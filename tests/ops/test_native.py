@@ -106,6 +106,7 @@ def test_too_large_a_vocabulary_is_refused() -> None:
             OPS.sample(torch.empty(1, vocab), inputs)
 
 
+@pytest.mark.feature("commands", "a backend that was not compiled names the rebuild command, and is never replaced")
 @pytest.mark.parametrize("device", ["cuda", "rocm", "xpu"])
 def test_another_device_names_the_rebuild_command(device: str) -> None:
     with pytest.raises(
@@ -120,6 +121,7 @@ def test_a_missing_extension_names_the_rebuild_command(monkeypatch: pytest.Monke
         load("cpu")
 
 
+@pytest.mark.feature("CPU kernels", "generic, AVX2, AVX-512, AVX512-BF16, chosen at run time")
 def test_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     usable = _ops.build_info["usable_isas"]
     assert set(usable) <= set(_ops.build_info["isas"])

@@ -207,6 +207,7 @@ def allowed_probabilities(
     return p / p.sum()
 
 
+@pytest.mark.feature("sampling", "greedy, temperature, top-k, top-p, min-p")
 @backends
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "min_p"),
@@ -247,6 +248,7 @@ def test_ties(ops: ReferenceOps | NativeOps) -> None:
         assert set(tokens.tolist()) == {1, 3, 4, 5, 6}, filters
 
 
+@pytest.mark.feature("sampling", "repetition, presence and frequency penalties")
 @backends
 def test_penalties_and_bans(ops: ReferenceOps | NativeOps) -> None:
     """Two rows over the same logits; the second has neutral penalties, no history and two banned tokens."""

@@ -1,0 +1,153 @@
+"""Which rank sits where: host, cores, NUMA domains, GPU. Gathered at the start, printed by rank 0, and checked.
+
+A :class:`Place` is plain data and every decision a function of places; the probes below read what Linux and the GPU's
+driver say to this process. Visibility variables that a launcher has set are obeyed and never changed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchinfer.types import ExitCode, JobError
+
+SHOWN = 64
+"""Ranks in the printed table; a thousand lines help nobody."""
+
+VISIBILITY = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
+
+NODES = Path("/sys/devices/system/node")
+PCI = Path("/sys/bus/pci/devices")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank's. ``cpus`` it may run on, and the NUMA domains ``numa`` in which they lie. ``gpu`` is the PCI address
+    of the GPU that it will use, which lies in domain ``gpu_numa`` (None where unknown); "" if it uses none."""
+
+    host: str
+    cpus: tuple[int, ...]
+    numa: tuple[int, ...] = ()
+    gpu: str = ""
+    gpu_numa: int | None = None
+
+
+def place(host: str, local_rank: int, gpus: bool) -> Place:
+    """This process's. ``gpus``: the engine may use GPUs. JobError(69) for visibility variables that contradict."""
+    cpus = tuple(sorted(os.sched_getaffinity(0)))
+    numa = numa_of(cpus, {int(path.name[4:]): _read(path / "cpulist") for path in NODES.glob("node[0-9]*")})
+    if not gpus:
+        return Place(host, cpus, numa)
+    check_visibility(os.environ)
+    visible = _visible_gpus()
+    gpu = visible[gpu_index(local_rank, len(visible))] if visible else ""
+    near = _read(PCI / gpu.lower() / "numa_node") if gpu else ""
+    return Place(host, cpus, numa, gpu, int(near) if near.isdecimal() else None)
+
+
+def gpu_index(local_rank: int, visible: int) -> int:
+    """Which of the ``visible`` GPUs a rank takes. A launcher that binds shows each rank one, else they go round."""
+    return local_rank % visible
+
+
+def check_visibility(environment: Mapping[str, str]) -> None:
+    """JobError(69) if ROCR_VISIBLE_DEVICES is set together with HIP_ or CUDA_VISIBLE_DEVICES.
+
+    They compose: the indices of the latter count within what the former leaves, so that a rank gets the wrong GPU, or
+    none ("invalid device ordinal"); see AMD's "GPU isolation techniques"."""
+    given = [f"{name}={environment[name]}" for name in VISIBILITY[:3] if environment.get(name)]
+    if environment.get("ROCR_VISIBLE_DEVICES") and len(given) > 1:
+        text = f"{' and '.join(given)} are both set, and the second counts within the first: unset one of them, "
+        raise JobError(text + "best in the job script, before srun", ExitCode.UNFIT)
+
+
+def check_places(places: Sequence[Place]) -> None:
+    """JobError(69) if two ranks use one GPU. (Each would take it for its own, and its memory.)"""
+    users: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for rank, at in enumerate(places):
+        if at.gpu:
+            users[at.host, at.gpu].append(rank)
+    for (host, gpu), ranks in users.items():
+        if len(ranks) > 1:
+            shared = ", ".join(str(rank) for rank in ranks)
+            raise JobError(
+                f"ranks {shared} would share one GPU ({gpu} on {host}): start as many ranks per node as it has GPUs "
+                "(--ntasks-per-node), or give each its own (--gpus-per-task=1 --gpu-bind=closest); "
+                "engine.device=cpu computes without",
+                ExitCode.UNFIT,
+            )
+
+
+def table(places: Sequence[Place]) -> str:
+    """A line for each rank, with a remark where its cores are far from its GPU."""
+    lines = ["rank  host              cores                 NUMA   GPU"]
+    for rank, at in enumerate(places[:SHOWN]):
+        far = at.gpu_numa is not None and at.numa and at.gpu_numa not in at.numa
+        remark = f"  its cores are far from it: it is in NUMA domain {at.gpu_numa}" if far else ""
+        line = f"{rank:4}  {at.host:16}  {ranges(at.cpus):20}  {ranges(at.numa) or '-':5}  {at.gpu or '-'}{remark}"
+        lines.append(line)
+    if len(places) > SHOWN:
+        lines.append(f"      and {len(places) - SHOWN:,} ranks more")
+    return "\n".join(lines)
+
+
+def cpu_share(places: Sequence[Place], rank: int) -> int:
+    """CPUs for one rank: ranks of a host that a launcher did not bind apart share theirs."""
+    mine = places[rank]
+    sharing = sum((at.host, at.cpus) == (mine.host, mine.cpus) for at in places)
+    return max(1, len(mine.cpus) // sharing)
+
+
+def numa_of(cpus: Sequence[int], domains: Mapping[int, str]) -> tuple[int, ...]:
+    """NUMA domains of these CPUs. ``domains``: number -> list of CPUs as Linux writes it, "0-3,8-11"."""
+    return tuple(sorted(number for number, text in domains.items() if set(cpus) & set(parse_ranges(text))))
+
+
+def parse_ranges(text: str) -> list[int]:
+    """0-3,8 -> [0, 1, 2, 3, 8]."""
+    spans = [part.split("-") for part in text.strip().split(",") if part]
+    return [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """The inverse: (0, 1, 2, 3, 8) -> 0-3,8."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _visible_gpus() -> list[str]:
+    """PCI addresses of the GPUs that the driver shows this process, in its order; cgroups and visibility variables are
+    its business. No device is opened: cuInit and hipGetDeviceCount make no context."""
+    for library, count, address in (
+        ("libcuda.so.1", "cuDeviceGetCount", "cuDeviceGetPCIBusId"),
+        ("libamdhip64.so", "hipGetDeviceCount", "hipDeviceGetPCIBusId"),
+    ):
+        try:
+            driver = ctypes.CDLL(library)
+        except OSError:
+            continue
+        number, text = ctypes.c_int(0), ctypes.create_string_buffer(64)
+        if library.startswith("libcuda") and driver.cuInit(0) != 0:
+            continue
+        if getattr(driver, count)(ctypes.byref(number)) != 0:
+            continue
+        found = []
+        for device in range(number.value):
+            if getattr(driver, address)(text, len(text), device) == 0:
+                found.append(re.sub(r"^0000(?=[0-9A-Fa-f]{4}:)", "", text.value.decode()).lower())
+        if found:
+            return found
+    return []

@@ -1,0 +1,92 @@
+"""The arrays of a step at fixed places of one buffer: what the host sends to a device, in one copy, for every step.
+
+The places do not depend on the step, so that a captured graph finds the arrays of every later step where it expects
+them. Arrays are filled up to the sizes that the graph was captured for with rows that change nothing: tokens whose keys
+and values go nowhere, sequences without tokens, samples that are written to a slot that nobody has.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchinfer.engine.slots import PARAMETERS, SlotTable
+from batchinfer.models.decoder import StepInput
+from batchinfer.ops import AttentionInput, SampleInput
+
+if TYPE_CHECKING:
+    from batchinfer._engine import Step
+
+_ALIGN = 16
+"""Bytes: every array may be read in the widest access of a GPU."""
+
+
+class StepBuffer:
+    """One buffer in the memory of ``device`` (pinned if that is the host and ``pin``), seen as a step's arrays.
+
+    ``max_tokens`` T, ``max_slots`` S: no step has more tokens, or more sequences or samples. ``arrays`` maps names to
+    views: token_ids, positions, sample_row, position int32; kv_index, sample_slot, seed int64; q_start [S + 1], kv_len,
+    slot int32; temperature, top_p, min_p float32; top_k int32.
+    """
+
+    def __init__(self, max_tokens: int, max_slots: int, device: torch.device, pin: bool = False):
+        self.max_slots = max_slots
+        lengths: dict[str, tuple[torch.dtype, int]] = {
+            "token_ids": (torch.int32, max_tokens),
+            "positions": (torch.int32, max_tokens),
+            "kv_index": (torch.int64, max_tokens),
+            "q_start": (torch.int32, max_slots + 1),
+            "kv_len": (torch.int32, max_slots),
+            "slot": (torch.int32, max_slots),
+            "sample_row": (torch.int32, max_slots),
+            "sample_slot": (torch.int64, max_slots),
+            **{name: (dtype, max_slots) for name, dtype in PARAMETERS.items()},
+        }
+        starts, size = {}, 0
+        for name, (dtype, length) in lengths.items():
+            starts[name] = size
+            size += -(-length * dtype.itemsize // _ALIGN) * _ALIGN
+        self.data = torch.empty(size, dtype=torch.uint8, device=device, pin_memory=pin)
+        self.arrays = {
+            name: self.data[starts[name] : starts[name] + length * dtype.itemsize].view(dtype)
+            for name, (dtype, length) in lengths.items()
+        }
+
+    def fill(self, step: Step, slots: SlotTable, tokens: int, samples: int) -> None:
+        """Write the step, filled up to ``tokens`` tokens, ``samples`` samples and max_slots sequences. Host only."""
+        nobody = self.max_slots
+        values: dict[str, tuple[np.ndarray, int, int]] = {  # array, length of it, what fills it up
+            "token_ids": (step.token_ids, tokens, 0),
+            "positions": (step.positions, tokens, 0),
+            "kv_index": (step.kv_index, tokens, -1),
+            "q_start": (step.q_start, self.max_slots + 1, step.num_tokens),
+            "kv_len": (step.kv_len, self.max_slots, 0),
+            "slot": (step.seq_slot, self.max_slots, 0),
+            "sample_row": (step.sample_row, samples, 0),
+            "sample_slot": (step.sample_slot, samples, nobody),
+        }
+        values |= {
+            name: (array, samples, 0) for name, array in slots.parameters(step.sample_slot, step.sample_count).items()
+        }
+        for name, (array, length, filler) in values.items():
+            target = self.arrays[name].numpy()
+            target[: len(array)] = array
+            target[len(array) : length] = filler
+
+    def step_input(self, tokens: int, samples: int, page_table: Tensor, decode_only: bool = False) -> StepInput:
+        """Views of the first ``tokens`` tokens and ``samples`` samples; always max_slots sequences."""
+        a = self.arrays
+        return StepInput(
+            token_ids=a["token_ids"][:tokens],
+            positions=a["positions"][:tokens],
+            kv_index=a["kv_index"][:tokens],
+            attention=AttentionInput(a["q_start"], a["kv_len"], a["slot"], page_table, decode_only),
+            sample_row=a["sample_row"][:samples],
+        )
+
+    def sample_input(self, samples: int, **extras: object) -> SampleInput:
+        """Views of the first ``samples`` rows, and the optional fields of SampleInput."""
+        return SampleInput(**{name: self.arrays[name][:samples] for name in PARAMETERS}, **extras)

@@ -1,0 +1,252 @@
+"""Decoder and engine on a GPU against the CPU in float32: logits, tokens, graphs, and the step ahead."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine.tiny_engine import LetterTokenizer, run
+
+from batchinfer._engine import Scheduler
+from batchinfer.config import EngineConfig, ModelConfig
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.lengths import LengthPredictor
+from batchinfer.engine.loading import load_engine
+from batchinfer.engine.runner import make_runner
+from batchinfer.models.decoder import Decoder, StepInput
+from batchinfer.models.rope import RopeSpec
+from batchinfer.models.spec import ModelSpec
+from batchinfer.models.weights import layout
+from batchinfer.ops import AttentionInput, Ops
+from batchinfer.ops.reference import ReferenceOps
+from batchinfer.types import Completion, JobError, Request, SamplingParams
+
+VOCAB = 512
+LLAMA = ModelSpec(
+    architecture="LlamaForCausalLM",
+    layers=3,
+    width=256,
+    heads=8,
+    kv_heads=2,
+    head_dim=64,
+    mlp_width=640,
+    vocab_size=VOCAB,
+    norm_eps=1e-5,
+    tied_embeddings=True,
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    rope=RopeSpec("default", theta=10000.0, width=64, trained_positions=512),
+    max_positions=512,
+)
+SPECS = {
+    "llama": LLAMA,
+    "qwen2": replace(LLAMA, qkv_bias=True, tied_embeddings=False),
+    "qwen3": replace(
+        LLAMA, qk_norm=True, heads=4, head_dim=128, rope=RopeSpec("default", 10000.0, width=128, trained_positions=512)
+    ),
+    "narrow heads": replace(LLAMA, head_dim=32, rope=RopeSpec("default", 10000.0, width=32, trained_positions=512)),
+}
+BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""Largest distance of the logits from those in float32, relative to their size."""
+
+
+class Letters(LetterTokenizer):
+    vocab_size = VOCAB
+
+
+def weights_of(spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """In float32, but values that bfloat16 holds: what differs then is the arithmetic alone."""
+    random = torch.Generator().manual_seed(1)
+
+    def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if len(shape) == 2:
+            deviation = 1.0 if name in ("embed", "lm_head") else shape[1] ** -0.5
+            values = torch.randn(shape, generator=random) * deviation
+        else:
+            values = torch.randn(shape, generator=random) * 0.1 + (0.0 if name.endswith("bias") else 1.0)
+        return values.bfloat16().float()
+
+    return {name: draw(name, shape) for name, shape in layout(spec).targets.items()}
+
+
+def make_decoder(spec: ModelSpec, ops: Ops, dtype: torch.dtype) -> Decoder:
+    weights = {name: t.to(dtype) if t.ndim == 2 else t for name, t in weights_of(spec).items()}
+    return Decoder(spec, iter(weights.items()), ops, dtype, max_positions=512, max_step_tokens=512, max_samples=256)
+
+
+def make_engine(decoder: Decoder, **options: Any) -> Engine:
+    given = {"num_pages": 400, "page_size": 16, "max_slots": 64, "max_step_tokens": 256} | options
+    runner = make_runner(decoder, given["page_size"], given["max_slots"])
+    assert runner.allocate(given["num_pages"]) == given["num_pages"]
+    return Engine(
+        Scheduler(max_seq_len=512, prefix_cache=True, **given),
+        runner,
+        Letters(),  # type: ignore[arg-type]
+        LengthPredictor(),
+        max_seq_len=512,
+        max_slots=given["max_slots"],
+        num_pages=given["num_pages"],
+        vocab_size=VOCAB,
+    )
+
+
+def prompts(count: int) -> list[np.ndarray]:
+    random = np.random.default_rng(5)
+    shared = random.integers(2, VOCAB, 40)
+    own = [random.integers(2, VOCAB, random.integers(1, 90)) for _ in range(count)]
+    return [np.concatenate([shared, p] if i % 2 else [p]).astype(np.int32) for i, p in enumerate(own)]
+
+
+def step_logits(decoder: Decoder) -> torch.Tensor:
+    """Two prompts of 61 and 30 tokens, and then one more token of each: logits of all rows."""
+    device = decoder.ops.device
+    cache = decoder.new_cache(8, 16)
+    table = torch.tensor([[3, 1, 6, 0, 7], [2, 5, 4, 4, 4]], dtype=torch.int32)
+    ids = torch.from_numpy(np.random.default_rng(3).integers(0, VOCAB, 93).astype(np.int32))
+    rows = []
+    for pieces in ([(0, 0, 61), (1, 0, 30)], [(0, 61, 62), (1, 30, 31)]):
+        positions = [torch.arange(first, last) for _, first, last in pieces]
+        index = [table[s, p // 16].long() * 16 + p % 16 for (s, _, _), p in zip(pieces, positions, strict=True)]
+        start = torch.tensor([0, *(last - first for _, first, last in pieces)]).cumsum(0).int()
+        step = StepInput(
+            token_ids=torch.cat([ids[s * 62 + p] for (s, _, _), p in zip(pieces, positions, strict=True)]).to(device),
+            positions=torch.cat(positions).int().to(device),
+            kv_index=torch.cat(index).to(device),
+            attention=AttentionInput(
+                q_start=start.to(device),
+                kv_len=torch.tensor([last for *_, last in pieces], dtype=torch.int32, device=device),
+                slot=torch.tensor([0, 1], dtype=torch.int32, device=device),
+                page_table=table.to(device),
+            ),
+            sample_row=torch.arange(int(start[-1]), dtype=torch.int32, device=device),
+        )
+        rows.append(decoder.forward(step, cache).cpu().clone())
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.feature("engine", "CUDA logits are those of the CPU in float32, to rounding")
+def test_logits(gpu, name: str, dtype: torch.dtype) -> None:
+    want = step_logits(make_decoder(SPECS[name], ReferenceOps(), torch.float32))
+    got = step_logits(make_decoder(SPECS[name], gpu, dtype))
+    assert (got - want).norm() <= BOUND[dtype] * want.norm()  # false for NaN
+
+
+PLAIN = SamplingParams(max_tokens=40, ignore_eos=True)
+CASES = {
+    "greedy": PLAIN,
+    "sampled": replace(PLAIN, n=2, temperature=0.8, top_p=0.9),
+    "filtered": replace(PLAIN, temperature=1.0, top_k=20, min_p=0.02),
+    "stop ids": replace(PLAIN, stop_token_ids=tuple(range(5, VOCAB, 30)), min_tokens=3),
+    "stop strings": replace(PLAIN, stop=("A", "bc", "7"), min_tokens=2),
+    "penalties": replace(PLAIN, repetition_penalty=1.3, presence_penalty=0.5),
+    "logprobs": replace(PLAIN, logprobs=3),
+}
+OPTIONS: list[dict[str, Any]] = [{}, {"num_pages": 30, "max_slots": 8, "max_step_tokens": 40}]
+
+
+def tokens(done: dict[int, Completion]) -> dict[int, list[list[int]]]:
+    return {i: [s.token_ids.tolist() for s in c.samples] for i, c in sorted(done.items())}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.feature("engine", "CUDA gives the CPU's tokens, greedy and sampled, with graphs and a step ahead")
+def test_tokens_in_float32_are_the_cpus(gpu, case: str, options: dict[str, Any]) -> None:
+    """Sums in another order move logits by 1e-6 of their size, which decides a token once in many thousands."""
+    from batchinfer.ops.native import NativeOps
+
+    requests = [Request(i, p, CASES[case], seed=i) for i, p in enumerate(prompts(30))]
+    want = run(make_engine(make_decoder(LLAMA, NativeOps(), torch.float32), **options), requests)
+    engine = make_engine(make_decoder(LLAMA, gpu, torch.float32), **options)
+    got = run(engine, requests)
+    same = [a == b for i in want for a, b in zip(tokens(want)[i], tokens(got)[i], strict=True)]
+    assert sum(same) >= 0.9 * len(same), f"{len(same) - sum(same)} of {len(same)} samples differ"
+    if case == "logprobs":
+        for i in (i for i in want if tokens(want)[i] == tokens(got)[i]):
+            a, b = want[i].samples[0].logprobs, got[i].samples[0].logprobs
+            assert a is not None
+            assert b is not None
+            np.testing.assert_allclose(a.chosen, b.chosen, atol=1e-3)
+            np.testing.assert_allclose(a.top, b.top, atol=1e-3)
+    assert engine.stats().pages_used == 0
+    engine.close()
+
+
+def test_a_captured_step_gives_the_tokens_of_a_launched_one(gpu) -> None:
+    requests = [Request(i, p, replace(PLAIN, temperature=0.9), seed=i) for i, p in enumerate(prompts(40))]
+    decoder = make_decoder(LLAMA, gpu, torch.float32)
+    captured, launched = make_engine(decoder), make_engine(decoder)
+    launched._runner._captured = lambda tokens: False  # type: ignore[method-assign]
+    want, got = run(launched, requests), run(captured, requests)
+    assert captured._runner._graphs
+    same = [a == b for a, b in zip(tokens(want).values(), tokens(got).values(), strict=True)]
+    assert sum(same) >= 0.95 * len(same)
+
+
+def test_greedy_in_bfloat16_stays_near_float32(gpu) -> None:
+    """Given the tokens so far, the token chosen in bfloat16 is within rounding of the best one in float32."""
+    decoder = make_decoder(LLAMA, gpu, torch.bfloat16)
+    done = run(make_engine(decoder), [Request(i, p, PLAIN) for i, p in enumerate(prompts(16))])
+    truth, worst, agreed, count = make_decoder(LLAMA, ReferenceOps(), torch.float32), 0.0, 0, 0
+    for i, prompt in enumerate(prompts(16)):
+        chosen = done[i].samples[0].token_ids
+        ids = torch.from_numpy(np.concatenate([prompt, chosen]))
+        places = torch.arange(len(ids), dtype=torch.int32)
+        one = torch.tensor([0, len(ids)], dtype=torch.int32)
+        table = torch.arange(32, dtype=torch.int32)[None]
+        step = StepInput(
+            ids, places, places.long(), AttentionInput(one, one[1:], one[:1], table), places[len(prompt) - 1 : -1]
+        )
+        logits = truth.forward(step, truth.new_cache(32, 16))
+        best = logits.max(dim=1)
+        gap = best.values - logits.gather(1, torch.from_numpy(chosen).long()[:, None])[:, 0]
+        worst = max(worst, float((gap / logits.std(dim=1)).max()))
+        agreed += int((best.indices.numpy() == chosen).sum())
+        count += len(chosen)
+    print(f"bfloat16 greedy: {agreed} of {count} tokens are float32's, worst gap {worst:.4f} standard deviations")
+    assert worst < 0.15
+    assert agreed > 0.93 * count
+
+
+def config_folder(tmp_path: Path) -> str:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": 1000,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+def test_an_engine_from_a_configuration_takes_what_the_device_has(gpu, tmp_path: Path) -> None:
+    model = ModelConfig(config_folder(tmp_path), dummy_weights=True)
+    tokenizer: Any = Letters()
+    engine = load_engine(model, EngineConfig(max_slots=64), tokenizer=tokenizer)
+    assert engine.stats().pages_total == 64 * 2048 // 16  # no more than the slots can use
+    params = SamplingParams(max_tokens=300, temperature=1.0, n=4, ignore_eos=True)
+    done = run(engine, [Request(i, np.arange(1 + 7 * i, dtype=np.int32), params, seed=i) for i in range(20)])
+    assert all(len(s.token_ids) == 300 for c in done.values() for s in c.samples)
+    assert engine.peak_device_bytes() > 0
+    before = torch.cuda.mem_get_info()[0]
+    engine.close()
+    assert torch.cuda.mem_get_info()[0] - before > 64 * 2048 * 2 * 2 * 2 * 64 * 2  # the pool's bytes at least
+    with pytest.raises(JobError, match=r"page_size=8.*at least 16"):
+        load_engine(model, EngineConfig(page_size=8), tokenizer=tokenizer)
+    with pytest.raises(JobError, match=r"does not fit: .* GiB are free now"):
+        load_engine(model, EngineConfig(num_pages=2**26), tokenizer=tokenizer)
