@@ -136,12 +136,13 @@ ANY_IO = (ExitCode.COMPLETE, ExitCode.OUTPUT, ExitCode.IO)
 
 
 def write_inputs(folder: Path, rows: Iterable[int] = (34, 26), poison: bool = True) -> Path:
-    """Input files of so many rows; with ``poison``, three rows that can't be answered."""
+    """Input files of so many rows; with ``poison``, up to three rows of the first can't be answered."""
     folder.mkdir(parents=True)
     for ordinal, count in enumerate(rows):
         prompts: list[str | None] = [f"file {ordinal} row {i} {'y' * (i % 13)}" for i in range(count)]
         if poison and ordinal == 0:
-            prompts[3], prompts[11], prompts[17] = None, "", f"a {POISON} here"
+            planted = {3: None, 11: "", 17: f"a {POISON} here"}
+            prompts = [planted.get(i, prompt) for i, prompt in enumerate(prompts)]
         uids = pa.array([ordinal << ROW_BITS | i for i in range(count)], pa.uint64())
         pq.write_table(pa.table({"uid": uids, "prompt": prompts}), folder / f"{ordinal}.parquet", row_group_size=15)
     return folder

@@ -43,6 +43,7 @@ class Fault:
 class Call:
     """A line of the record: ``path`` (and ``other``, the second of two) are relative to the root."""
 
+    number: int
     name: str
     path: str
     other: str = ""
@@ -73,9 +74,11 @@ def arm(root: str, fault: Fault) -> None:
 
 
 def read_record(record: Path, root: Path) -> list[Call]:
-    """The calls in the order in which they began."""
+    """The calls in the order in which they began; of a process that died, one or two may be missing at the end."""
     calls = []
     for line in record.read_text().splitlines():
-        _, name, path, other = line.split("\t")
-        calls.append(Call(name, os.path.relpath(path, root), os.path.relpath(other, root) if other else ""))
+        number, name, path, other = line.split("\t")
+        calls.append(
+            Call(int(number), name, os.path.relpath(path, root), os.path.relpath(other, root) if other else "")
+        )
     return calls

@@ -20,7 +20,7 @@ METADATA = ("open", "link", "symlink", "rename", "renameat2", "unlink", "mkdir",
 def record(bench: Bench) -> list[Call]:
     output = bench.place()
     file = output.parent.with_suffix(".record")
-    code, log = bench.run(output, fault=Fault(reads=True, record=str(file)))
+    code, log = bench.run(output, {"job.journal_seconds": 60.0}, fault=Fault(reads=True, record=str(file)))
     assert code == 0, log
     return read_record(file, output)
 

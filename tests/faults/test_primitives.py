@@ -17,7 +17,7 @@ LACKING = {
     "no link": Fault(denied=("link",)),
     "no link, no renameat2": Fault(denied=("link", "renameat2"), denied_error=errno.EINVAL),
 }
-CHANGES = {"output.rows_per_chunk": 20}
+CHANGES = {"output.rows_per_chunk": 6, "job.journal_seconds": 60.0}
 NEITHER = Fault(denied=("link", "renameat2"))
 
 
@@ -51,7 +51,7 @@ KINDS = ["kill before", "kill after", "refused", "lost", "replayed"] if LONG els
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_at_every_call_with_claims(kind: str, bench: Bench, tmp_path: Path) -> None:
     """As test_calls.py does, on a file system that leaves symbolic links alone."""
-    bench.inputs = write_inputs(tmp_path / "in", rows=(18,))
+    bench.inputs = write_inputs(tmp_path / "in", rows=(6,))
     expected = expect(bench.inputs)
     output = bench.place()
     record = tmp_path / "record"

@@ -251,7 +251,7 @@ def test_what_does_not_change_the_results_is_accepted(changes: dict[str, Any], h
     place = Place(tmp_path)
     if half_done:
         config = from_dict(configuration(place.inputs, place.output, {"output.rows_per_chunk": 3}))
-        with pytest.raises(RuntimeError, match="went away"):
+        with pytest.raises(JobError, match="went away"):
             job.run(config, World(), _failing, lambda path: MODEL)
     else:
         assert place.run({}) == 0
