@@ -35,7 +35,7 @@ class InputConfig:
     unless one of ``messages_column`` (list<struct<role, content>>), ``template`` (Jinja over the columns: the text, or
     the path of a .j2 or .jinja file) or ``token_ids_column`` (list<int>) is given. ``columns`` None passes all input
     columns through to the output. ``sampling_columns`` maps a field of SamplingParams to the column that overrides it
-    row by row.
+    row by row. ``allow_append``: files that were not there when the job was planned are added to it.
     """
 
     path: str = MISSING
@@ -45,6 +45,7 @@ class InputConfig:
     token_ids_column: str | None = None
     columns: list[str] | None = None
     sampling_columns: dict[str, str] = field(default_factory=dict)
+    allow_append: bool = False
 
 
 @dataclass(frozen=True)

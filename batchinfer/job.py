@@ -263,7 +263,7 @@ def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], rank
         fingerprint(config, identify(config.model.path)),
         free={"engine": dataclasses.asdict(config.engine), "batchinfer": __version__},
     )
-    ledger = open_job(config.output.path, plan, config.output.compression)
+    ledger = open_job(config.output.path, plan, config.output.compression, config.input.allow_append)
     success = ledger.success()
     missing = [] if success else ledger.missing()
     for notice in ledger.notices:
