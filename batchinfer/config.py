@@ -36,6 +36,7 @@ class InputConfig:
     the path of a .j2 or .jinja file) or ``token_ids_column`` (list<int>) is given. ``columns`` None passes all input
     columns through to the output. ``sampling_columns`` maps a field of SamplingParams to the column that overrides it
     row by row. ``allow_append``: files that were not there when the job was planned are added to it.
+    ``retry_errors_of``: a finished output whose good rows are taken over, so that only its error rows are computed.
     """
 
     path: str = MISSING
@@ -46,6 +47,7 @@ class InputConfig:
     columns: list[str] | None = None
     sampling_columns: dict[str, str] = field(default_factory=dict)
     allow_append: bool = False
+    retry_errors_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,14 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
+class CompactConfig:
+    """Of ``batchinfer compact`` alone: the folder ``path`` gets files of about ``rows_per_file`` rows."""
+
+    path: str = MISSING
+    rows_per_file: int = 1_000_000
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a job depends on, apart from the files themselves."""
 
@@ -122,6 +132,7 @@ class Config:
     job: JobConfig = field(default_factory=JobConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    compact: CompactConfig = field(default_factory=CompactConfig)
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -150,6 +161,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "job.row_seconds": (0.0, 1e9),
     "bench.rows": (0, 2**40),
     "bench.repeat": (1, 1000),
+    "compact.rows_per_file": (1, 2**40),
 }
 """Keys whose value is a number within bounds (both ends included)."""
 

@@ -14,8 +14,8 @@ import ctypes
 import errno
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 from batchinfer.types import ExitCode, JobError
@@ -31,7 +31,16 @@ AT_FDCWD = -100
 
 
 def write_new(path: str, data: bytes | memoryview) -> None:
-    """Write ``data`` to a new file and fsync it. OSError leaves no file behind.
+    """Write ``data`` to a new file and fsync it. OSError leaves no file behind."""
+    with new_file(path) as fd:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+
+
+@contextmanager
+def new_file(path: str) -> Iterator[int]:
+    """Descriptor of a new file to be written in the block, and fsynced at its end. An error leaves no file behind.
 
     After an error the same descriptor is never synced again: the kernel may have dropped the pages and called them
     clean, so that a second fsync would succeed without having written them. The caller starts over with a new file.
@@ -39,9 +48,7 @@ def write_new(path: str, data: bytes | memoryview) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
+            yield fd
             os.fsync(fd)
         except BaseException:
             with suppress(OSError):

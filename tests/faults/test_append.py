@@ -40,7 +40,9 @@ def parts(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in output.glob("part-*")}
 
 
-@pytest.mark.feature("job", "input.allow_append: files that come later are added to a job, parts there stay as they are")
+@pytest.mark.feature(
+    "job", "input.allow_append: files that come later are added to a job, parts there stay as they are"
+)
 @pytest.mark.parametrize("complete", [True, False])
 def test_a_file_more(complete: bool, bench: Bench, source: Path, first: Path) -> None:
     output = bench.place()
