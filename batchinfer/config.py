@@ -84,13 +84,15 @@ class JobConfig:
     """``max_error_fraction``: more error rows than this share of all rows end a complete job with exit code 3.
     ``progress_seconds``: time between two progress lines where the output is not a terminal. ``journal_seconds``: time
     between two records of the rows that finished in chunks that did not. ``margin_seconds``: how long before the end
-    of the allocation the job stops. ``row_seconds``: longest time of a row in the engine, 0 for any."""
+    of the allocation the job stops. ``row_seconds``: longest time of a row in the engine, 0 for any.
+    ``strict_resume``: refuse to go on with another device, dtype or version of batchinfer."""
 
     max_error_fraction: float = 0.01
     progress_seconds: float = 60.0
     journal_seconds: float = 60.0
     margin_seconds: float = 120.0
     row_seconds: float = 0.0
+    strict_resume: bool = False
 
 
 @dataclass(frozen=True)

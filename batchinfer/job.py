@@ -213,6 +213,7 @@ def _compute(
     )
     earlier = EarlierOutput(config.input.retry_errors_of, options) if config.input.retry_errors_of else None
     provenance = {"attempt": opening.attempt, "rank": world.rank, "ranks": world.size, "model": config.model.path}
+    provenance["numeric"] = numeric(config)
 
     journal = Journal(opening.state, opening.plan.id, config.job.journal_seconds)
 
@@ -269,10 +270,17 @@ def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], rank
         earlier.plan.rows_per_chunk if earlier else config.output.rows_per_chunk,  # a chunk is taken over from one part
         fingerprint(config, identify(config.model.path), earlier.plan.id if earlier else None),
         free={"engine": dataclasses.asdict(config.engine), "batchinfer": __version__},
+        numeric=numeric(config),
     )
     if earlier:
         earlier.check(plan)
-    ledger = open_job(config.output.path, plan, config.output.compression, config.input.allow_append)
+    ledger = open_job(
+        config.output.path,
+        plan,
+        config.output.compression,
+        allow_append=config.input.allow_append,
+        strict=config.job.strict_resume,
+    )
     success = ledger.success()
     missing = [] if success else ledger.missing()
     for notice in ledger.notices:
@@ -306,8 +314,9 @@ def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], rank
 
 
 def fingerprint(config: Config, model: Mapping[str, str], retried: str | None = None) -> dict[str, Any]:
-    """``retried``: id of the plan whose good rows are taken over. All that decides the output beside the input files: a plan with another one is another job's. Names are those of
-    the configuration's keys, so that a refusal can be read."""
+    """All that decides the output beside the input files: a plan with another one is another job's. Names are those of
+    the configuration's keys, so that a refusal can be read. ``retried``: id of the plan whose good rows are taken
+    over."""
     source = prompt_source(config.input)
     prompt = template_text(source.name) if source.kind == "template" else source.name
     return {
@@ -322,6 +331,11 @@ def fingerprint(config: Config, model: Mapping[str, str], retried: str | None = 
         "sampling": to_dict(config)["sampling"],
         "engine": {"max_model_len": config.engine.max_model_len},
     }
+
+
+def numeric(config: Config) -> dict[str, Any]:
+    """What may change the last bits of a logit, and so a token here and there: noted in the plan and in every part."""
+    return {"engine": {"device": config.engine.device, "dtype": config.engine.dtype}, "batchinfer": __version__}
 
 
 def _close(config: Config, opening: Opening, ledger: Ledger, counters: Counters, attempt: dict[str, Any]) -> int:

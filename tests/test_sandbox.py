@@ -129,9 +129,9 @@ def test_the_next_rendering_has_its_whole_budget() -> None:
 
 
 WRITTEN = [
-    "{{ x[:3] | join(', ') }}{% for i in x if i < 3 %}{{ loop.index }}/{{ loop.length }}{{ loop.nextitem }}{% endfor %}",
+    "{{ x[:3] | join(', ') }}{% for i in x if i < 3 %}{{ loop.index }}{{ loop.length }}{{ loop.nextitem }}{% endfor %}",
     "{{ 'a-b' | replace('-', ' ') | title }} {{ '%s=%d' | format('k', 3) }} {{ '{:>5}{}'.format('x', 2) }}{{ 7 % 4 }}",
-    "{{ {'a': [1, {'b': none}]} | tojson(indent=2) }} {{ 'a\nb' | indent(4) }} {{ 'x' | center(9) }}{{ x | length }}",
+    "{{ {'a': [1, {'b': none}]} | tojson(indent=2) }} {{ 'a\nb' | indent(4) }} {{ 'x' | center(9) }}{{ x|length }}",
     "{{ x | batch(100) | map('sum') | list }} {{ x | map('string') | map('length') | sum }} {{ [3, 1] | sort }}",
     "{{ x | select('odd') | list | length }} {{ [{'r': 1}] | map(attribute='r') | first }} {{ 'a' ~ 1 ~ [2] ~ none }}",
     "{% macro f(a, b='c') %}{{ a }}{{ b }}{{ caller() if caller }}{% endmacro %}{{ f(1) }}{% call f(2) %}{% endcall %}",

@@ -10,6 +10,7 @@ follows from the plan and ``rows_per_file`` alone.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -101,20 +102,21 @@ def _sha256(file: Any) -> str:
 
 def _write(ledger: Ledger, group: Sequence[Chunk], path: str, says: dict[str, Any]) -> list[str]:
     """The parts' rows into a new file; the content digest of each part."""
-    contents, waiting = [], []
-    writer: pq.ParquetWriter | None = None
+    contents: list[str] = []
+    waiting: list[pa.Table] = []
+    parts = (_part(ledger, chunk) for chunk in group)
+    first = next(parts)
+    options = {"compression": "zstd", "write_page_checksum": True}
     with new_file(path) as fd, open(fd, "wb", closefd=False) as file:
-        for chunk in group:
-            table, content = _part(ledger, chunk)
-            contents.append(content)
-            waiting.append(table)
-            writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd", write_page_checksum=True)
-            if sum(table.num_rows for table in waiting) >= ROW_GROUP_ROWS or chunk == group[-1]:
-                rows = pa.concat_tables(waiting)
-                writer.write_table(rows, row_group_size=rows.num_rows)
-                waiting = []
-        writer.add_key_value_metadata({META_KEY: json.dumps(says)})
-        writer.close()
+        with pq.ParquetWriter(file, first[0].schema, **options) as writer:
+            for table, content in itertools.chain([first], parts):
+                contents.append(content)
+                waiting.append(table)
+                if sum(table.num_rows for table in waiting) >= ROW_GROUP_ROWS or len(contents) == len(group):
+                    rows = pa.concat_tables(waiting)
+                    writer.write_table(rows, row_group_size=rows.num_rows)
+                    waiting = []
+            writer.add_key_value_metadata({META_KEY: json.dumps(says)})
     return contents
 
 

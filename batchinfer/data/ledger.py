@@ -38,7 +38,7 @@ from batchinfer.data.part import (
     part_name,
     read_info,
 )
-from batchinfer.data.plan import Plan, difference_table, differences, extended
+from batchinfer.data.plan import Plan, difference_table, differences, extended, numeric_differences
 from batchinfer.data.suspects import clear_suspects
 from batchinfer.types import Chunk, ExitCode, JobError
 
@@ -227,9 +227,12 @@ def success_record(plan: Plan, parts: Iterable[tuple[PartInfo, int]]) -> dict[st
     return {"plan": plan.id, "rows": plan.rows, "counts": dict(counts), "parts": listed}
 
 
-def open_job(output_path: str, plan: Plan, compression: str = "zstd", allow_append: bool = False) -> Ledger:
+def open_job(
+    output_path: str, plan: Plan, compression: str = "zstd", allow_append: bool = False, strict: bool = False
+) -> Ledger:
     """Start the job ``plan`` in ``output_path``, or continue it: the plan that is there already holds, and with
-    ``allow_append`` the files that it lacks are added to it.
+    ``allow_append`` the files that it lacks are added to it. Numeric differences are a notice, or with ``strict`` a
+    refusal as well.
 
     JobError(65) with a table of differences if that plan would give other results; (73) if the folder has other
     content, cannot be written, or lies on a file system where no file can be published safely.
@@ -267,6 +270,16 @@ def open_job(output_path: str, plan: Plan, compression: str = "zstd", allow_appe
             ExitCode.MISMATCH,
         )
     ledger = Ledger(path, planned.with_root(plan.files[0].root), compression)
+    slight = numeric_differences(planned, plan)
+    if slight and strict:
+        raise JobError(
+            f"output.path={output_path} holds a job that may give slightly other results than this one, which "
+            f"job.strict_resume=true forbids:\n{difference_table(slight)}",
+            ExitCode.MISMATCH,
+        )
+    if slight:
+        changes = ", ".join(f"{name} {before} -> {now}" for name, before, now in slight)
+        ledger.notices.append(f"{changes} since the job was planned: a few tokens of the rows to come may be others")
     try:
         ledger.retire_success()
     except OSError as error:
