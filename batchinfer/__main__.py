@@ -35,7 +35,7 @@ class Command:
 
 COMMANDS = {
     "run": Command("do the job, or what is missing of it; alone, or under srun/mpiexec on many ranks", REQUIRED),
-    "plan": Command("show what run would do: files, rows, chunks, columns, prompt; writes nothing", ("input.path",)),
+    "plan": Command("show what run would do, and given model.path what it will cost; writes nothing", ("input.path",)),
     "status": Command("say how much of a job is done, from its output folder alone", ("output.path",)),
     "verify": Command("read every part of a job's output again and check it", ("output.path",)),
     "compact": Command("merge a finished job's parts into larger files elsewhere", ("output.path", "compact.path")),
@@ -92,12 +92,9 @@ def _dispatch(name: str, options: argparse.Namespace, config: Config, world: Wor
 
     if name == "status" and options.code:
         return inquire.show_code(config, launch_name(), noted_failure())
-    commands = {
-        "plan": inquire.show_plan,
-        "status": inquire.show_status,
-        "verify": inquire.show_verify,
-        "compact": inquire.run_compact,
-    }
+    if name == "plan":
+        return inquire.show_plan(config, options.time)
+    commands = {"status": inquire.show_status, "verify": inquire.show_verify, "compact": inquire.run_compact}
     return commands[name](config)
 
 
@@ -155,6 +152,9 @@ def _command_parser(name: str) -> argparse.ArgumentParser:
         "--cfg", metavar="job|KEY", help="print the resulting configuration as YAML, or one value of it, and do no more"
     )
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder with groups of your own")
+    if name == "plan":
+        text = "also load the model, compute a sample of the rows, and say how long the job takes"
+        parser.add_argument("--time", action="store_true", help=text)
     if name == "status":
         text = "print nothing: the exit code is that of the finished job, or of the newest attempt at it"
         parser.add_argument("--code", action="store_true", help=text)

@@ -25,6 +25,7 @@ def main() -> int:
         "batchinfer": __version__,
         "python": platform.python_version(),
         "extension": _extension(findings),
+        "gpu": _gpu(findings),
         "node": _node(),
         "mpi": _mpi(),
         "packages": _packages(findings),
@@ -49,6 +50,16 @@ def _extension(findings: list[str]) -> dict[str, Any]:
         findings.append(f"the CPU kernels can't run here: {error}")
         return {"compiled_for": list(_ops.compiled_for)}
     return {"compiled_for": list(_ops.compiled_for), "isa": cpu.isa, **_ops.build_info}
+
+
+def _gpu(findings: list[str]) -> dict[str, Any]:
+    """A build for GPUs on a node without one is a finding: engine.device=auto refuses to run there."""
+    from batchinfer.ops.choice import find_gpus
+
+    gpus = find_gpus()
+    if gpus.built and not gpus.count:
+        findings.append(f"this build is for CUDA, but no GPU can be used here ({gpus.reason}): engine.device=cpu runs")
+    return {"compiled_for": ["cuda"] if gpus.built else [], "usable": gpus.count}
 
 
 def _node() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""plan, status, verify and compact: what can be done with a job's files without an engine. None of them is changed."""
+"""plan, status, verify and compact: what can be done with a job's files. None of them is changed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from batchinfer.data.attempts import code_of_counts, code_of_job
 from batchinfer.data.audit import status, verify
 from batchinfer.data.columns import check_input, passed_columns, prompt_source
 from batchinfer.data.compact import compact
-from batchinfer.data.plan import make_plan
+from batchinfer.data.plan import Plan, make_plan
 from batchinfer.data.results import ResultOptions, result_schema
-from batchinfer.data.tables import input_schema, list_inputs
-from batchinfer.types import ExitCode
+from batchinfer.data.tables import InputFile, input_schema, list_inputs
+from batchinfer.estimate import describe, draw, seconds_of
+from batchinfer.types import ExitCode, JobError
+
+SAMPLE_ROWS = 200
+"""Rows from which `plan` estimates a job, if it is told the model."""
 
 
-def show_plan(config: Config) -> int:
-    """Print what a run would do. JobError as a run would raise for its input and columns."""
+def show_plan(config: Config, timed: bool = False) -> int:
+    """Print what a run would do, and given model.path what it will probably cost. ``timed``: load the engine, and
+    compute the sampled rows too. JobError as a run would raise."""
     files = list_inputs(config.input.path)
     check_input(files, config.input)
     schema = input_schema(files)
@@ -35,7 +40,29 @@ def show_plan(config: Config) -> int:
     print(f"chunks     {len(plan.chunks):,} of up to {max(chunk.rows for chunk in plan.chunks):,} rows")
     target = config.output.path
     print(f"output     {'not given' if target == MISSING else os.path.abspath(target)}")
+    if config.model.path != MISSING:
+        for line in _estimate(config, files, plan, timed):
+            print(line)
+    elif timed:
+        raise JobError("--time computes rows: give model.path=PATH", ExitCode.USAGE)
     return ExitCode.COMPLETE
+
+
+def _estimate(config: Config, files: list[InputFile], plan: Plan, timed: bool) -> list[str]:
+    if not timed:
+        from batchinfer.models.spec import load_spec
+        from batchinfer.models.tokenizer import load_tokenizer
+
+        longest = load_spec(config.model.path).resolve_length(config.engine.max_model_len)
+        sample = draw(config, files, plan, load_tokenizer(config.model.path), longest, SAMPLE_ROWS)
+        return describe(sample, config, len(plan.chunks))
+    from batchinfer.engine.loading import load_engine
+
+    engine = load_engine(config.model, config.engine, threads=config.engine.threads)
+    sample = draw(config, files, plan, engine.tokenizer, engine.max_seq_len, SAMPLE_ROWS)
+    seconds = seconds_of(engine, sample.requests)
+    engine.close()
+    return describe(sample, config, len(plan.chunks), seconds)
 
 
 def show_status(config: Config) -> int:

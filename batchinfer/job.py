@@ -127,9 +127,9 @@ def _work(config: Config, world: World, opening: Opening, load_engine: EngineLoa
         ready = _take_part(config, world, opening, ledger, dispatcher, deadline, places, load_engine)
     end = time.monotonic()
     if isinstance(dispatcher, WorkerDispatcher):
-        code = dispatcher.leave(ledger.notices)
-        if code is not None:
-            return code, True
+        last_word = dispatcher.leave(ledger.notices)
+        if last_word is not None:
+            return last_word
         _say(f"rank 0 is lost: rank {world.rank} has gone on without it")
         notices, reports, leave = [ledger.notices], [], None
     else:
@@ -138,24 +138,29 @@ def _work(config: Config, world: World, opening: Opening, load_engine: EngineLoa
         _say(notice)
     times = {"seconds": round(end - start, 3), "computing_seconds": round(end - ready, 3)}
     attempt = {**times, "hosts": [at.host for at in places], "this_attempt": dataclasses.asdict(total(reports))}
-    with meanwhile(dispatcher, Counters(), world.threads):
-        if dispatcher.finished:
+    with meanwhile(dispatcher, world.threads):
+        if isinstance(dispatcher, RootDispatcher) and dispatcher.finished and dispatcher.aside:
+            reason = f"{len(dispatcher.aside)} chunks were in hand of several ranks when these died"
+            code = _pause(opening, ledger, reason, attempt, ExitCode.LOST_RANK)
+        elif dispatcher.finished:
             code = _close(config, opening, ledger, total(reports), attempt)
         else:
-            code = _pause(opening, ledger, deadline.reason() or "rank 0 has stopped", attempt)
+            code = _pause(opening, ledger, deadline.reason() or "rank 0 has stopped", attempt, ExitCode.INCOMPLETE)
+    last_word = code, not dispatcher.lost
     if leave:
-        leave.release(code)
-    return code, not dispatcher.lost
+        leave.release(last_word)
+    return last_word
 
 
 def _dispatcher(world: World, opening: Opening, ledger: Ledger) -> RootDispatcher | WorkerDispatcher | ArrayDispatcher:
-    def alone(share: Share) -> ArrayDispatcher:
-        return ArrayDispatcher(opening.missing, share, ledger.has, ledger.missing)
+    def alone(held: set[int]) -> ArrayDispatcher:
+        share = opening.share if world.size == 1 and opening.share else Share(world.rank, world.size)
+        return ArrayDispatcher(opening.missing, share, ledger.has, ledger.missing, held)
 
     if world.rank > 0:
-        return WorkerDispatcher(world, lambda: alone(Share(world.rank, world.size)))
+        return WorkerDispatcher(world, alone)
     if world.size == 1 and opening.share is not None:
-        return alone(opening.share)
+        return alone(set())
     return RootDispatcher(world, opening.missing)
 
 
@@ -171,27 +176,33 @@ def _take_part(
 ) -> float:
     """Compute chunks until all of the job are done, or this rank must stop. When (monotonic clock) the engine was
     ready."""
-    start = ready = time.monotonic()
-    if world.rank < len(opening.missing) and not deadline.reason():
-        threads = config.engine.threads or cpu_share(places, world.rank)
-        with meanwhile(dispatcher, Counters(), world.threads):
-            engine = load_engine(
-                config.model,
-                config.engine,
-                threads=threads,
-                rank_on_node=world.local_rank,
-                ranks_on_node=world.local_size,
-            )
-        ready = time.monotonic()
-        if world.rank == 0:
-            hosts = len({at.host for at in places})
-            _say(f"engine ready after {ready - start:.1f} s (ranks {world.size}, hosts {hosts}, threads {threads})")
-        try:
-            _compute(config, world, opening, ledger, engine, dispatcher, deadline)
-        finally:
-            engine.close()
-    while not dispatcher.finished and not must_stop(dispatcher, deadline):  # a rank for which there is no chunk
-        dispatcher.poll(Counters())
+    while world.rank >= len(opening.missing) and not dispatcher.lost:  # there is no chunk for this rank, as yet
+        if dispatcher.finished or must_stop(dispatcher, deadline):
+            break
+        dispatcher.poll(None)
+        time.sleep(POLL_SECONDS)
+    start = time.monotonic()
+    if dispatcher.finished or must_stop(dispatcher, deadline):
+        return start
+    threads = config.engine.threads or cpu_share(places, world.rank)
+    with meanwhile(dispatcher, world.threads):
+        engine = load_engine(
+            config.model,
+            config.engine,
+            threads=threads,
+            rank_on_node=world.local_rank,
+            ranks_on_node=world.local_size,
+        )
+    ready = time.monotonic()
+    if world.rank == 0:
+        hosts = len({at.host for at in places})
+        _say(f"engine ready after {ready - start:.1f} s (ranks {world.size}, hosts {hosts}, threads {threads})")
+    try:
+        _compute(config, world, opening, ledger, engine, dispatcher, deadline)
+    finally:
+        engine.close()
+    while not dispatcher.finished and not must_stop(dispatcher, deadline):  # there is no time for another row
+        dispatcher.poll(None)
         time.sleep(POLL_SECONDS)
     return ready
 
@@ -351,12 +362,12 @@ def _close(config: Config, opening: Opening, ledger: Ledger, counters: Counters,
     return code
 
 
-def _pause(opening: Opening, ledger: Ledger, reason: str, attempt: dict[str, Any]) -> int:
+def _pause(opening: Opening, ledger: Ledger, reason: str, attempt: dict[str, Any], code: int) -> int:
     """Rank 0, or a rank that has lost it, when it had to stop: say what is left."""
     left = sum(chunk.rows for chunk in ledger.missing())
     _say(f"stopped, {reason}; {left:,} rows are not committed: the same command goes on")
-    attempts.end(opening.path, opening.number, {"exit_code": ExitCode.INCOMPLETE, "reason": reason, **attempt})
-    return ExitCode.INCOMPLETE
+    attempts.end(opening.path, opening.number, {"exit_code": code, "reason": reason, **attempt})
+    return code
 
 
 def _progress(config: Config, opening: Opening) -> Progress:

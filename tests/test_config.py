@@ -80,6 +80,7 @@ def test_missing_paths_are_named_together() -> None:
         ({"engine.page_size": 24}, "engine.page_size=24 is not allowed: it must be a power of two"),
         ({"engine.num_pages": 8, "engine.kv_cache_gb": 1.0}, "engine.kv_cache_gb is given too"),
         ({"engine.max_step_tokens": 64}, "engine.max_step_tokens=64 is not allowed: a step must hold one token"),
+        ({"model.dummy_weights": True}, "it is for batchinfer bench"),
         ({"engine.max_model_len": 1}, "engine.max_model_len=1"),
         ({"sampling.temperature": -1.0}, "sampling.temperature=-1.0 is not allowed"),
         ({"sampling.max_tokens": 0}, "sampling.max_tokens=0 is not allowed"),

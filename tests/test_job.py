@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from batchinfer import job
 from batchinfer.cluster.world import World
-from batchinfer.config import Config, from_dict, to_dict
+from batchinfer.config import MISSING, Config, from_dict, to_dict
 from batchinfer.data.audit import verify
 from batchinfer.data.prompts import row_seed
 from batchinfer.inquire import show_plan, show_status, show_verify
@@ -331,7 +331,7 @@ def test_a_template_is_compared_by_its_text_not_its_file(inputs: Path, tmp_path:
 @pytest.mark.feature("commands", "plan: rows, chunks, columns and prompt, nothing written")
 def test_plan_status_and_verify(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = configure(inputs, tmp_path / "out")
-    assert show_plan(config) == 0
+    assert show_plan(configure(inputs, tmp_path / "out", model__path=MISSING)) == 0
     shown = capsys.readouterr().out
     assert "2 files, 87 rows" in shown
     assert "input.prompt_column=prompt" in shown

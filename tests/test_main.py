@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from batchinfer.__main__ import COMMANDS, compose, main
+from batchinfer.__main__ import COMMANDS, compose, config_folder, main
 from batchinfer.config import to_dict
 from batchinfer.types import ExitCode
 
@@ -186,3 +186,28 @@ def test_what_no_one_foresaw_has_an_exit_code(
     monkeypatch.setattr("batchinfer.doctor.main", fail)
     assert main(["doctor"]) == code
     assert text in capsys.readouterr().err
+
+
+def test_one_value_of_the_configuration_is_printed_bare(capsys: pytest.CaptureFixture[str]) -> None:
+    """slurm/run.sh reads cluster.srun so."""
+    assert main(["run", "cluster=frontier", "--cfg", "cluster.srun"]) == 0
+    assert capsys.readouterr().out == "--gpus-per-task=1 --gpu-bind=closest\n"
+    assert "did you mean 'cluster.srun'?" in error_of(capsys, "run", "--cfg", "cluster.srn")
+
+
+@pytest.mark.parametrize("site", [path.stem for path in (config_folder() / "cluster").glob("*.yaml")])
+def test_the_presets_of_the_centres_are_configurations(site: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", f"cluster={site}", "--cfg", "job"]) == 0
+    assert "mpi: auto" in capsys.readouterr().out
+
+
+def test_status_code_says_with_its_exit_code_what_came_of_a_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [f"model.path={tmp_path}/none", f"input.path={tmp_path}/none", f"output.path={tmp_path}/out"]
+    assert main(["status", *paths, "--code"]) == ExitCode.LOST_RANK  # nothing is there
+    monkeypatch.setenv("BATCHINFER_LAUNCH", str(tmp_path / "launch"))
+    assert main(["status", *paths, "--code"]) == ExitCode.LOST_RANK
+    assert main(["run", *paths]) == ExitCode.INPUT
+    assert main(["status", *paths, "--code"]) == ExitCode.INPUT
+    assert capsys.readouterr().out == ""

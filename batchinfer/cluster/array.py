@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ def in_order(chunks: Sequence[Chunk], share: Share) -> tuple[list[Chunk], list[C
 
 class ArrayDispatcher:
     """A Dispatcher without messages. ``chunks`` were missing at the start; ``exists`` says whether one is committed
-    by now, ``missing`` which ones are not."""
+    by now, ``missing`` which ones are not. ``held``: indices of chunks that this process computes already."""
 
     def __init__(
         self,
@@ -66,12 +66,13 @@ class ArrayDispatcher:
         share: Share,
         exists: Callable[[Chunk], bool],
         missing: Callable[[], list[Chunk]],
+        held: Iterable[int] = (),
         clock: Callable[[], float] = time.monotonic,
     ):
-        own, others = in_order(chunks, share)
+        self._open = set(held)
+        own, others = in_order([chunk for chunk in chunks if chunk.index not in self._open], share)
         self._own, self._others = deque(own), deque(others)
         self._exists, self._missing, self._clock = exists, missing, clock
-        self._open: set[int] = set()
         self._surveyed = clock()
         self._all_there = False
         self.reports: list[Any] = [None]
@@ -97,7 +98,7 @@ class ArrayDispatcher:
         self._open.discard(chunk.index)
 
     def poll(self, report: Any) -> None:
-        self.reports = [report]
+        self.reports = self.reports if report is None else [report]
         now = self._clock()
         if now - self._surveyed >= SURVEY_SECONDS:
             self._surveyed = now

@@ -31,6 +31,10 @@ SILENCE_SECONDS = 60.0
 WATCH_SECONDS = 1.0
 """Between two looks of the root for silent ranks, and for work for idle ones."""
 
+DEATHS = 2
+"""A chunk that was in the hand of so many ranks when they died is set aside: a row of it may have killed them, and it
+would go on with the others. Another attempt runs such rows alone."""
+
 SLOW_FACTOR = 2.0
 """An idle rank repeats a chunk that has taken this many times what chunks took so far."""
 
@@ -46,11 +50,11 @@ class Dispatcher(Protocol):
         """The chunk is committed."""
 
     def poll(self, report: Any) -> None:
-        """Exchange what is due. Called once per engine step; never waits."""
+        """Exchange what is due. Called once per engine step; never waits. ``report`` None: as before."""
 
     @property
     def finished(self) -> bool:
-        """Every chunk of the job is committed, by whichever rank."""
+        """Every chunk of the job is committed, by whichever rank, or left to another attempt."""
 
     @property
     def draining(self) -> bool:
@@ -68,9 +72,12 @@ class ChunkQueue:
         self._taken: dict[int, tuple[Chunk, float]] = {}
         self._held: Counter[int] = Counter()
         self._times = [0, 0.0]  # chunks done, seconds they took in all
+        self._deaths: Counter[int] = Counter()
+        self.aside: set[int] = set()
 
     @property
     def finished(self) -> bool:
+        """Nothing is left to do but what was set aside."""
         return not self._waiting and not self._holders
 
     def take(self, rank: int, hungry: bool, now: float) -> Chunk | None:
@@ -102,21 +109,34 @@ class ChunkQueue:
             self._held.subtract(self._holders.pop(index))
         else:
             self._waiting = deque(chunk for chunk in self._waiting if chunk.index != index)
+            self.aside.discard(index)
 
-    def release(self, rank: int) -> None:
-        """Take a rank's chunks out of its hand: it is dead, or leaves. Those that nobody else computes wait again."""
+    def release(self, rank: int, dead: bool) -> None:
+        """Take a rank's chunks out of its hand: it is dead, or leaves. Those that nobody else computes wait again, or
+        are set aside."""
         for index in [index for index, ranks in self._holders.items() if rank in ranks]:
+            self._deaths[index] += dead
             self._holders[index].remove(rank)
-            if not self._holders[index]:
-                del self._holders[index]
+            if self._holders[index]:
+                continue
+            del self._holders[index]
+            if self._deaths[index] < DEATHS:
                 self._waiting.appendleft(self._taken[index][0])
+            else:
+                self.aside.add(index)
         self._held[rank] = 0
 
     def _overdue(self, rank: int, now: float) -> Chunk | None:
         count, seconds = self._times
         for index, ranks in self._holders.items():
             chunk, since = self._taken[index]
-            if count and len(ranks) == 1 and ranks != [rank] and now - since > SLOW_FACTOR * seconds / count:
+            if (
+                count
+                and len(ranks) == 1
+                and ranks != [rank]
+                and not self._deaths[index]
+                and now - since > SLOW_FACTOR * seconds / count
+            ):
                 ranks.append(rank)
                 self._held[rank] += 1
                 return chunk
@@ -147,24 +167,28 @@ class RootDispatcher:
     def finished(self) -> bool:
         return self._queue.finished
 
+    @property
+    def aside(self) -> set[int]:
+        """Chunks that this attempt leaves undone, see DEATHS."""
+        return self._queue.aside
+
     def next_chunk(self, hungry: bool) -> Chunk | None:
         return self._queue.take(0, hungry, self._clock())
 
     def done(self, chunk: Chunk, report: Any) -> None:
         self.reports[0] = report
         self._queue.done(chunk.index, self._clock())
+        self._tell_if_finished()
 
     def poll(self, report: Any) -> None:
-        self.reports[0] = report
+        self.reports[0] = self.reports[0] if report is None else report
         while (message := self._world.receive()) is not None:
             self._answer(*message)
         now = self._clock()
         if now - self._watched >= WATCH_SECONDS:
             self._watched = now
             self._watch(now)
-        if self.finished and not self._told:
-            self._told = True
-            self._tell_all("finished")
+        self._tell_if_finished()
 
     def drain(self) -> None:
         """Ask all ranks to end; see ``Dispatcher.draining``."""
@@ -177,7 +201,7 @@ class RootDispatcher:
         ranks that are lost or take longer than ``seconds``."""
         deadline = self._clock() + seconds
         while set(self._workers) - self._farewells.keys() - self.lost and self._clock() < deadline:
-            self.poll(self.reports[0])
+            self.poll(None)
             time.sleep(POLL_SECONDS)
         self.lost |= set(self._workers) - self._farewells.keys()
         return [value, *self._farewells.values()]
@@ -187,13 +211,16 @@ class RootDispatcher:
         ranks that are lost."""
         self._tell_all("end", value)
         while set(self._workers) - self._gone - self.lost:
-            self.poll(self.reports[0])
+            self.poll(None)
             time.sleep(POLL_SECONDS)
 
     def _answer(self, rank: int, message: tuple[str, Any, Any]) -> None:
         kind, value, self.reports[rank] = message
         now = self._heard[rank] = self._clock()
-        self.lost.discard(rank)
+        if rank in self.lost:  # it was only slow, and has missed what all were told
+            self.lost.discard(rank)
+            for missed in ["finished"] * self._told + ["drain"] * self.draining:
+                self._send(rank, missed)
         if kind == "ask":
             chunk = self._queue.take(rank, value, now)
             if chunk is None and value:
@@ -204,7 +231,7 @@ class RootDispatcher:
             self._queue.done(value, now)
         elif kind == "bye":
             self._idle.discard(rank)
-            self._queue.release(rank)
+            self._queue.release(rank, dead=False)
             self._farewells[rank] = value
         elif kind == "gone":
             self._gone.add(rank)
@@ -216,12 +243,16 @@ class RootDispatcher:
         for rank in self._workers:
             if now - self._heard[rank] > SILENCE_SECONDS and rank not in self._gone | self.lost:
                 self.lost.add(rank)
-                self._idle.discard(rank)
-                self._queue.release(rank)
-        for rank in sorted(self._idle):
+                self._queue.release(rank, dead=True)
+        for rank in sorted(self._idle - self.lost):
             if (chunk := self._queue.take(rank, True, now)) is not None:
                 self._idle.discard(rank)
                 self._send(rank, "chunk", chunk)
+
+    def _tell_if_finished(self) -> None:
+        if self.finished and not self._told:
+            self._told = True
+            self._tell_all("finished")
 
     def _tell_all(self, kind: str, value: Any = None) -> None:
         for rank in self._workers:
@@ -236,16 +267,20 @@ class RootDispatcher:
 class WorkerDispatcher:
     """Any other rank's. One question is under way at most; the answer is there an engine step later.
 
-    ``alone`` makes the dispatcher that goes on when the root is silent; :attr:`lost` then holds rank 0.
+    ``alone`` makes the dispatcher that goes on when the root is silent, given the indices of the chunks in this rank's
+    hand; :attr:`lost` then holds rank 0.
     """
 
-    def __init__(self, world: Any, alone: Callable[[], Dispatcher], clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, world: Any, alone: Callable[[set[int]], Dispatcher], clock: Callable[[], float] = time.monotonic
+    ):
         self._world, self._clock = world, clock
         self._make_alone = alone
         self._alone: Dispatcher | None = None
         self._asked: bool | None = None  # the question under way: was the rank hungry?
         self._refused: set[bool] = set()  # questions whose answer stays no until a chunk is done, or comes unasked
         self._chunk: Chunk | None = None
+        self._held: set[int] = set()
         self._report: Any = None
         self._heard = self._sent = clock()
         self._end: tuple[Any] | None = None
@@ -254,7 +289,7 @@ class WorkerDispatcher:
 
     @property
     def finished(self) -> bool:
-        return self._alone.finished if self._alone else self._finished
+        return self._finished or (self._alone is not None and self._alone.finished)
 
     @property
     def lost(self) -> set[int]:
@@ -267,12 +302,16 @@ class WorkerDispatcher:
         if chunk is None and self._asked is None and hungry not in self._refused:
             self._asked = hungry
             self._send("ask", hungry)
+        if chunk is None or chunk.index in self._held:  # the root had given up this rank, and its chunk waited again
+            return None
+        self._held.add(chunk.index)
         return chunk
 
     def done(self, chunk: Chunk, report: Any) -> None:
         if self._alone:
             return self._alone.done(chunk, report)
         self._report = report
+        self._held.discard(chunk.index)
         self._refused.clear()
         self._send("done", chunk.index)
 
@@ -285,9 +324,9 @@ class WorkerDispatcher:
             self._take(*message[1])
         now = self._clock()
         if now - self._heard > SILENCE_SECONDS:
-            self._alone = self._make_alone()
-        elif self._end is None and (report != self._report or now - self._sent >= HEARTBEAT_SECONDS):
-            self._report = report
+            self._alone = self._make_alone(self._held)
+        elif self._end is None and (report not in (None, self._report) or now - self._sent >= HEARTBEAT_SECONDS):
+            self._report = self._report if report is None else report
             self._send("report")
 
     def leave(self, value: Any) -> Any:
@@ -295,7 +334,7 @@ class WorkerDispatcher:
         if not self._alone:
             self._send("bye", value)
         while not self._alone and self._end is None:
-            self.poll(self._report)
+            self.poll(None)
             time.sleep(POLL_SECONDS)
         if self._end is None:
             return None
@@ -322,7 +361,7 @@ class WorkerDispatcher:
 
 
 @contextlib.contextmanager
-def meanwhile(dispatcher: Dispatcher, report: Any, threads: bool) -> Iterator[None]:
+def meanwhile(dispatcher: Dispatcher, threads: bool) -> Iterator[None]:
     """Keep the messages going while the caller does what takes long, in a thread. Nobody else may use the dispatcher
     or its world then. ``threads``: whether the MPI library allows calls from another thread; if not, nothing is done,
     and a rank that takes longer than ``SILENCE_SECONDS`` counts as dead."""
@@ -332,7 +371,7 @@ def meanwhile(dispatcher: Dispatcher, report: Any, threads: bool) -> Iterator[No
     def attend() -> None:
         try:
             while not over.wait(POLL_SECONDS):
-                dispatcher.poll(report)
+                dispatcher.poll(None)
         except BaseException as error:
             failure.append(error)
 

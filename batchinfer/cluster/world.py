@@ -7,6 +7,7 @@ a rank that has died answers nothing, and no launcher option makes all MPI libra
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import pickle
@@ -213,15 +214,17 @@ class MpiWorld(World):
             return True
 
     def _arrived(self) -> bool:
-        """Sort what has arrived. Both kinds come in one stream per sender, so that none overtakes the other."""
+        """Sort what has arrived. Both kinds come in one stream per sender, so that none overtakes the other. An error
+        of MPI is a connection that broke: the rank behind it is found out by its silence."""
         status = self._mpi.Status()
-        while self._comm.Iprobe(status=status):
-            sender = status.Get_source()
-            kind, value = self._comm.recv(source=sender)
-            if kind == _GATHER:
-                self._gathered[sender].append(value)
-            else:
-                self._inbox.append((sender, value))
+        with contextlib.suppress(self._mpi.Exception):
+            while self._comm.Iprobe(status=status):
+                sender = status.Get_source()
+                kind, value = self._comm.recv(source=sender)
+                if kind == _GATHER:
+                    self._gathered[sender].append(value)
+                else:
+                    self._inbox.append((sender, value))
         return True
 
     def _finish(self, request: Any) -> None:
@@ -229,14 +232,17 @@ class MpiWorld(World):
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         if not self._in_time(ready, START_SECONDS):
-            raise JobError(f"not all ranks have answered within {START_SECONDS} s: one is lost", ExitCode.LOST_RANK)
+            raise JobError(f"not all ranks have answered, within {START_SECONDS} s: one is lost", ExitCode.LOST_RANK)
 
     def _in_time(self, ready: Callable[[], bool], seconds: float) -> bool:
         deadline = time.monotonic() + seconds
-        while not ready():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(POLL_SECONDS)
+        try:
+            while not ready():
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(POLL_SECONDS)
+        except self._mpi.Exception:
+            return False
         return True
 
 

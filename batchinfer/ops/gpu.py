@@ -9,7 +9,8 @@ As ``batchinfer.ops`` promises, with these differences:
   (kv_index -1: padding) is dropped. ``SampleInput.num_logprobs`` alone stays on the host: it decides the output's
   shape.
 - No launch depends on what a tensor holds, so a step can be captured in a graph and replayed with other contents.
-- Products are cuBLAS's, by torch: a row's last bits may depend on the number of rows. Attention's do not.
+- Products are cuBLAS's, by torch: a row's last bits may depend on the number of rows. Attention's depend on no other
+  sequences but those whose pages it shares.
 """
 
 from __future__ import annotations
@@ -311,12 +312,12 @@ class GpuOps:
     ) -> tuple[int, tuple[Tensor, ...]]:
         """The split, and the plan's arrays from decode_start on. Both follow from the page table's shape alone."""
         split = SPLIT
-        while slots * heads * width * 4 * _partials(longest, split) > PARTIAL_BYTES:
+        while slots * heads * width * 4 * _parts(longest, split) > PARTIAL_BYTES:
             split *= 2
-        partial_rows = slots * heads * _partials(longest, split)
+        partial_rows = slots * heads * _parts(longest, split)
         row_tiles = -(-heads // kv_heads // DECODE_ROWS)
         return split, (
-            *(self._empty(torch.int32, slots + 1) for _ in range(3)),
+            *(self._empty(torch.int32, slots + 1) for _ in range(4)),
             torch.zeros(4, dtype=torch.int32, device=self.device),
             torch.zeros(slots * kv_heads * row_tiles, dtype=torch.int32, device=self.device),
             self._empty(torch.float32, partial_rows, width),
@@ -379,10 +380,10 @@ def _extension():
         ) from e
 
 
-def _partials(longest: int, split: int) -> int:
-    """Partial results of a sequence of ``longest`` tokens: none if one item covers it."""
-    splits = -(-longest // split)
-    return splits if splits > 1 else 0
+def _parts(longest: int, split: int) -> int:
+    """Most partial results of a sequence of at most ``longest`` tokens: of its splits, and one more where a beginning
+    that it shares with others ends within one."""
+    return -(-longest // split) + 1
 
 
 def _address(t: Tensor | None) -> int:

@@ -2,7 +2,8 @@
 //
 // A block of four warps takes one (split, kv head). The up to 16 query heads of the kv head are the rows of one
 // matrix-unit tile, so keys and values are read once for all of them; with 4 heads three quarters of the products are
-// wasted, which by the unit's rate is a fifth of the time that the bytes take. Each warp walks every fourth chunk of 16
+// wasted, which by the unit's rate is a fifth of the time that the bytes take, or serve three more sequences with the
+// same beginning (attention.cuh). Each warp walks every fourth chunk of 16
 // positions with its own asynchronous copies, running maximum and sums: no block barrier in the loop. Bytes in flight
 // are what counts: 3.0 TB/s with about 1 us of latency wants 23 KB a multiprocessor; 2 blocks x 4 warps x (kStages - 1)
 // chunks of 8 KB (width 128) keep 128 KB in flight. A sequence longer than the split leaves normalised partial results;
@@ -29,34 +30,57 @@ constexpr int kSharedBytes = kWarps * kStages<E> * kStageBytes<E>;
 
 // What one item is about.
 struct Item {
-    int sequence, split, kv_head, row_tile;
+    int sequence, members;  // the first, and how many share the item
+    int part, kv_head, row_tile;
     int begin, end;  // positions
-    int splits;      // of the sequence
 };
 
 __device__ __forceinline__ Item decode_item(const AttentionPlan& p, const Sequence& q, int sequence, int index) {
-    const int row_tiles = (p.heads / p.kv_heads + kDecodeRows - 1) / kDecodeRows;
+    const int group = p.heads / p.kv_heads, tile = sequences_per_tile(group);
+    const int row_tiles = (group + kDecodeRows - 1) / kDecodeRows;
+    const int shared = p.shared[sequence], together = (shared + p.split - 1) / p.split;
+    const int items_together = sequence % tile == 0 ? together * p.kv_heads : 0;
     Item item;
     item.sequence = sequence;
+    if (index < items_together) {
+        item.members = min(tile, p.sequences - sequence);
+        item.row_tile = 0;
+        item.kv_head = index % p.kv_heads;
+        item.part = index / p.kv_heads;
+        item.begin = item.part * p.split;
+        item.end = min(shared, item.begin + p.split);
+        return item;
+    }
+    index -= items_together;
+    item.members = 1;
     item.row_tile = index % row_tiles;
     item.kv_head = index / row_tiles % p.kv_heads;
-    item.split = index / row_tiles / p.kv_heads;
-    item.begin = item.split * p.split;
+    const int alone = index / row_tiles / p.kv_heads;
+    item.part = together + alone;
+    item.begin = shared + alone * p.split;
     item.end = min(q.length, item.begin + p.split);
-    item.splits = (q.length + p.split - 1) / p.split;
     return item;
+}
+
+// Where row `row` of a tile stands in [tokens, heads], from its first: the heads of a kv head, member by member.
+// Members have one token each, one after the other.
+__device__ __forceinline__ int64_t row_offset(const AttentionPlan& p, int row) {
+    const int group = p.heads / p.kv_heads;
+    return int64_t{row / group} * p.heads + row % group;
 }
 
 // The 16 x E query tile as A fragments, straight from global memory; missing rows are zero.
 template <class T, int E>
-__device__ __forceinline__ void load_queries(const T* q, int rows, uint32_t (&fragment)[E / 16][4]) {
+__device__ __forceinline__ void load_queries(const AttentionPlan& p, const T* q, int rows,
+                                             uint32_t (&fragment)[E / 16][4]) {
     const int lane = threadIdx.x % kWarp, row = lane / 4, column = lane % 4 * 2;
+    const T* at[2] = {q + row_offset(p, row) * E + column, q + row_offset(p, row + 8) * E + column};
 #pragma unroll
     for (int k = 0; k < E / 16; ++k) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int r = row + i % 2 * 8;
-            fragment[k][i] = r < rows ? *reinterpret_cast<const uint32_t*>(q + r * E + k * 16 + i / 2 * 8 + column) : 0;
+            const bool wanted = row + i % 2 * 8 < rows;
+            fragment[k][i] = wanted ? *reinterpret_cast<const uint32_t*>(at[i % 2] + k * 16 + i / 2 * 8) : 0;
         }
     }
 }
@@ -228,11 +252,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<E>) decode_kernel(AttentionA
         const Sequence q = sequence_of(p, s, a.tokens);
         const Item item = decode_item(p, q, s, index - p.decode_start[s]);
         const int head = item.kv_head * group + item.row_tile * kDecodeRows;
-        const int rows = min(group - item.row_tile * kDecodeRows, kDecodeRows);
+        const int rows_each = min(group - item.row_tile * kDecodeRows, kDecodeRows);
+        const int rows = rows_each * item.members;
         const int64_t out_row = int64_t{q.token} * p.heads + head;
 
         uint32_t query[E / 16][4];
-        load_queries<T, E>(static_cast<const T*>(a.q) + out_row * E, rows, query);
+        load_queries<T, E>(p, static_cast<const T*>(a.q) + out_row * E, rows, query);
         RowState<T, E> state;
         state.clear();
         walk<T, E>(state, query, Pages(p, q.page_row, item.kv_head), static_cast<const T*>(a.k_cache),
@@ -257,11 +282,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<E>) decode_kernel(AttentionA
             }
         }
         __syncthreads();
-        const bool whole = item.splits == 1;
-        const int64_t first_part = int64_t{p.partial_start[s]} * p.heads + head;
-        const int64_t part_row = first_part + int64_t{item.split} * p.heads;
+        const bool whole = p.partial_start[s] == p.partial_start[s + 1];
         for (int i = 4 * threadIdx.x; i < rows * E; i += 4 * kThreads) {
-            const int row = i / E;
+            const int row = i / E, member = row / rows_each;
             float total;
             const float4 value =
                 merge_row(warp_out + i, kDecodeRows * E, &warp_lse[0][row], kDecodeRows, kWarps, total);
@@ -269,30 +292,36 @@ __global__ void __launch_bounds__(kThreads, kBlocks<E>) decode_kernel(AttentionA
                 store4(static_cast<T*>(a.out) + out_row * E + i, value);
                 if (i % E == 0) a.lse[out_row + row] = total * kLn2;
             } else {
-                *reinterpret_cast<float4*>(p.partial_out + part_row * E + i) = value;
-                if (i % E == 0) p.partial_lse[part_row + row] = total;
+                const int64_t to = int64_t{p.partial_start[s + member] + item.part} * p.heads + head + row % rows_each;
+                *reinterpret_cast<float4*>(p.partial_out + to * E + i % E) = value;
+                if (i % E == 0) p.partial_lse[to] = total;
             }
         }
         if (whole) continue;
 
         __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            const int row_tiles = (group + kDecodeRows - 1) / kDecodeRows;
-            int32_t* arrived = p.arrivals + (s * p.kv_heads + item.kv_head) * row_tiles + item.row_tile;
-            last = atomicAdd(arrived, 1) == item.splits - 1;
-            if (last) *arrived = 0;
-        }
-        __syncthreads();
-        if (!last) continue;
-        __threadfence();
-        for (int i = 4 * threadIdx.x; i < rows * E; i += 4 * kThreads) {
-            const int row = i / E;
-            float total;
-            const float4 value = merge_row(p.partial_out + first_part * E + i, int64_t{p.heads} * E,
-                                           p.partial_lse + first_part + row, p.heads, item.splits, total);
-            store4(static_cast<T*>(a.out) + out_row * E + i, value);
-            if (i % E == 0) a.lse[out_row + row] = total * kLn2;
+        for (int member = 0; member < item.members; ++member) {
+            const int first_part = p.partial_start[s + member];
+            const int parts = p.partial_start[s + member + 1] - first_part;
+            __syncthreads();  // all have written, and have read `last`
+            if (threadIdx.x == 0) {
+                const int row_tiles = (group + kDecodeRows - 1) / kDecodeRows;
+                int32_t* arrived = p.arrivals + ((s + member) * p.kv_heads + item.kv_head) * row_tiles + item.row_tile;
+                last = atomicAdd(arrived, 1) == parts - 1;
+                if (last) *arrived = 0;
+            }
+            __syncthreads();
+            if (!last) continue;
+            __threadfence();
+            const int64_t from = int64_t{first_part} * p.heads + head;
+            const int64_t to = out_row + int64_t{member} * p.heads;
+            for (int i = 4 * threadIdx.x; i < rows_each * E; i += 4 * kThreads) {
+                float total;
+                const float4 value = merge_row(p.partial_out + from * E + i, int64_t{p.heads} * E,
+                                               p.partial_lse + from + i / E, p.heads, parts, total);
+                store4(static_cast<T*>(a.out) + to * E + i, value);
+                if (i % E == 0) a.lse[to + i / E] = total * kLn2;
+            }
         }
     }
     queue.finish();

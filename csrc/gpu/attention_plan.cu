@@ -6,22 +6,59 @@ namespace {
 
 constexpr int kThreads = 1024;
 
+// Leading positions, in whole pages, that a sequence has in the same pages as the first of its group. Its last position
+// is never among them: every sequence keeps a part of its own.
+__device__ __forceinline__ int common_length(const AttentionPlan& p, const Sequence& q, const Sequence& first) {
+    constexpr int kAtOnce = 8;
+    const int pages = (min(q.length, first.length) - 1) / p.page_size;
+    if (q.page_row == first.page_row) return pages * p.page_size;
+    int same = 0;
+    for (bool equal = true; same + kAtOnce <= pages; same += kAtOnce) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            equal &= q.page_row[same + i] == first.page_row[same + i];
+        }
+        if (!equal) break;
+    }
+    while (same < pages && q.page_row[same] == first.page_row[same]) {
+        ++same;
+    }
+    return same * p.page_size;
+}
+
 // One block; the running sums of 2,000 sequences take two rounds of 1,024.
 __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionPlan p) {
     __shared__ int sums[3][kThreads];
+    __shared__ int common[kThreads];
     int carry[3] = {};
     int32_t* lists[3] = {p.decode_start, p.prefill_start, p.partial_start};
-    const int group = p.heads / p.kv_heads;
+    const int group = p.heads / p.kv_heads, tile = sequences_per_tile(group);
     const int t = threadIdx.x;
     for (int base = 0; base < p.sequences; base += kThreads) {
-        const int s = base + t;
+        const int s = base + t, first = t / tile * tile;
         int mine[3] = {};
+        Sequence q = {};
+        common[t] = 0;
         if (s < p.sequences) {
-            const Sequence q = sequence_of(p, s, INT32_MAX);
+            q = sequence_of(p, s, INT32_MAX);
+            const Sequence lead = sequence_of(p, base + first, INT32_MAX);
+            if (q.tokens == 1 && lead.tokens == 1) common[t] = common_length(p, q, lead);
+        }
+        __syncthreads();
+        if (s < p.sequences) {
+            const int members = min(tile, p.sequences - base - first);
+            int shared = members > 1 ? INT32_MAX : 0;
+            for (int m = 0; m < members; ++m) {
+                shared = min(shared, common[first + m]);
+            }
+            if (shared < kLeastShared) shared = 0;
+            p.shared[s] = shared;
             if (q.tokens == 1) {
-                const int splits = (q.length + p.split - 1) / p.split;
-                mine[0] = splits * p.kv_heads * ((group + kDecodeRows - 1) / kDecodeRows);
-                mine[2] = splits > 1 ? splits : 0;
+                const int row_tiles = (group + kDecodeRows - 1) / kDecodeRows;
+                const int together = (shared + p.split - 1) / p.split;
+                const int alone = (q.length - shared + p.split - 1) / p.split;
+                mine[0] = (alone * row_tiles + (t == first ? together : 0)) * p.kv_heads;
+                mine[2] = together + alone > 1 ? together + alone : 0;
             } else {
                 mine[1] = (q.tokens * group + kPrefillRows - 1) / kPrefillRows * p.kv_heads;
             }

@@ -70,15 +70,16 @@ struct AttentionPlan {
     int32_t sequences, slots, slot_pages;
     int32_t heads, kv_heads, head_width;
     int32_t pages, page_size;
-    int32_t split;     // KV positions that one decode item covers
+    int32_t split;     // KV positions that one decode item covers at most
     bool decode_only;  // no sequence has more than one token: no launch looks for others
 
     int32_t* decode_start;   // [sequences + 1]
     int32_t* prefill_start;  // [sequences + 1]
-    int32_t* partial_start;  // [sequences + 1], in splits
+    int32_t* partial_start;  // [sequences + 1], in parts; a sequence has none if one item covers it
+    int32_t* shared;         // [sequences]; leading positions that its tile's sequences read together (attention.cuh)
     int32_t* queues;         // [4]: next item and finished blocks, for decode and for prefill; zero between launches
-    int32_t* arrivals;       // [sequences, kv_heads * row_tiles]: finished splits; zero between launches
-    float* partial_out;      // [partial rows, head_width], partial rows = sequences * splits * heads
+    int32_t* arrivals;       // [sequences, kv_heads * row_tiles]: finished parts; zero between launches
+    float* partial_out;      // [partial rows, head_width], partial rows = sequences * (splits + 1) * heads
     float* partial_lse;      // [partial rows], base 2
 };
 

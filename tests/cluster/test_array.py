@@ -56,7 +56,7 @@ class Task:
             return [chunk for chunk in all_chunks if chunk.index not in output]
 
         self.dispatcher = ArrayDispatcher(
-            all_chunks, share, lambda chunk: chunk.index in output, missing, lambda: self.clock
+            all_chunks, share, lambda chunk: chunk.index in output, missing, (), lambda: self.clock
         )
 
     def turn(self, finish: bool) -> None:
@@ -93,6 +93,16 @@ def test_tasks_of_equal_speed_do_nothing_twice() -> None:
         for task in array:
             task.turn(finish=True)
     assert sorted(output) == list(range(24))
+
+
+def test_what_is_in_hand_is_not_taken_again() -> None:
+    dispatcher = ArrayDispatcher(chunks(3), Share(0, 1), lambda chunk: False, lambda: chunks(3), held=[0, 2])
+    assert dispatcher.next_chunk(hungry=False).index == 1
+    assert dispatcher.next_chunk(hungry=False) is None
+    for index in range(3):
+        assert not dispatcher.finished
+        dispatcher.done(chunks(3)[index], None)
+    assert dispatcher.finished
 
 
 def test_a_task_ends_when_the_others_have_done_what_it_still_computes() -> None:

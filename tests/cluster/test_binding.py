@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import pytest
 
+from batchinfer.cluster import binding
 from batchinfer.cluster.binding import (
     SHOWN,
     Place,
@@ -85,3 +87,41 @@ def test_this_process_has_a_place() -> None:
     assert found.host == "here"
     assert set(found.cpus) == os.sched_getaffinity(0)
     assert found.gpu == ""
+
+
+class Driver:
+    """What the probe asks of libcuda.so.1 and libamdhip64.so. ``status``: what each call returns, 0 for success."""
+
+    def __init__(self, addresses: list[str], status: int = 0):
+        self.addresses, self.status = addresses, status
+
+    def cuInit(self, flags: int) -> int:
+        return self.status
+
+    def cuDeviceGetCount(self, count: object) -> int:
+        count._obj.value = len(self.addresses)
+        return self.status
+
+    def cuDeviceGetPCIBusId(self, text: ctypes.Array, length: int, device: int) -> int:
+        text.value = self.addresses[device].encode()
+        return self.status
+
+    hipGetDeviceCount, hipDeviceGetPCIBusId = cuDeviceGetCount, cuDeviceGetPCIBusId
+
+
+@pytest.mark.parametrize("library", ["libcuda.so.1", "libamdhip64.so"])
+def test_the_driver_says_which_gpus_a_rank_sees(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Driver:
+        if name != library:
+            raise OSError(name)
+        return Driver(["0000:C1:00.0", "00000000:D1:00.0"])
+
+    monkeypatch.setattr(binding.ctypes, "CDLL", load)
+    for name in binding.VISIBILITY:
+        monkeypatch.delenv(name, raising=False)
+    assert [place("here", rank, gpus=True).gpu for rank in range(3)] == ["0000:c1:00.0", "0000:d1:00.0", "0000:c1:00.0"]
+
+
+def test_a_driver_that_fails_shows_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding.ctypes, "CDLL", lambda name: Driver(["0000:c1:00.0"], status=100))
+    assert place("here", 0, gpus=True).gpu == ""

@@ -68,6 +68,7 @@ class Rank:
     def turn(self, finish: bool) -> None:
         self.dispatcher.poll(len(self.computed))
         if len(self.held) < 2 and (chunk := self.dispatcher.next_chunk(hungry=not self.held)):
+            assert chunk not in self.held  # an engine can't have a row twice
             self.held.append(chunk)
         if finish and self.held:
             chunk = self.held.popleft()
@@ -86,7 +87,7 @@ class Job:
         workers = [WorkerDispatcher(post, self.alone(post.rank), self.clock) for post in self.network.ranks[1:]]
         self.ranks = [Rank(dispatcher, self.output) for dispatcher in (root, *workers)]
 
-    def alone(self, rank: int) -> Callable[[], ArrayDispatcher]:
+    def alone(self, rank: int) -> Callable[[set[int]], ArrayDispatcher]:
         def missing() -> list[Chunk]:
             return [chunk for chunk in self.chunks if chunk.index not in self.output]
 
@@ -94,7 +95,7 @@ class Job:
             return chunk.index in self.output
 
         share = Share(rank, len(self.network.ranks))
-        return lambda: ArrayDispatcher(self.chunks, share, exists, missing, self.clock)
+        return lambda held: ArrayDispatcher(self.chunks, share, exists, missing, held, self.clock)
 
     def fair_turns(self, turns: int, seconds: float = 0.0, finish: bool = True) -> None:
         """Everybody gets its messages and a turn, ``turns`` times with ``seconds`` between them."""
@@ -146,11 +147,27 @@ def test_the_survivors_finish_whoever_dies_whenever(size: int, count: int, data:
     job.dead = data.draw(st.sets(rank_numbers, max_size=size - 1))
     finished = [rank for number, rank in enumerate(job.ranks) if number not in job.dead]
     job.fair_turns(20 * (count + size), seconds=dispatch.SILENCE_SECONDS / 4)
-    assert job.output == set(range(count))
+    assert job.output | job.ranks[0].dispatcher.aside == set(range(count))
     assert all(rank.dispatcher.finished for rank in finished)
     if 0 not in job.dead:
         assert job.ranks[0].dispatcher.lost <= job.dead
         assert not any(rank.dispatcher.lost for rank in finished[1:])
+
+
+@settings(max_examples=150, deadline=None)
+@given(size=st.integers(2, 4), count=st.integers(1, 10), data=st.data())
+def test_ranks_that_sleep_and_wake_do_no_harm(size: int, count: int, data: st.DataObject) -> None:
+    """Taken for dead, and back with what they had in hand: no rank gets a chunk that it is computing."""
+    job = Job(size, count)
+    asleep = st.sets(st.integers(0, size - 1), max_size=size - 1)
+    for job.dead in data.draw(st.lists(asleep, max_size=12)):
+        job.fair_turns(
+            data.draw(st.integers(1, 6)), seconds=dispatch.SILENCE_SECONDS / 4, finish=data.draw(st.booleans())
+        )
+    job.dead = set()
+    job.fair_turns(20 * (count + size), seconds=1.0)
+    assert job.output | job.ranks[0].dispatcher.aside == set(range(count))
+    assert all(rank.dispatcher.finished for rank in job.ranks)
 
 
 def test_a_rank_that_was_only_slow_is_taken_back() -> None:
@@ -161,6 +178,12 @@ def test_a_rank_that_was_only_slow_is_taken_back() -> None:
     job.dead = {1}
     job.fair_turns(3, seconds=dispatch.SILENCE_SECONDS / 2 + 1)
     assert job.ranks[0].dispatcher.lost == {1}
+    slow.dispatcher.next_chunk(hungry=True)
+    for _ in range(3):  # the root may give it what it has still in hand
+        job.network.ranks[0].deliver(1)
+        job.ranks[0].turn(finish=False)
+        job.network.ranks[1].deliver(0)
+        slow.turn(finish=False)
     for chunk in list(slow.held):  # what it had in hand comes late, perhaps for the second time
         slow.held.remove(chunk)
         job.output.add(chunk.index)
@@ -171,6 +194,26 @@ def test_a_rank_that_was_only_slow_is_taken_back() -> None:
     job.dead = set()
     job.fair_turns(20)
     assert job.output == set(range(4))
+
+
+def test_a_chunk_that_dead_ranks_held_is_set_aside() -> None:
+    """A row of it may have killed them; the other chunks of the dead were not to blame more than once."""
+    queue = ChunkQueue(chunks(4), ranks=2)
+    assert [queue.take(1, hungry=True, now=0).index for _ in range(2)] == [0, 1]
+    queue.release(1, dead=True)
+    assert [queue.take(0, hungry=True, now=1).index for _ in range(2)] == [1, 0]
+    queue.done(1, now=2)
+    queue.release(0, dead=False)  # it leaves: that is no death
+    assert queue.take(2, hungry=True, now=3).index == 0
+    queue.release(2, dead=True)
+    assert queue.aside == {0}
+    for index in (2, 3):
+        assert queue.take(3, hungry=True, now=4).index == index
+        queue.done(index, now=5)
+    assert queue.finished
+    assert queue.aside == {0}
+    queue.done(0, now=6)  # one of the dead was only slow
+    assert queue.aside == set()
 
 
 def test_an_idle_rank_repeats_what_is_overdue_elsewhere() -> None:
@@ -232,13 +275,14 @@ def test_who_does_not_come_to_the_end_is_not_waited_for(monkeypatch: pytest.Monk
     worker = job.ranks[1].dispatcher
     assert worker.leave("notice") is None  # rank 0 has not answered it in the same time
     assert worker.lost == {0}
+    assert worker.finished
 
 
 def test_messages_go_on_meanwhile() -> None:
     job = Job(2, 2)
     job.ranks[1].dispatcher.next_chunk(hungry=True)
     job.network.ranks[0].deliver(1)
-    with dispatch.meanwhile(job.ranks[0].dispatcher, 0, threads=True):
+    with dispatch.meanwhile(job.ranks[0].dispatcher, threads=True):
         deadline = time.monotonic() + 10
         while not job.network.lines[0, 1] and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -250,7 +294,7 @@ def test_an_error_meanwhile_is_not_lost() -> None:
         def poll(self, report: object) -> None:
             raise ValueError("chunk 7 is reported")
 
-    with pytest.raises(ValueError, match="chunk 7"), dispatch.meanwhile(Broken(), 0, threads=True):
+    with pytest.raises(ValueError, match="chunk 7"), dispatch.meanwhile(Broken(), threads=True):
         time.sleep(0.1)
 
 

@@ -62,9 +62,19 @@ def copy_rate() -> float:
 
 
 class Step:
-    """A step's tensors: sequences of (tokens, keys), pages in random order."""
+    """A step's tensors: sequences of (tokens, keys), pages in random order. Each ``sharers`` sequences have their first
+    ``shared`` positions in the same pages."""
 
-    def __init__(self, gpu: GpuOps, lengths: list[tuple[int, int]], heads: int, kv_heads: int, width: int):
+    def __init__(
+        self,
+        gpu: GpuOps,
+        lengths: list[tuple[int, int]],
+        heads: int,
+        kv_heads: int,
+        width: int,
+        sharers: int = 1,
+        shared: int = 0,
+    ):
         pages_of = [-(-n // PAGE) for _, n in lengths]
         pages, tokens = sum(pages_of), sum(t for t, _ in lengths)
         order = torch.randperm(pages, dtype=torch.int32)
@@ -73,6 +83,8 @@ class Step:
         for i, count in enumerate(pages_of):
             table[i, :count] = order[used : used + count]
             used += count
+        for i in range(len(lengths)):
+            table[i, : shared // PAGE] = table[i // sharers * sharers, : shared // PAGE]
         starts = torch.tensor([0, *(t for t, _ in lengths)]).cumsum(0)
         self.inputs = AttentionInput(
             starts.int().cuda(),
@@ -85,7 +97,8 @@ class Step:
         self.out, self.lse = torch.empty_like(self.q), torch.empty(tokens, heads, device="cuda")
         self.gpu = gpu
         self.plan = gpu.plan_attention(self.inputs, heads, self.k)
-        self.bytes = 2 * sum(n for _, n in lengths) * kv_heads * width * 2 + 2 * self.q.numel() * 2
+        positions = sum(n for _, n in lengths) - (len(lengths) - -(-len(lengths) // sharers)) * shared
+        self.bytes = 2 * positions * kv_heads * width * 2 + 2 * self.q.numel() * 2
         pairs = sum(t * (n - t) + t * (t + 1) / 2 for t, n in lengths)
         self.flops = 4 * pairs * heads * width
 
@@ -104,6 +117,10 @@ def bench_decode(gpu: GpuOps, copy: float) -> None:
     for count, context in ((1024, 512), (16, 8192), (1, 131072)):
         step = Step(gpu, [(1, context)] * count, 32, 8, 128)
         line(f"decode 8B, {count} x {context}", seconds(step.attend), bytes=step.bytes, copy=copy)
+    for count, own, sharers, shared in ((1000, 128, 1000, 2048), (1024, 140, 16, 288)):
+        for kind, together in ((f"{shared} shared by {sharers}", sharers), ("not shared", 1)):
+            step = Step(gpu, [(1, shared + own)] * count, 32, 8, 128, together, shared)
+            line(f"decode 8B, {count} x {shared + own}, {kind}", seconds(step.attend), bytes=step.bytes, copy=copy)
     step = Step(gpu, [(1, 16)] * 4, 32, 8, 128)
     line("decode 8B, 4 x 16 (launches alone)", seconds(step.attend, 50))
     step = Step(gpu, mixed, 32, 8, 128)

@@ -160,6 +160,39 @@ def test_independent_of_neighbours(gpu, shape):
         assert torch.equal(crowd_lse[self_start:], lse)
 
 
+def share_beginnings(case: Case, shared: list[int]) -> tuple[Case, Case]:
+    """The case with ``shared[i]`` leading pages of sequence i replaced by those of sequence 0, and the same keys and
+    values without sharing: copies in pages of their own."""
+    together, apart = replace(case), replace(case)
+    table = case.inputs.page_table.clone()
+    apart.k, apart.v = case.k.clone(), case.v.clone()
+    slots = case.inputs.slot.tolist()
+    for slot, pages in zip(slots, shared, strict=True):
+        own, first = table[slot, :pages].long(), table[slots[0], :pages].long()
+        apart.k[own], apart.v[own] = case.k[first], case.v[first]
+        table[slot, :pages] = table[slots[0], :pages]
+    together.inputs = replace(case.inputs, page_table=table)
+    return together, apart
+
+
+@pytest.mark.parametrize("shape", [(32, 8, 128), (32, 8, 64), (9, 3, 64), (16, 8, 128), (8, 8, 64), (20, 1, 128)])
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.feature("engine", "CUDA attention reads a beginning that sequences share once for several of them")
+def test_shared_beginnings(gpu, shape, page_size):
+    """Groups that share all, part or nothing, prompts among them, and one that shares only some of its members."""
+    pages = 2048 // page_size
+    common = [pages] * 9 + [pages // 2] * 4 + [0] * 4 + [pages, 0, pages, pages] * 2 + [pages] * 5
+    lengths = [(1, pages * page_size + 1 + 37 * i % 300) for i in range(len(common))]
+    lengths[13] = (1, 5)  # shares nothing
+    lengths += [(40, 90), (1, 700)]
+    case = make_case(shape, torch.bfloat16, lengths, page_size, slots=40)
+    together, apart = share_beginnings(case, [*common, 0, 0])
+    assert_attention(together, gpu, shape[2] ** -0.5)
+    assert_attention(apart, gpu, shape[2] ** -0.5)
+    again, _ = together.run(gpu, 0.1)  # the counters are back at zero
+    assert torch.equal(together.run(gpu, 0.1)[0], again)
+
+
 def test_the_promise_of_decodes_alone_changes_nothing(gpu):
     case = make_case((32, 8, 128), torch.bfloat16, [(1, n) for n in (1, 17, 300, 1024, 2500)])
     want = case.run(gpu, 0.1)

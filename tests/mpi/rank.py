@@ -39,7 +39,7 @@ from fake_engine import FakeEngine, identify_fake  # noqa: E402
 from batchinfer import __main__ as command  # noqa: E402
 from batchinfer import job  # noqa: E402
 from batchinfer.cluster import dispatch, world  # noqa: E402
-from batchinfer.types import JobError  # noqa: E402
+from batchinfer.types import JobError, Request  # noqa: E402
 
 world.START_SECONDS = START_SECONDS
 dispatch.SILENCE_SECONDS = float(os.environ.get("SILENCE_SECONDS", 60))
@@ -48,6 +48,11 @@ job.SILENCE_SECONDS = dispatch.SILENCE_SECONDS
 
 
 class Failing(FakeEngine):
+    def add(self, request: Request) -> None:
+        if os.environ.get("FAIL_WHEN") == "a row" and b"row 123 " in bytes(request.prompt.astype("uint8")):
+            os.kill(os.getpid(), signal.SIGSEGV)  # whichever rank has it
+        super().add(request)
+
     def step(self) -> list:
         time.sleep(STEP_SECONDS)
         if self.stats().steps >= 5:

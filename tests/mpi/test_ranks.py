@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -135,6 +136,24 @@ def test_a_hanging_rank_is_left_behind(when: str, rank: int, inputs: Path, alone
     assert result.returncode == 0, result.stderr
     assert tables(tmp_path / "out") == tables(alone)
     assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize("dead", [None, 1])
+@pytest.mark.feature("job", "job array without MPI: tasks that start at once share one plan and end with one _SUCCESS")
+def test_the_tasks_of_an_array(dead: int | None, inputs: Path, alone: Path, tmp_path: Path) -> None:
+    def task(number: int) -> subprocess.CompletedProcess:
+        array = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_STEP_ID": "0"}
+        fate = {"FAIL_WHEN": "killed", "FAIL_RANK": str(dead), "STEP_SECONDS": "0.01"}
+        return launch(0, inputs, tmp_path / "out", "sampling.temperature=1", "cluster.mpi=off", **array, **fate)
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(task, range(4)))
+    for number, result in enumerate(results):
+        assert result.returncode == (-9 if number == dead else 0), result.stderr
+    assert tables(tmp_path / "out") == tables(alone)
+    assert verify(str(tmp_path / "out")).ok
+    records = (tmp_path / "out" / "_batchinfer" / "attempts").glob("*.begin.json")
+    assert sorted(json.loads(path.read_text())["task"] for path in records) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("when", ["killed at the start", "killed at the end"])

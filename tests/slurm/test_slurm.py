@@ -20,11 +20,12 @@ ROOT = Path(__file__).parents[2]
 RUN = ROOT / "slurm" / "run.sh"
 PROGRAM = ROOT / "tests" / "mpi" / "rank.py"
 
-pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+REQUIRED = os.environ.get("BATCHINFER_TEST_SLURM") == "1"  # as in .ci/run: then a missing Slurm is a failure
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(not REQUIRED and why_not() is not None, reason=str(why_not()))]
 pytest.importorskip("mpi4py", reason="pip install 'batchinfer[mpi]'")
 
 ROWS = 300
-SLOW = {"STEP_SECONDS": "0.1", "SILENCE_SECONDS": "6"}
+SLOW = {"STEP_SECONDS": "0.1", "SILENCE_SECONDS": "4"}
 """About 30 s of work for one rank: time enough for a test to interfere."""
 
 
@@ -140,6 +141,19 @@ def test_a_rank_that_dies_while_starting(job: Job) -> None:
     job.check()
 
 
+@pytest.mark.feature("slurm", "a row that kills its rank: started again, it runs alone, and then is an error row")
+def test_a_row_that_kills(job: Job) -> None:
+    job.settings.append("job.max_error_fraction=0.1")
+    ended = job.end(job.submit("--ntasks-per-node=2", FAIL_WHEN="a row", SILENCE_SECONDS="4"))
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), job.log()
+    assert "start 3" in job.log()
+    assert "start 4" not in job.log()
+    assert verify(str(job.output)).ok
+    rows = [row for name in job.parts() for row in pq.read_table(job.output / name).to_pylist()]
+    assert [row["id"] for row in rows if row["status"] == "error"] == [123]
+    assert len(rows) == ROWS
+
+
 @pytest.mark.feature("slurm", "a node is lost: the job is requeued, and goes on where it was")
 def test_a_lost_node_requeues_the_job(job: Job) -> None:
     number = job.submit(**SLOW)
@@ -162,6 +176,16 @@ def test_a_lost_node_of_an_allocation_that_stays(job: Job) -> None:
     ended = job.end(number)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), job.log()
     job.check()
+
+
+def test_the_first_node_is_lost_of_an_allocation_that_stays(job: Job) -> None:
+    """With it go rank 0, srun and the job's script. The others finish the work; nobody is left to end the job."""
+    number = job.submit("--no-kill", **SLOW)
+    job.wait_for_parts(4)
+    job.cluster.crash_node(job.cluster.job(number)["BatchHost"])
+    job.cluster.wait((job.output / "_SUCCESS").exists, 90, f"end of the work\n{job.log()}")
+    job.cluster.call("scancel", number)
+    assert verify(str(job.output)).ok
 
 
 @pytest.mark.feature("slurm", "a cancelled job goes on when it is submitted again")
@@ -195,6 +219,22 @@ def test_drained_and_requeued(imports: str, job: Job) -> None:
     job.check()
 
 
+@pytest.mark.feature("slurm", "the time limit: Slurm's signal, or without one the program's own clock")
+@pytest.mark.parametrize(
+    ("signal", "margin", "reason"), [("B:USR1@30", 1, "signal SIGUSR1"), ("B:USR1@0", 45, "the allocation ends soon")]
+)
+def test_the_time_limit(signal: str, margin: int, reason: str, job: Job) -> None:
+    """Slurm acts on limits and signals on a grid of 30 s: this signal comes after about 15 s of the minute."""
+    work = {"STEP_SECONDS": "0.5" if "30" in signal else "0.2"}
+    number = job.submit("--time=1", f"--signal={signal}", settings=(f"job.margin_seconds={margin}",), **work)
+    job.cluster.wait(lambda: "code 75" in job.log(), 60, f"a drain\n{job.log()}")
+    assert f"stopped, {reason}" in job.log()
+    job.cluster.call("scontrol", "update", f"JobId={number}", "TimeLimit=10")
+    ended = job.end(number)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), job.log()
+    job.check()
+
+
 @pytest.mark.feature("slurm", "job array without MPI: tasks take their share, then steal; the first commit wins")
 def test_a_job_array(job: Job) -> None:
     number = job.submit("-N1", "--array=0-3", "-n1", "-o", str(job.folder / "log-%a"), STEP_SECONDS="0.05")
@@ -212,6 +252,17 @@ def test_a_job_array_with_a_dead_task(job: Job) -> None:
     number = job.submit("-N1", "--array=0-2", "-n1", "-o", str(job.folder / "log-%a"), **failing)
     states = [job.end(f"{number}_{task}")["JobState"] for task in range(3)]
     assert (states[0], states[2]) == ("COMPLETED", "COMPLETED"), job.log()
+    job.check()
+
+
+@pytest.mark.feature("slurm", "a drained task of a job array requeues itself, without the others")
+def test_a_task_of_an_array_is_requeued(job: Job) -> None:
+    number = job.submit("-N1", "--array=0-1", "-n1", "-o", str(job.folder / "log-%a"), **SLOW)
+    job.wait_for_parts(2)
+    job.cluster.call("scancel", "--batch", "--signal=USR1", f"{number}_1")
+    ended = [job.end(f"{number}_{task}") for task in range(2)]
+    assert [of["JobState"] for of in ended] == ["COMPLETED", "COMPLETED"], job.log()
+    assert [of["Restarts"] for of in ended] == ["0", "1"], job.log()
     job.check()
 
 

@@ -1,0 +1,32 @@
+"""``batchinfer bench`` over a workload: a folder with a config.json is all it needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from models.tiny_models import COMMON
+
+from batchinfer.__main__ import main
+
+
+@pytest.mark.feature("commands", "bench: named workloads on random weights, without tokenizer or input")
+def test_a_workload_needs_no_weights_and_no_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = COMMON | {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = ["model.dummy_weights=true", "bench.workload=samples", "bench.rows=2", "bench.repeat=2"]
+    engine = ["engine.device=cpu", "engine.threads=1", "engine.kv_cache_gb=0.05", "engine.dtype=fp32"]
+    assert main(["bench", f"model.path={tmp_path}", *options, *engine]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["repetition"] for line in lines] == [0, 1]
+    for line in lines:
+        assert line["name"] == "samples"
+        assert line["requests"] == 2
+        assert line["output_tokens"] == 2 * 16 * 256
+        assert 500 <= line["prompt_tokens"] <= 700
+        assert line["cached_prompt_share"] > 0.8  # 15 of 16 samples find their prompt
+        assert line["steps"] >= 256
+        assert line["output_tokens_per_s"] == pytest.approx(line["output_tokens"] / line["seconds"], rel=0.01)
+        assert {"schedule", "output"} < line["seconds_by_part"].keys()
+        assert line["peak_device_mb"] == 0 < line["peak_pages_used"]
