@@ -28,6 +28,9 @@ static struct {
   int trace;    // file descriptor of the record, or -1
 } plan = {.trace = -1};
 
+static char denied[256]; // " name name ": calls that this file system does not have
+static int denied_error;
+
 static atomic_int armed;
 static atomic_long calls;
 static char *names[4096]; // by file descriptor: what was opened below the root
@@ -41,6 +44,17 @@ void shim_arm(const char *root, const char *call, long first, long last, int fau
   plan.reads = reads, plan.trace = trace;
   atomic_store(&calls, 0);
   atomic_store(&armed, 1);
+}
+
+void shim_deny(const char *names, int error) {
+  snprintf(denied, sizeof denied, " %s ", names);
+  denied_error = error;
+}
+
+static int is_denied(const char *call) {
+  char name[32];
+  snprintf(name, sizeof name, " %s ", call);
+  return strstr(denied, name) != NULL;
 }
 
 long shim_calls(void) { return atomic_load(&calls); }
@@ -101,6 +115,7 @@ static int fail(int fault, const char *call) {
 // A call whose whole effect is in the file system.
 #define WITH_PATH(call_name, path, other, is_read, real_call)                                                         \
   if (!below(path) && !below(other)) return real_call;                                                                \
+  if (is_denied(call_name)) return errno = denied_error, -1;                                                          \
   int fault = strike(call_name, path, other, is_read);                                                                \
   if (fault == REFUSED) return fail(fault, call_name);                                                                \
   int result = real_call;                                                                                             \
