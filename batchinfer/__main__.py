@@ -38,6 +38,7 @@ COMMANDS = {
     "plan": Command("show what run would do, and given model.path what it will cost; writes nothing", ("input.path",)),
     "status": Command("say how much of a job is done, from its output folder alone", ("output.path",)),
     "verify": Command("read every part of a job's output again and check it", ("output.path",)),
+    "compact": Command("merge a finished job's parts into larger files elsewhere", ("output.path", "compact.path")),
     "bench": Command("time the engine on the rows of the input, or on bench.workload", ("model.path",)),
     "doctor": Command("say what this installation and this node can do, and what to repair", ()),
 }
@@ -93,7 +94,8 @@ def _dispatch(name: str, options: argparse.Namespace, config: Config, world: Wor
         return inquire.show_code(config, launch_name(), noted_failure())
     if name == "plan":
         return inquire.show_plan(config, options.time)
-    return {"status": inquire.show_status, "verify": inquire.show_verify}[name](config)
+    commands = {"status": inquire.show_status, "verify": inquire.show_verify, "compact": inquire.run_compact}
+    return commands[name](config)
 
 
 def _report(error: BaseException, world: World) -> int:

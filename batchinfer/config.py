@@ -35,7 +35,8 @@ class InputConfig:
     unless one of ``messages_column`` (list<struct<role, content>>), ``template`` (Jinja over the columns: the text, or
     the path of a .j2 or .jinja file) or ``token_ids_column`` (list<int>) is given. ``columns`` None passes all input
     columns through to the output. ``sampling_columns`` maps a field of SamplingParams to the column that overrides it
-    row by row.
+    row by row. ``allow_append``: files that were not there when the job was planned are added to it.
+    ``retry_errors_of``: a finished output whose good rows are taken over, so that only its error rows are computed.
     """
 
     path: str = MISSING
@@ -45,6 +46,8 @@ class InputConfig:
     token_ids_column: str | None = None
     columns: list[str] | None = None
     sampling_columns: dict[str, str] = field(default_factory=dict)
+    allow_append: bool = False
+    retry_errors_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,15 @@ class JobConfig:
     """``max_error_fraction``: more error rows than this share of all rows end a complete job with exit code 3.
     ``progress_seconds``: time between two progress lines where the output is not a terminal. ``journal_seconds``: time
     between two records of the rows that finished in chunks that did not. ``margin_seconds``: how long before the end
-    of the allocation the job stops. ``row_seconds``: longest time of a row in the engine, 0 for any."""
+    of the allocation the job stops. ``row_seconds``: longest time of a row in the engine, 0 for any.
+    ``strict_resume``: refuse to go on with another device, dtype or version of batchinfer."""
 
     max_error_fraction: float = 0.01
     progress_seconds: float = 60.0
     journal_seconds: float = 60.0
     margin_seconds: float = 120.0
     row_seconds: float = 0.0
+    strict_resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,14 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
+class CompactConfig:
+    """Of ``batchinfer compact`` alone: the folder ``path`` gets files of about ``rows_per_file`` rows."""
+
+    path: str = MISSING
+    rows_per_file: int = 1_000_000
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a job depends on, apart from the files themselves."""
 
@@ -121,6 +134,7 @@ class Config:
     job: JobConfig = field(default_factory=JobConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    compact: CompactConfig = field(default_factory=CompactConfig)
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -149,6 +163,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "job.row_seconds": (0.0, 1e9),
     "bench.rows": (0, 2**40),
     "bench.repeat": (1, 1000),
+    "compact.rows_per_file": (1, 2**40),
 }
 """Keys whose value is a number within bounds (both ends included)."""
 

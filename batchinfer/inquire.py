@@ -1,4 +1,4 @@
-"""plan, status and verify: what can be said about a job from its files, without writing."""
+"""plan, status, verify and compact: what can be done with a job's files. None of them is changed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from batchinfer.config import MISSING, Config
 from batchinfer.data.attempts import code_of_counts, code_of_job
 from batchinfer.data.audit import status, verify
 from batchinfer.data.columns import check_input, passed_columns, prompt_source
+from batchinfer.data.compact import compact
 from batchinfer.data.plan import Plan, make_plan
 from batchinfer.data.results import ResultOptions, result_schema
 from batchinfer.data.tables import InputFile, input_schema, list_inputs
@@ -91,3 +92,11 @@ def show_verify(config: Config) -> int:
     if not report.ok:
         return ExitCode.IO
     return ExitCode.COMPLETE if report.complete else ExitCode.INCOMPLETE
+
+
+def run_compact(config: Config) -> int:
+    """Make the larger files in compact.path, and print what was made."""
+    made = compact(config.output.path, config.compact.path, config.compact.rows_per_file)
+    size = sum(file["bytes"] for file in made["files"])
+    print(f"{made['rows']:,} rows in {len(made['files']):,} files, {size / 2**20:,.1f} MiB, in {config.compact.path}")
+    return ExitCode.COMPLETE

@@ -33,6 +33,7 @@ from batchinfer.data.plan import Plan, make_plan
 from batchinfer.data.prompts import PromptBuilder
 from batchinfer.data.reader import ChunkReader
 from batchinfer.data.results import ResultOptions, count_results, result_schema, result_table
+from batchinfer.data.retry import EarlierOutput
 from batchinfer.data.suspects import SuspectLog, Suspicion, condemn, read_suspicion
 from batchinfer.data.tables import InputFile, input_schema, list_inputs
 from batchinfer.data.template import template_text
@@ -221,13 +222,17 @@ def _compute(
     builder = PromptBuilder(
         config.input, config.sampling, engine.tokenizer, engine.max_seq_len, run_seed=config.sampling.seed
     )
+    earlier = EarlierOutput(config.input.retry_errors_of, options) if config.input.retry_errors_of else None
     provenance = {"attempt": opening.attempt, "rank": world.rank, "ranks": world.size, "model": config.model.path}
+    provenance["numeric"] = numeric(config)
 
     journal = Journal(opening.state, opening.plan.id, config.job.journal_seconds)
 
     def build(table: Any, chunk: Chunk) -> list[Request | Completion]:
         known = recall(opening.journals.get(chunk.index, ()), opening.plan.id, chunk)
-        return condemn(resume(builder.build(table, chunk), known), opening.suspicion)
+        rows = condemn(resume(builder.build(table, chunk), known), opening.suspicion)
+        good = earlier.good_rows(chunk) if earlier else {}
+        return [good.get(row.id, row) for row in rows]
 
     def commit(opened: OpenChunk) -> None:
         table = result_table(opened.table, opened.completions, options)
@@ -267,14 +272,26 @@ def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], rank
     files = list_inputs(config.input.path)
     check_input(files, config.input)
     schema = input_schema(files)
-    result_schema(schema, ResultOptions.of(config.input, config.output, config.sampling))  # refuses name collisions
+    options = ResultOptions.of(config.input, config.output, config.sampling)
+    result_schema(schema, options)  # refuses name collisions
+    retried = config.input.retry_errors_of
+    earlier = EarlierOutput(retried, options) if retried else None
     plan = make_plan(
         files,
-        config.output.rows_per_chunk,
-        fingerprint(config, identify(config.model.path)),
+        earlier.plan.rows_per_chunk if earlier else config.output.rows_per_chunk,  # a chunk is taken over from one part
+        fingerprint(config, identify(config.model.path), earlier.plan.id if earlier else None),
         free={"engine": dataclasses.asdict(config.engine), "batchinfer": __version__},
+        numeric=numeric(config),
     )
-    ledger = open_job(config.output.path, plan, config.output.compression)
+    if earlier:
+        earlier.check(plan)
+    ledger = open_job(
+        config.output.path,
+        plan,
+        config.output.compression,
+        allow_append=config.input.allow_append,
+        strict=config.job.strict_resume,
+    )
     success = ledger.success()
     missing = [] if success else ledger.missing()
     for notice in ledger.notices:
@@ -307,9 +324,10 @@ def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], rank
     )
 
 
-def fingerprint(config: Config, model: Mapping[str, str]) -> dict[str, Any]:
+def fingerprint(config: Config, model: Mapping[str, str], retried: str | None = None) -> dict[str, Any]:
     """All that decides the output beside the input files: a plan with another one is another job's. Names are those of
-    the configuration's keys, so that a refusal can be read."""
+    the configuration's keys, so that a refusal can be read. ``retried``: id of the plan whose good rows are taken
+    over."""
     source = prompt_source(config.input)
     prompt = template_text(source.name) if source.kind == "template" else source.name
     return {
@@ -318,11 +336,17 @@ def fingerprint(config: Config, model: Mapping[str, str]) -> dict[str, Any]:
             source.kind: prompt,
             "columns": config.input.columns,
             "sampling_columns": config.input.sampling_columns,
+            **({"retry_errors_of": retried} if retried else {}),
         },
         "output": {"prefix": config.output.prefix, "token_ids": config.output.token_ids},
         "sampling": to_dict(config)["sampling"],
         "engine": {"max_model_len": config.engine.max_model_len},
     }
+
+
+def numeric(config: Config) -> dict[str, Any]:
+    """What may change the last bits of a logit, and so a token here and there: noted in the plan and in every part."""
+    return {"engine": {"device": config.engine.device, "dtype": config.engine.dtype}, "batchinfer": __version__}
 
 
 def _close(config: Config, opening: Opening, ledger: Ledger, counters: Counters, attempt: dict[str, Any]) -> int:

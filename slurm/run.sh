@@ -54,7 +54,7 @@ while [ "$code" = 71 ] && [ -z "$draining" ] && [ "$starts" -le 5 ]; do
   rm -f "$BATCHINFER_LAUNCH"
   echo "run.sh $(date +%FT%T) code $code${draining:+, asked to $draining}" >&2
 done
-case $code$draining in
+[ -e "$(batchinfer run "$@" --cfg output.path)/_batchinfer/DRAIN" ] || case $code$draining in
   75 | 75requeue | 71requeue) [ "${ENVIRONMENT-}" = BATCH ] && scontrol requeue "$id" && exec sleep 60 ;;
 esac
 exit "$code"

@@ -83,7 +83,7 @@ def work_done(ledger: Ledger) -> tuple[int, int]:
     size = 0
     for paths in journal_files(os.path.join(ledger.path, STATE)).values():
         for path in paths:
-            with contextlib.suppress(FileNotFoundError):  # its chunk was committed just now
+            with contextlib.suppress(OSError):  # its chunk was committed just now, or it cannot be read
                 size += os.path.getsize(path)
     return rows, size
 

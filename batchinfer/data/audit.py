@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from batchinfer.data.commit import read_bytes
-from batchinfer.data.ledger import SUCCESS, in_threads, load_plan, success_record
+from batchinfer.data.ledger import SUCCESS, Ledger, in_threads, load_plan, success_record
 from batchinfer.data.part import BadPart, PartInfo, check_identity, decode_part, part_name, read_info
 from batchinfer.data.plan import Plan
 from batchinfer.types import Chunk
@@ -84,7 +84,7 @@ def status(output_path: str) -> Status:
         rows=plan.rows,
         rows_done=sum(chunk.rows for chunk in done),
         counts=dict(counts),
-        complete=SUCCESS in names,
+        complete=Ledger(path, plan).promises(),
     )
 
 
@@ -119,7 +119,7 @@ def verify(output_path: str) -> Report:
         return name, (info, len(data))
 
     infos = dict(found for found in in_threads(look, [*planned, *strangers]) if found)
-    complete = os.path.exists(os.path.join(path, SUCCESS))
+    complete = Ledger(path, plan).promises()
     if complete:
         bad = _against_success(path, plan, infos) | bad
     rows_missing, rows_doubled = _row_balance(plan, [info for info, _ in infos.values()])
@@ -160,9 +160,10 @@ def _against_success(path: str, plan: Plan, infos: dict[str, tuple[PartInfo, int
 
 def _row_balance(plan: Plan, infos: Iterable[PartInfo]) -> tuple[int, int]:
     """(rows of the plan that no part has, rows that a second part has, counted once for every further one)."""
+    ids = {plan.id, *plan.earlier}
     covered = doubled = 0
     reached = (0, 0)  # file ordinal, and the first row after those seen
-    for ordinal, start, rows in sorted((i.ordinal, i.start, i.rows) for i in infos if i.plan == plan.id):
+    for ordinal, start, rows in sorted((i.ordinal, i.start, i.rows) for i in infos if i.plan in ids):
         seen_up_to = reached[1] if reached[0] == ordinal else 0
         fresh = max(0, start + rows - max(start, seen_up_to))
         covered += fresh

@@ -2,9 +2,10 @@
 
 Protocol: a new file beside the final name, written, fsynced and closed; link() to the final name, which never replaces
 (POSIX link(2): EEXIST); fsync of the folder; unlink of the temporary name. Where a file system has no hard links,
-renameat2(RENAME_NOREPLACE) takes the place of link and unlink. rename() would replace silently, and locks are not
-reliable on network file systems, so neither is used. The two primitives agree on who was first, so processes may mix
-them. Temporary names begin with a dot: readers of Parquet folders pass them over.
+renameat2(RENAME_NOREPLACE) takes the place of link and unlink. Where it has neither, a symbolic link to the temporary
+name is the claim (symlink(2) never replaces, and is there with its content), and whoever sees a claim may rename() what
+it names. A bare rename() would replace silently, and locks are not reliable on network file systems, so neither is
+used. Temporary names begin with a dot: readers of Parquet folders pass them over.
 """
 
 from __future__ import annotations
@@ -13,22 +14,33 @@ import ctypes
 import errno
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 from batchinfer.types import ExitCode, JobError
 
-Primitive = Literal["link", "renameat2"]
+Primitive = Literal["link", "renameat2", "symlink"]
 
 UNSUPPORTED = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+CLAIM = "._claim-"
+MAX_CLAIMS = 1000  # of one name; each stands for a process that died between its claim and its rename
 RENAME_NOREPLACE = 1
 AT_FDCWD = -100
 
 
 def write_new(path: str, data: bytes | memoryview) -> None:
-    """Write ``data`` to a new file and fsync it. OSError leaves no file behind.
+    """Write ``data`` to a new file and fsync it. OSError leaves no file behind."""
+    with new_file(path) as fd:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+
+
+@contextmanager
+def new_file(path: str) -> Iterator[int]:
+    """Descriptor of a new file to be written in the block, and fsynced at its end. An error leaves no file behind.
 
     After an error the same descriptor is never synced again: the kernel may have dropped the pages and called them
     clean, so that a second fsync would succeed without having written them. The caller starts over with a new file.
@@ -36,9 +48,7 @@ def write_new(path: str, data: bytes | memoryview) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
+            yield fd
             os.fsync(fd)
         except BaseException:
             with suppress(OSError):
@@ -80,7 +90,7 @@ def publish_bytes(folder: str, name: str, data: bytes) -> bool:
 
 def probe(folder: str) -> Primitive:
     """Try the primitives on two files in ``folder``, and name the first that publishes one file and refuses the other.
-    JobError(73) if none does."""
+    JobError(73) if none does; OSError if the folder cannot be written."""
     found: list[str] = []
     for name, move in _primitives().items():
         first, second, final = (os.path.join(folder, f".probe-{secrets.token_hex(16)}.tmp") for _ in range(3))
@@ -94,16 +104,23 @@ def probe(folder: str) -> Primitive:
             return name
         except OSError as error:
             if error.errno not in UNSUPPORTED:
-                raise JobError(f"output folder {folder} cannot be written: {error}", ExitCode.OUTPUT) from None
+                raise
             found.append(f"{name}: {error.strerror}")
         finally:
-            for path in (first, second, final):
+            for path in (first, second, final, *claims(folder, os.path.basename(final))):
                 remove(path)
     raise JobError(
         f"the file system of {folder} cannot publish a file without replacing another ({'; '.join(found)}), so two "
         "processes could both write a part: choose an output.path on another file system",
         ExitCode.OUTPUT,
     )
+
+
+def claims(folder: str, name: str = "") -> list[str]:
+    """Paths of the claims on ``name``, or on every name; none are needed once it is published."""
+    with suppress(OSError):
+        return [os.path.join(folder, entry) for entry in os.listdir(folder) if entry.startswith(CLAIM + name)]
+    return []
 
 
 def read_bytes(path: str) -> bytes:
@@ -131,7 +148,7 @@ def remove(path: str) -> None:
 
 
 def _primitives() -> dict[Primitive, Callable[[str, str], None]]:
-    return {"link": os.link, "renameat2": _rename_no_replace}
+    return {"link": os.link, "renameat2": _rename_no_replace, "symlink": _claim_and_rename}
 
 
 def _move(ours: os.stat_result, temporary: str, final: str) -> bool:
@@ -171,3 +188,31 @@ def _rename_no_replace(temporary: str, final: str) -> None:
     if call(AT_FDCWD, os.fsencode(temporary), AT_FDCWD, os.fsencode(final), RENAME_NOREPLACE) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), temporary, None, final)
+
+
+def _claim_and_rename(temporary: str, final: str) -> None:
+    """FileExistsError: another one was first.
+
+    A claim is never taken back while its name is not published, for its taker may be about to rename: what it names is
+    renamed on its behalf, and if that is gone, its taker has given up and the next claim is open. So at every moment
+    one temporary file at most can still become ``final``.
+    """
+    folder, name = os.path.split(final)
+    ours = os.path.basename(temporary)
+    for number in range(MAX_CLAIMS):
+        claim = os.path.join(folder, f"{CLAIM}{name}.{number}")
+        try:
+            os.symlink(ours, claim)
+        except FileExistsError:
+            theirs = os.path.basename(os.readlink(claim))
+            if theirs != ours:  # else it is ours, and the reply was lost
+                with suppress(FileNotFoundError):
+                    os.rename(os.path.join(folder, theirs), final)
+                if os.path.lexists(final):
+                    raise
+                continue
+        if os.path.lexists(final):  # it was complete before the claims on it were cleared away
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), final)
+        os.rename(temporary, final)
+        return
+    raise OSError(errno.EIO, f"{MAX_CLAIMS} processes died while they published it", final)

@@ -119,9 +119,9 @@ class Journal:
 
 
 def journal_files(state: str) -> dict[int, list[str]]:
-    """Paths of all journals in the job's state folder, by chunk index."""
+    """Paths of all journals in the job's state folder, by chunk index; none if the folder cannot be read."""
     found: dict[int, list[str]] = {}
-    with suppress(FileNotFoundError):
+    with suppress(OSError):
         for name in sorted(os.listdir(os.path.join(state, JOURNAL))):
             if match := _NAME.fullmatch(name):
                 found.setdefault(int(match[1]), []).append(os.path.join(state, JOURNAL, name))

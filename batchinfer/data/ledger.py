@@ -3,7 +3,7 @@
     OUT/part-000123.parquet         one complete chunk, published whole (commit.py), never replaced
     OUT/.part-000123.ATTEMPT.tmp    on its way; readers of Parquet folders pass over names with a dot
     OUT/_SUCCESS                    JSON, last of all
-    OUT/_batchinfer/plan.json       the plan (plan.py)
+    OUT/_batchinfer/plan.json       the plan (plan.py); plan-2.json, if the input has got further files, and so on
     OUT/_batchinfer/journal/        finished rows of chunks that are not (journal.py)
     OUT/_batchinfer/suspects/       rows in an engine that crashed (suspects.py)
 
@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 
-from batchinfer.data.commit import NO_SPACE, probe, publish, publish_bytes, read_bytes, remove, write_new
+from batchinfer.data.commit import NO_SPACE, claims, probe, publish, publish_bytes, read_bytes, remove, write_new
 from batchinfer.data.digest import content_digest
 from batchinfer.data.journal import clear_journals
 from batchinfer.data.part import (
@@ -38,7 +38,7 @@ from batchinfer.data.part import (
     part_name,
     read_info,
 )
-from batchinfer.data.plan import Plan, difference_table, differences
+from batchinfer.data.plan import Plan, difference_table, differences, extended, numeric_differences
 from batchinfer.data.suspects import clear_suspects
 from batchinfer.types import Chunk, ExitCode, JobError
 
@@ -122,6 +122,7 @@ class Ledger:
             raise JobError(text, ExitCode.INCOMPLETE)
         record = {"run": run or {}, **success_record(self.plan, found)}
         try:
+            self.retire_success()
             publish_bytes(self.path, SUCCESS, json.dumps(record, indent=1).encode())
         except OSError as error:
             raise output_error(os.path.join(self.path, SUCCESS), error) from None
@@ -129,7 +130,8 @@ class Ledger:
         return self.success() or record
 
     def success(self) -> dict[str, Any] | None:
-        """What _SUCCESS says, or None while the job is not complete. JobError(65) if it is another plan's."""
+        """What _SUCCESS says, or None while the job is not complete: a plan that this one extends may have been.
+        JobError(65) if it is another plan's."""
         try:
             record = json.loads(read_bytes(os.path.join(self.path, SUCCESS)))
             plan = record["plan"]
@@ -137,10 +139,27 @@ class Ledger:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise JobError(f"{self.path}/{SUCCESS} cannot be read: {error}", ExitCode.OUTPUT) from None
+        if plan in self.plan.earlier:
+            return None
         if plan != self.plan.id:
             text = f"{self.path}/{SUCCESS} belongs to plan {plan[:12]}, {STATE}/{PLAN} is {self.plan.id[:12]}"
             raise JobError(text, ExitCode.MISMATCH)
         return record
+
+    def promises(self) -> bool:
+        """Whether there is a _SUCCESS, be it damaged, that is not one of the plans that this one extends."""
+        path = os.path.join(self.path, SUCCESS)
+        return os.path.lexists(path) and _plan_of_success(path) not in self.plan.earlier
+
+    def retire_success(self) -> None:
+        """Take away the _SUCCESS of a plan that this one extends: the job is not complete any more. OSError."""
+        path = os.path.join(self.path, SUCCESS)
+        if _plan_of_success(path) not in self.plan.earlier:
+            return
+        aside = os.path.join(self.path, f".{SUCCESS}.{secrets.token_hex(16)}.json")
+        os.rename(path, aside)
+        if _plan_of_success(aside) not in self.plan.earlier:  # another process did this before, and completed the job
+            publish(aside, path)
 
     def _write(self, chunk: Chunk, data: bytes) -> str:
         """Path of a new temporary file that was read back whole."""
@@ -193,6 +212,8 @@ class Ledger:
                     remove(os.path.join(self.path, name))
             clear_journals(os.path.join(self.path, STATE))
             clear_suspects(os.path.join(self.path, STATE))
+        for claim in claims(self.path):
+            remove(claim)
 
 
 def success_record(plan: Plan, parts: Iterable[tuple[PartInfo, int]]) -> dict[str, Any]:
@@ -206,8 +227,12 @@ def success_record(plan: Plan, parts: Iterable[tuple[PartInfo, int]]) -> dict[st
     return {"plan": plan.id, "rows": plan.rows, "counts": dict(counts), "parts": listed}
 
 
-def open_job(output_path: str, plan: Plan, compression: str = "zstd") -> Ledger:
-    """Start the job ``plan`` in ``output_path``, or continue it: the plan that is there already holds.
+def open_job(
+    output_path: str, plan: Plan, compression: str = "zstd", allow_append: bool = False, strict: bool = False
+) -> Ledger:
+    """Start the job ``plan`` in ``output_path``, or continue it: the plan that is there already holds, and with
+    ``allow_append`` the files that it lacks are added to it. Numeric differences are a notice, or with ``strict`` a
+    refusal as well.
 
     JobError(65) with a table of differences if that plan would give other results; (73) if the folder has other
     content, cannot be written, or lies on a file system where no file can be published safely.
@@ -228,14 +253,37 @@ def open_job(output_path: str, plan: Plan, compression: str = "zstd") -> Ledger:
     except OSError as error:
         raise output_error(path, error) from None
     planned = load_plan(path)  # ours, or that of a job which was faster: both are compared alike
+    longer = extended(planned, plan)
+    while longer and allow_append:
+        try:
+            publish_bytes(state, _plan_name(len(longer.extends) + 1), longer.to_json())
+        except OSError as error:
+            raise output_error(path, error) from None
+        planned = load_plan(path)  # ours, or that of a job which saw other files
+        longer = extended(planned, plan)
     found = differences(planned, plan)
     if found:
+        hint = ", or give input.allow_append=true, and the new files are added to the job" if longer else ""
         raise JobError(
             f"output.path={output_path} holds a job that would give other results than this one:\n"
-            f"{difference_table(found)}\nGive a new output.path, or restore the planned values.",
+            f"{difference_table(found)}\nGive a new output.path, or restore the planned values{hint}.",
             ExitCode.MISMATCH,
         )
     ledger = Ledger(path, planned.with_root(plan.files[0].root), compression)
+    slight = numeric_differences(planned, plan)
+    if slight and strict:
+        raise JobError(
+            f"output.path={output_path} holds a job that may give slightly other results than this one, which "
+            f"job.strict_resume=true forbids:\n{difference_table(slight)}",
+            ExitCode.MISMATCH,
+        )
+    if slight:
+        changes = ", ".join(f"{name} {before} -> {now}" for name, before, now in slight)
+        ledger.notices.append(f"{changes} since the job was planned: a few tokens of the rows to come may be others")
+    try:
+        ledger.retire_success()
+    except OSError as error:
+        raise output_error(path, error) from None
     if planned.rows_per_chunk != plan.rows_per_chunk:
         now, before = plan.rows_per_chunk, planned.rows_per_chunk
         ledger.notices.append(f"output.rows_per_chunk={now} has no effect: the job was planned with {before}")
@@ -243,14 +291,40 @@ def open_job(output_path: str, plan: Plan, compression: str = "zstd") -> Ledger:
 
 
 def load_plan(path: str) -> Plan:
-    """The plan of the job in the output folder ``path``. JobError(73) if there is none, or a damaged one."""
-    file = os.path.join(path, STATE, PLAN)
+    """The plan of the job in the output folder ``path``, with all extensions. JobError(73) if there is none, or a
+    damaged one."""
+    plan = _read_plan(path, 1)
+    if plan is None:
+        raise JobError(f"{path} is no output folder of batchinfer: it has no {STATE}/{PLAN}", ExitCode.OUTPUT)
+    while (longer := _read_plan(path, len(plan.extends) + 2)) is not None:
+        if longer.extends != (*plan.extends, (plan.id, len(plan.chunks))):
+            name = _plan_name(len(plan.extends) + 2)
+            raise JobError(f"{path}/{STATE}/{name} does not continue the plan before it", ExitCode.OUTPUT)
+        plan = longer
+    return plan
+
+
+def _plan_name(number: int) -> str:
+    return PLAN if number == 1 else f"plan-{number}.json"
+
+
+def _read_plan(path: str, number: int) -> Plan | None:
+    file = os.path.join(path, STATE, _plan_name(number))
     try:
         return Plan.from_json(read_bytes(file))
     except FileNotFoundError:
-        raise JobError(f"{path} is no output folder of batchinfer: it has no {STATE}/{PLAN}", ExitCode.OUTPUT) from None
+        return None
     except (OSError, ValueError) as error:
         raise JobError(f"{file} cannot be used: {error}", ExitCode.OUTPUT) from None
+
+
+def _plan_of_success(path: str) -> str | None:
+    """The id that a _SUCCESS file names; None if it is absent or damaged."""
+    try:
+        plan = json.loads(read_bytes(path))["plan"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return plan if isinstance(plan, str) else None
 
 
 def output_error(path: str, error: OSError) -> JobError:

@@ -62,7 +62,7 @@ def describe(plan: Plan, chunk: Chunk, content: str, attempt: str, provenance: d
     """``provenance`` may hold "counts", which go into a field of their own."""
     provenance = dict(provenance)
     return PartInfo(
-        plan=plan.id,
+        plan=plan.owner(chunk),
         chunk=chunk.index,
         file=plan.files[chunk.file].path,
         ordinal=chunk.file,
@@ -126,8 +126,8 @@ def read_info(path: str) -> PartInfo:
 
 def check_identity(info: PartInfo, plan: Plan, chunk: Chunk) -> None:
     """Raise BadPart unless the file is the part of ``chunk`` in ``plan``."""
-    if info.plan != plan.id:
-        raise BadPart(f"it belongs to plan {info.plan[:12]}, not to {plan.id[:12]}")
+    if info.plan != plan.owner(chunk):
+        raise BadPart(f"it belongs to plan {info.plan[:12]}, not to {plan.owner(chunk)[:12]}")
     if (info.chunk, info.ordinal, info.start, info.rows) != (chunk.index, chunk.file, chunk.start, chunk.rows):
         theirs = f"chunk {info.chunk}, rows {info.start} to {info.start + info.rows - 1} of file {info.ordinal}"
         raise BadPart(f"it is {theirs}, not {chunk}")

@@ -21,19 +21,33 @@ MAX_VALUE = 60  # characters per cell
 @dataclass(frozen=True)
 class Plan:
     """``fingerprint`` holds everything beside the input files that decides the results (nested dicts of JSON values);
-    ``free`` is recorded and never compared. ``chunks`` cover all rows of all files, in order."""
+    ``numeric`` holds what may change results in their last bits: compared, but no part of the plan's identity. ``free``
+    is recorded and never compared. ``chunks`` cover all rows of all files, in order. ``extends``: (id, number
+    of chunks) of the plans that this one continues with further files, oldest first."""
 
     files: tuple[InputFile, ...]
     chunks: tuple[Chunk, ...]
     rows_per_chunk: int
     fingerprint: dict[str, Any]
     free: dict[str, Any] = field(default_factory=dict)
+    extends: tuple[tuple[str, int], ...] = ()
+    numeric: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def id(self) -> str:
-        """SHA-256 (hex) over everything but ``free`` and the input's root folder."""
+        """SHA-256 (hex) over everything but ``numeric``, ``free`` and the input's root folder."""
         content = [SCHEMA_VERSION, [_file_json(f) for f in self.files], _chunks_json(self.chunks), self.fingerprint]
+        content += [self.extends] if self.extends else []
         return hashlib.sha256(_json(content, sort_keys=True)).hexdigest()
+
+    def owner(self, chunk: Chunk) -> str:
+        """Id of the plan that the chunk's part names: the first one that has the chunk."""
+        return next((plan for plan, chunks in self.extends if chunk.index < chunks), self.id)
+
+    @property
+    def earlier(self) -> set[str]:
+        """Ids of the plans that this one extends."""
+        return {plan for plan, _ in self.extends}
 
     @property
     def rows(self) -> int:
@@ -52,6 +66,8 @@ class Plan:
                 "rows_per_chunk": self.rows_per_chunk,
                 "fingerprint": self.fingerprint,
                 "free": self.free,
+                "extends": self.extends,
+                "numeric": self.numeric,
                 "input_root": self.files[0].root,
                 "files": [_file_json(file) for file in self.files],
                 "chunks": _chunks_json(self.chunks),
@@ -68,9 +84,11 @@ class Plan:
             root = content["input_root"]
             files = [InputFile(i, root=root, **_file_fields(f)) for i, f in enumerate(content["files"])]
             chunks = [Chunk(i, *map(int, c)) for i, c in enumerate(content["chunks"])]
-            plan = Plan(tuple(files), tuple(chunks), content["rows_per_chunk"], content["fingerprint"], content["free"])
+            extends = tuple((str(plan), int(count)) for plan, count in content["extends"])
+            more = (content["rows_per_chunk"], content["fingerprint"], content["free"], extends, content["numeric"])
+            plan = Plan(tuple(files), tuple(chunks), *more)
             damaged = plan.id != content["id"]
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"it is not a plan ({type(error).__name__}: {error})") from None
         if damaged:
             raise ValueError("it is damaged: its content does not have the id that it names")
@@ -82,6 +100,7 @@ def make_plan(
     rows_per_chunk: int,
     fingerprint: dict[str, Any],
     free: dict[str, Any] | None = None,
+    numeric: dict[str, Any] | None = None,
 ) -> Plan:
     """The plan of ``files``; it depends on the arguments alone, never on ranks, nodes or devices."""
     chunks: list[Chunk] = []
@@ -89,7 +108,24 @@ def make_plan(
         for start, rows in cut(file.row_group_rows, rows_per_chunk):
             chunks.append(Chunk(len(chunks), file.ordinal, start, rows))
     fingerprint = json.loads(_json(fingerprint))  # what a plan file would give back: tuples become lists
-    return Plan(tuple(files), tuple(chunks), rows_per_chunk, fingerprint, free or {})
+    return Plan(tuple(files), tuple(chunks), rows_per_chunk, fingerprint, free or {}, numeric=numeric or {})
+
+
+def extended(planned: Plan, now: Plan) -> Plan | None:
+    """``planned``, and then the files that only ``now`` has, in further chunks. None if there are none, or if anything
+    else differs."""
+    known = {file.path for file in planned.files}
+    fresh = [file for file in now.files if file.path not in known]
+    rest = replace(now, files=tuple(file for file in now.files if file.path in known))
+    if not fresh or differences(planned, rest):
+        return None
+    files, chunks = list(planned.files), list(planned.chunks)
+    for file in fresh:
+        for start, rows in cut(file.row_group_rows, planned.rows_per_chunk):
+            chunks.append(Chunk(len(chunks), len(files), start, rows))
+        files.append(replace(file, ordinal=len(files)))
+    extends = (*planned.extends, (planned.id, len(planned.chunks)))
+    return replace(planned, files=tuple(files), chunks=tuple(chunks), extends=extends)
 
 
 def cut(groups: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
@@ -123,12 +159,18 @@ def differences(planned: Plan, now: Plan) -> list[tuple[str, str, str]]:
         for path in [*old, *(path for path in new if path not in old)]
         if old.get(path) != new.get(path)
     ]
-    old_fields, new_fields = dict(_flat(planned.fingerprint)), dict(_flat(now.fingerprint))
-    for name in [*old_fields, *(name for name in new_fields if name not in old_fields)]:
-        a, b = old_fields.get(name, "absent"), new_fields.get(name, "absent")
-        if a != b:
-            found.append((name, a, b))
-    return found
+    return found + _field_differences(planned.fingerprint, now.fingerprint)
+
+
+def numeric_differences(planned: Plan, now: Plan) -> list[tuple[str, str, str]]:
+    """(field, planned, now) for what may change results in their last bits."""
+    return _field_differences(planned.numeric, now.numeric)
+
+
+def _field_differences(planned: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str, str]]:
+    old, new = dict(_flat(planned)), dict(_flat(now))
+    pairs = [(name, old.get(name, "absent"), new.get(name, "absent")) for name in dict.fromkeys([*old, *new])]
+    return [(name, a, b) for name, a, b in pairs if a != b]
 
 
 def difference_table(found: Sequence[tuple[str, str, str]]) -> str:
@@ -167,7 +209,7 @@ def _file_fields(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _short_file(file: InputFile) -> str:
-    parts = "".join(f", {k}={v}" for k, v in file.partitions.items())
+    parts = "".join(f", {k}={v!r}" for k, v in file.partitions.items())
     return f"{file.rows} rows, {file.bytes} bytes, footer {file.digest[:12]}{parts}"
 
 

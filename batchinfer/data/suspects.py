@@ -78,7 +78,8 @@ class SuspectLog:
         faulthandler.disable()
         if self._enabled_before:
             faulthandler.enable(sys.__stderr__)
-        os.close(self._fd)
+        with suppress(OSError):
+            os.close(self._fd)
         self._fd = -1
         if in_order:
             remove(self._path)
@@ -139,7 +140,7 @@ def _reason(suspicion: Suspicion, row: int) -> str:
 
 def _logs(state: str) -> Iterator[str]:
     folder = os.path.join(state, SUSPECTS)
-    with suppress(FileNotFoundError):
+    with suppress(OSError):
         for name in sorted(os.listdir(folder)):
             with suppress(OSError):
                 yield read_bytes(os.path.join(folder, name)).decode("utf-8", "replace")

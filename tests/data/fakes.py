@@ -80,7 +80,7 @@ class SpiedOs:
     kill the process.
     """
 
-    SPIED = ("open", "write", "fsync", "close", "stat", "link", "unlink")
+    SPIED = ("open", "write", "fsync", "close", "stat", "link", "symlink", "rename", "unlink")
 
     def __init__(self, interfere: Callable[[int, str, str], None] = lambda number, name, when: None):
         self.calls: list[tuple[str, Any]] = []

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 FORBIDDEN = (
@@ -63,13 +64,12 @@ def _child(function: Callable[[], Any], send: int, seconds: int, address_gib: fl
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a Python handler would wait for native code to come back
         signal.alarm(seconds)
-        pages = int(open("/proc/self/statm").read().split()[0])
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + int(address_gib * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         events: list[str] = []
         sys.addaudithook(lambda event, _: events.append(event) if event in FORBIDDEN else None)
-        with open("/proc/self/clear_refs", "w") as reset:  # the peak from here on
-            reset.write("5")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
         before = peak_mib()
         try:
             value = function()

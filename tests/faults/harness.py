@@ -44,6 +44,7 @@ def configuration(inputs: Path, output: Path, changes: Mapping[str, Any] | None 
         "engine.max_slots": 8,
         "sampling.max_tokens": 16,
         "job.max_error_fraction": 0.5,
+        "job.journal_seconds": 0.0,  # with each row that finishes
         **(changes or {}),
     }
     for key, value in given.items():

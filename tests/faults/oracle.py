@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,7 +24,6 @@ import pyarrow.parquet as pq
 from fake_engine import POISON, answer
 
 from batchinfer.data.audit import verify
-from batchinfer.data.prompts import row_seed
 from batchinfer.types import ROW_BITS, ExitCode
 
 PART = re.compile(r"part-[0-9]{6}\.parquet")
@@ -59,7 +59,8 @@ def _answer(prompt: str | None, seed: int, uid: int) -> tuple[str | None, str | 
     if POISON in prompt:
         return None, "KV_CAPACITY"
     ids = np.frombuffer(prompt.encode(), np.uint8)
-    return bytes(answer(ids, row_seed(seed, uid), 0, MAX_TOKENS).astype(np.uint8)).decode(), None
+    digest = hashlib.sha256(b"batchinfer row" + struct.pack("<QQ", seed, uid)).digest()
+    return bytes(answer(ids, int.from_bytes(digest[:8], "little"), 0, MAX_TOKENS).astype(np.uint8)).decode(), None
 
 
 @dataclass
@@ -135,12 +136,13 @@ ANY_IO = (ExitCode.COMPLETE, ExitCode.OUTPUT, ExitCode.IO)
 
 
 def write_inputs(folder: Path, rows: Iterable[int] = (34, 26), poison: bool = True) -> Path:
-    """Input files of so many rows; with ``poison``, three rows that can't be answered."""
+    """Input files of so many rows; with ``poison``, up to three rows of the first can't be answered."""
     folder.mkdir(parents=True)
     for ordinal, count in enumerate(rows):
         prompts: list[str | None] = [f"file {ordinal} row {i} {'y' * (i % 13)}" for i in range(count)]
         if poison and ordinal == 0:
-            prompts[3], prompts[11], prompts[17] = None, "", f"a {POISON} here"
+            planted = {3: None, 11: "", 17: f"a {POISON} here"}
+            prompts = [planted.get(i, prompt) for i, prompt in enumerate(prompts)]
         uids = pa.array([ordinal << ROW_BITS | i for i in range(count)], pa.uint64())
         pq.write_table(pa.table({"uid": uids, "prompt": prompts}), folder / f"{ordinal}.parquet", row_group_size=15)
     return folder

@@ -53,6 +53,7 @@ def run_job(order: dict[str, Any]) -> int:
         shim.arm(config.output.path, shim.Fault(**order["fault"]))
     for name, value in order["settings"].items():  # module.NAME of the product, for this job alone
         module, _, attribute = name.rpartition(".")
+        assert hasattr(sys.modules[module], attribute), name
         setattr(sys.modules[module], attribute, value)
     try:
         return job.run(config, World(), functools.partial(load, step_seconds=order["step_seconds"]), identify_fake)

@@ -24,7 +24,8 @@ class Fault:
 
     refused: not done, error returned; lost: done, error returned; replayed: done, and the error is the one that a
     server gives which carries the same request out again; short: half of the data. ``call``: count this call alone.
-    ``reads``: count calls that change nothing as well. ``record``: file that gets a line per counted call.
+    ``reads``: count calls that change nothing as well. ``record``: file that gets a line per counted call. ``denied``:
+    calls that are not there at all, and say ``denied_error``.
     """
 
     kind: Kind = "none"
@@ -34,12 +35,15 @@ class Fault:
     call: str = ""
     reads: bool = False
     record: str = ""
+    denied: tuple[str, ...] = ()
+    denied_error: int = errno.EPERM
 
 
 @dataclass(frozen=True)
 class Call:
     """A line of the record: ``path`` (and ``other``, the second of two) are relative to the root."""
 
+    number: int
     name: str
     path: str
     other: str = ""
@@ -62,6 +66,7 @@ def arm(root: str, fault: Fault) -> None:
     library: Any = ctypes.CDLL(os.environ["LD_PRELOAD"])
     record = os.open(fault.record, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if fault.record else -1
     kind = KINDS.index(fault.kind)
+    library.shim_deny(" ".join(fault.denied).encode(), fault.denied_error)
     library.shim_arm.argtypes = [ctypes.c_char_p] * 2 + [ctypes.c_long] * 2 + [ctypes.c_int] * 4
     library.shim_arm(
         os.fsencode(root), fault.call.encode(), fault.first, fault.last, kind, fault.error, fault.reads, record
@@ -69,9 +74,11 @@ def arm(root: str, fault: Fault) -> None:
 
 
 def read_record(record: Path, root: Path) -> list[Call]:
-    """The calls in the order in which they began."""
+    """The calls in the order in which they began; of a process that died, one or two may be missing at the end."""
     calls = []
     for line in record.read_text().splitlines():
-        _, name, path, other = line.split("\t")
-        calls.append(Call(name, os.path.relpath(path, root), os.path.relpath(other, root) if other else ""))
+        number, name, path, other = line.split("\t")
+        calls.append(
+            Call(int(number), name, os.path.relpath(path, root), os.path.relpath(other, root) if other else "")
+        )
     return calls

@@ -25,7 +25,7 @@ ERRORS = ("EIO", "ENOSPC", "EDQUOT", "ESTALE", "EINTR")
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One file, one chunk (quick) or two: every kind of call is there, few are there often."""
-    return write_inputs(tmp_path_factory.mktemp("calls") / "in", rows=(18,))
+    return write_inputs(tmp_path_factory.mktemp("calls") / "in", rows=(6,))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def expected(inputs: Path) -> Expected:
 
 
 PARTS = 2 if LONG else 1
-CHANGES = {"output.rows_per_chunk": 20 // PARTS}
+CHANGES = {"output.rows_per_chunk": 6 // PARTS}
 
 
 def stopped(bench: Bench, where: str) -> Path:
@@ -68,22 +68,22 @@ def at_every_call(
             shutil.copytree(first, output)
         return output
 
-    output = copy()
-    record = output.parent.with_suffix(".record")
-    code, log = bench.run(output, CHANGES, fault=Fault(call=fault.call, reads=fault.reads, record=str(record)))
-    assert code == 0, log
-    calls = read_record(record, output)
-
-    def one(number: int) -> str:
-        name = errors[number % len(errors)]
-        last = fault.last or number
+    def observed(fault: Fault) -> tuple[Path, int, str, list[Call]]:
+        """A run: its output, exit code, messages and calls."""
         output = copy()
+        file = output.parent.with_suffix(".record")
+        code, log = bench.run(output, CHANGES, fault=replace(fault, record=str(file)))
+        return output, code, log, read_record(file, output)
+
+    def one(number: int) -> tuple[Call | None, str]:
+        """The call that was struck, None if the run had fewer calls; and what went wrong."""
+        name = errors[number % len(errors)]
+        now = replace(fault, first=number, last=fault.last or number, error=getattr(errno, name))
+        output, code, log, calls = observed(now)
+        struck = next((call for call in calls if call.number == number), None)
         witness = Witness(output, expected)
-        witness.look()
-        now = replace(fault, first=number, last=last, error=getattr(errno, name))
-        code, log = bench.run(output, CHANGES, fault=now)
         try:
-            allowed(code, codes, "it")
+            allowed(code, codes if struck else (0,), "it")
             witness.look()
             if code == 0:
                 witness.complete()
@@ -91,20 +91,23 @@ def at_every_call(
             assert code == 0
             witness.complete()
         except AssertionError as error:
-            return f"{fault.kind} ({name}) at call {number}, {calls[number - 1]}: {error}\n{log}"
+            return struck, f"{fault.kind} ({name}) at call {number}, {struck}: {error}\n{log}"
         bench.discard(output)
-        return ""
+        return struck, ""
 
-    failures = [failure for failure in side_by_side(one, range(1, len(calls) + 1)) if failure]
-    assert not failures, f"{len(failures)} of {len(calls)}\n" + "\n".join(failures)
-    return calls
+    outcomes: list[tuple[Call | None, str]] = []
+    while not outcomes or outcomes[-1][0]:  # what the journal writes depends on time: runs differ by a few calls
+        outcomes += side_by_side(one, range(len(outcomes) + 1, len(outcomes) + 11))
+    failures = [failure for _, failure in outcomes if failure]
+    assert not failures, f"{len(failures)} of {len(outcomes)}\n" + "\n".join(failures)
+    return [struck for struck, _ in outcomes if struck]
 
 
 def count(kind: str, calls: list[Call]) -> None:
     tally[f"system calls, each once: {kind}"] += len(calls)
 
 
-@pytest.mark.parametrize("kind", ["kill before", "kill after"])
+@pytest.mark.parametrize("kind", ["kill before", "kill after"] if LONG else ["kill after"])
 @pytest.mark.feature("job", "killed at each system call of plan, commit and _SUCCESS in turn")
 def test_killed_at_every_call(kind: str, bench: Bench, expected: Expected) -> None:
     calls = at_every_call(bench, expected, Fault(kind), (-9,))
@@ -112,10 +115,10 @@ def test_killed_at_every_call(kind: str, bench: Bench, expected: Expected) -> No
     count(f"SIGKILL {kind.split()[1]} it", calls)
 
 
-@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("errors", [[name] for name in ERRORS] if LONG else [ERRORS[:1], ERRORS[1:]], ids="-".join)
 @pytest.mark.feature("job", "an I/O error at each system call in turn: made good, or a clear exit code and a resume")
-def test_an_error_at_every_call(name: str, bench: Bench, expected: Expected) -> None:
-    count(name, at_every_call(bench, expected, Fault("refused"), ANY_IO, [name]))
+def test_an_error_at_every_call(errors: list[str], bench: Bench, expected: Expected) -> None:
+    count(" or ".join(errors), at_every_call(bench, expected, Fault("refused"), ANY_IO, errors))
 
 
 @pytest.mark.parametrize("errors", [["EIO"], ["ESTALE"]] if LONG else [["EIO", "ESTALE"]], ids="-".join)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -238,6 +239,8 @@ HARMLESS: list[dict[str, Any]] = [
     *({"output.rows_per_chunk": rows} for rows in (1, 3, 1024)),
     *({"output.compression": name} for name in ("snappy", "none", "gzip", "lz4")),
     *({"cluster.mpi": mode} for mode in ("off", "on")),
+    *({"engine.device": device} for device in ("cpu", "reference")),
+    {"engine.dtype": "fp32"},
     {"bench.rows": 5},
     {"bench.repeat": 3},
     {"engine.max_slots": 3, "output.rows_per_chunk": 7, "output.compression": "none", "job.progress_seconds": 1.0},
@@ -251,13 +254,42 @@ def test_what_does_not_change_the_results_is_accepted(changes: dict[str, Any], h
     place = Place(tmp_path)
     if half_done:
         config = from_dict(configuration(place.inputs, place.output, {"output.rows_per_chunk": 3}))
-        with pytest.raises(RuntimeError, match="went away"):
+        with pytest.raises(JobError, match="went away"):
             job.run(config, World(), _failing, lambda path: MODEL)
     else:
         assert place.run({}) == 0
     assert place.run(changes) == 0
     assert len(pq.read_table(sorted(place.output.glob("part-*")))) == len(TEXTS)
     tally["harmless changes, accepted"] += 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"engine.dtype": "fp32"}, "engine.dtype"),
+        ({"engine.device": "reference"}, "engine.device"),
+        ({"engine.device": "cpu"}, "engine.device"),
+    ],
+)
+@pytest.mark.feature("job", "another device, dtype or version: noted in the parts, refused with job.strict_resume")
+def test_what_changes_results_slightly_is_noted_or_refused(
+    changes: dict[str, Any], field: str, place: Place, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert place.run(changes) == 0
+    assert f"{field} " in capfd.readouterr().err
+    refusal(place, field, changes | {"job.strict_resume": True})
+    assert place.run({"job.strict_resume": True}) == 0
+    part = pq.read_metadata(sorted(place.output.glob("part-*"))[0]).metadata[b"batchinfer"]
+    assert json.loads(part)["provenance"]["numeric"]["engine"] == {"device": "auto", "dtype": "auto"}
+
+
+def test_another_version_is_noted_or_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job, "__version__", "99.0")
+    assert place.run({}) == 0
+    assert '-> "99.0"' in capfd.readouterr().err
+    refusal(place, "batchinfer", {"job.strict_resume": True})
 
 
 def _failing(*_: object, **__: object) -> FakeEngine:

@@ -28,11 +28,12 @@ def shape(rng: random.Random, inputs: Path, moved: Path) -> tuple[dict[str, Any]
         "engine.prefix_cache": rng.random() < 0.5,
         "output.rows_per_chunk": rng.choice([1, 10, 1000]),
         "output.compression": rng.choice(["zstd", "none", "snappy"]),
+        "job.journal_seconds": rng.choice([0.0, 0.01, 60.0]),
         "job.progress_seconds": rng.choice([0.1, 60.0]),
         "input.path": str(rng.choice([inputs, moved])),
     }
     settings = {
-        "batchinfer.job.LOOK_AHEAD": rng.choice([1, 2, 5]),
+        "batchinfer.loop.LOOK_AHEAD": rng.choice([1, 2, 5]),
         "batchinfer.pipeline.MAX_UNCOMMITTED": rng.choice([1, 2, 8]),
         "batchinfer.data.ledger.READERS": rng.choice([1, 16]),
     }

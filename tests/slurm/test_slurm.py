@@ -286,6 +286,20 @@ def test_a_task_of_an_array_is_requeued(job: Job) -> None:
     job.check()
 
 
+@pytest.mark.feature("slurm", "a file DRAIN stops a job and keeps it from being requeued")
+def test_a_file_stops_the_job(job: Job) -> None:
+    number = job.submit(**SLOW)
+    job.wait_for_parts(4)
+    file = job.output / "_batchinfer" / "DRAIN"
+    file.touch()
+    ended = job.end(number)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0"), job.log()
+    assert f"{file} is there" in job.log()
+    file.unlink()
+    assert job.end(job.submit())["JobState"] == "COMPLETED", job.log()
+    job.check()
+
+
 def test_a_refused_job_is_not_started_again(job: Job) -> None:
     assert job.end(job.submit())["JobState"] == "COMPLETED", job.log()
     ended = job.end(job.submit(settings=("sampling.seed=5",)))

@@ -1,0 +1,92 @@
+"""The good rows of an earlier output, taken over as they are: what is left to compute is its error rows."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from batchinfer.data.commit import read_bytes
+from batchinfer.data.ledger import Ledger
+from batchinfer.data.part import BadPart, check_identity, decode_part, part_name
+from batchinfer.data.plan import Plan, difference_table, differences
+from batchinfer.data.results import ResultOptions, generated_columns
+from batchinfer.types import Chunk, Completion, ExitCode, JobError, Logprobs, Sample
+
+_LOGPROBS = {"chosen": np.float32, "top_ids": np.int32, "top": np.float32}
+
+
+class EarlierOutput:
+    """A complete job over the same input, whose generated columns are those of the new one."""
+
+    def __init__(self, path: str, options: ResultOptions):
+        """JobError(73): ``path`` is no output folder; (75): its job is not complete."""
+        self._ledger = Ledger.attach(path)
+        self._options = options
+        if self._ledger.success() is None:
+            raise JobError(
+                f"input.retry_errors_of={path}: that job is not complete, go on with it", ExitCode.INCOMPLETE
+            )
+
+    @property
+    def plan(self) -> Plan:
+        return self._ledger.plan
+
+    def check(self, plan: Plan) -> None:
+        """JobError(65) unless ``plan`` has the same rows in the same chunks."""
+        same_settings = Plan(plan.files, plan.chunks, plan.rows_per_chunk, self.plan.fingerprint)
+        found = differences(self.plan, same_settings)
+        if found:
+            text = f"input.retry_errors_of={self._ledger.path} had another input:\n{difference_table(found)}"
+            raise JobError(text, ExitCode.MISMATCH)
+        if _pieces(self.plan) != _pieces(plan):
+            text = "has its input files in another order, since some were added to it later: run the job anew"
+            raise JobError(f"input.retry_errors_of={self._ledger.path} {text}", ExitCode.MISMATCH)
+
+    def good_rows(self, chunk: Chunk) -> dict[int, Completion]:
+        """The chunk's rows that had no error, by row id. JobError(74): the part is damaged; (64): it lacks a generated
+        column of the new job."""
+        path = os.path.join(self._ledger.path, part_name(chunk))
+        try:
+            info, table = decode_part(read_bytes(path))
+            check_identity(info, self.plan, chunk)
+        except (OSError, BadPart) as error:
+            raise JobError(f"{path} cannot be used: {error}", ExitCode.IO) from None
+        columns = {column.name: column.type for column in generated_columns(self._options)}
+        for name, kind in columns.items():
+            if name not in table.column_names or table.schema.field(name).type != kind:
+                is_ = table.schema.field(name).type if name in table.column_names else "absent"
+                raise JobError(
+                    f"column {name!r} must be {kind} and is {is_} in {path}: rows are taken over from an output with "
+                    "the same output.prefix, output.token_ids, sampling.n and sampling.logprobs",
+                    ExitCode.USAGE,
+                )
+        prefix = self._options.prefix
+        rows = table.select(list(columns)).to_pylist()
+        found = {}
+        for offset, row in enumerate(rows):
+            values = {name.removeprefix(prefix): value for name, value in row.items()}
+            if values["status"] == "ok":
+                found[chunk.row_id(offset)] = self._completion(chunk.row_id(offset), values)
+        return found
+
+    def _completion(self, row: int, values: dict[str, Any]) -> Completion:
+        names = ("generated_text", "finish_reason", "completion_tokens", "token_ids", "logprobs")
+        columns = {name: values[name] if self._options.many else [values[name]] for name in names if name in values}
+        each = [dict(zip(columns, of_sample, strict=True)) for of_sample in zip(*columns.values(), strict=True)]
+        return Completion(row, values["prompt_tokens"], tuple(_sample(value) for value in each))
+
+
+def _pieces(plan: Plan) -> list[tuple[str, int, int]]:
+    return [(plan.files[chunk.file].path, chunk.start, chunk.rows) for chunk in plan.chunks]
+
+
+def _sample(value: dict[str, Any]) -> Sample:
+    """Without a column of token ids only their number is known, and nothing else is written of them."""
+    ids = value.get("token_ids")
+    tokens = np.zeros(value["completion_tokens"], np.int32) if ids is None else np.array(ids, np.int32)
+    logprobs = value.get("logprobs")
+    if logprobs is not None:
+        logprobs = Logprobs(*(np.array(logprobs[name], kind) for name, kind in _LOGPROBS.items()))
+    return Sample(tokens, value["generated_text"], value["finish_reason"], logprobs)
