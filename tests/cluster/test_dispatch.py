@@ -165,7 +165,7 @@ def test_ranks_that_sleep_and_wake_do_no_harm(size: int, count: int, data: st.Da
             data.draw(st.integers(1, 6)), seconds=dispatch.SILENCE_SECONDS / 4, finish=data.draw(st.booleans())
         )
     job.dead = set()
-    job.fair_turns(20 * (count + size), seconds=1.0)
+    job.fair_turns(20 * (count + size), seconds=dispatch.SILENCE_SECONDS / 12)
     assert job.output | job.ranks[0].dispatcher.aside == set(range(count))
     assert all(rank.dispatcher.finished for rank in job.ranks)
 

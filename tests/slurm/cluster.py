@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "unshare")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "unshare", "setpriv")
 
 START_SECONDS = 30.0
 
@@ -178,7 +178,8 @@ class Cluster:
     def _spawn(self, command: list[str], log: str) -> subprocess.Popen:
         with open(self.folder / "log" / log, "ab") as output:
             streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-            return subprocess.Popen(command, env=self.environment, start_new_session=True, **streams)
+            mortal = ["setpriv", "--pdeathsig", "KILL", *command]  # the cluster goes when the tests are killed
+            return subprocess.Popen(mortal, env=self.environment, start_new_session=True, **streams)
 
 
 def _path() -> str:
