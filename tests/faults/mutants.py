@@ -122,8 +122,8 @@ MUTANTS = [
     Mutant(
         "differences are not refused",
         "data/ledger.py",
-        '    if found:\n        raise JobError(\n            f"output.path',
-        '    if False:\n        raise JobError(\n            f"output.path',
+        "    if found:\n        hint =",
+        "    if False:\n        hint =",
         "faults/test_settings.py",
     ),
     Mutant(
