@@ -154,12 +154,12 @@ def _work(config: Config, world: World, opening: Opening, load_engine: EngineLoa
 
 def _dispatcher(world: World, opening: Opening, ledger: Ledger) -> RootDispatcher | WorkerDispatcher | ArrayDispatcher:
     def alone(held: set[int]) -> ArrayDispatcher:
-        share = opening.share if world.size == 1 and opening.share else Share(world.rank, world.size)
+        share = opening.share or Share(world.rank, world.size)
         return ArrayDispatcher(opening.missing, share, ledger.has, ledger.missing, held)
 
     if world.rank > 0:
         return WorkerDispatcher(world, alone)
-    if world.size == 1 and opening.share is not None:
+    if opening.share is not None:
         return alone(set())
     return RootDispatcher(world, opening.missing)
 
@@ -268,7 +268,7 @@ def _compute(
 
 def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], ranks: int) -> Opening:
     """Look at the input, make the plan or find the one that is there, see what is missing, and record the attempt."""
-    share = array_share()
+    share = array_share() if ranks == 1 else None
     files = list_inputs(config.input.path)
     check_input(files, config.input)
     schema = input_schema(files)

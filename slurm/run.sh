@@ -21,9 +21,9 @@ if [ -n "${SLURM_ARRAY_TASK_ID-}" ]; then
 fi
 # A wrong type would make every rank a job of its own, which batchinfer refuses. doctor names that of the MPI library.
 mpi=${BATCHINFER_MPI_TYPE:-$(batchinfer doctor | sed -n 's/.*"srun_mpi": "\(.*\)".*/\1/p')}
-end=$(squeue -h -j "$id" -o %e)
+end=$(squeue -h -j "$id" -o %e) cpus=${SLURM_JOB_CPUS_PER_NODE%%[(,]*}  # as in 64(x4)
 BATCHINFER_END_TIME=${SLURM_JOB_END_TIME:-${end:+$(date -d "$end" +%s)}}
-SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / tasks))}  # srun binds to one CPU by default
+SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$((cpus / tasks))}  # srun binds to one CPU by default
 TMPDIR=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/batchinfer-$id
 export BATCHINFER_END_TIME SRUN_CPUS_PER_TASK TMPDIR XDG_CACHE_HOME="$TMPDIR" TRITON_CACHE_DIR="$TMPDIR/triton" \
   TORCHINDUCTOR_CACHE_DIR="$TMPDIR/inductor" HF_HUB_OFFLINE=1
@@ -54,7 +54,7 @@ while [ "$code" = 71 ] && [ -z "$draining" ] && [ "$starts" -le 5 ]; do
   rm -f "$BATCHINFER_LAUNCH"
   echo "run.sh $(date +%FT%T) code $code${draining:+, asked to $draining}" >&2
 done
-case $code$draining in
+[ -e "$(batchinfer run "$@" --cfg output.path)/_batchinfer/DRAIN" ] || case $code$draining in
   75 | 75requeue | 71requeue) [ "${ENVIRONMENT-}" = BATCH ] && scontrol requeue "$id" && exec sleep 60 ;;
 esac
 exit "$code"

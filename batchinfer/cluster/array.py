@@ -1,4 +1,4 @@
-"""Who computes which chunk, where nobody hands them out: the tasks of a job array, and ranks that have lost rank 0.
+"""Who computes which chunk, where nobody hands them out: processes without MPI, and ranks that have lost rank 0.
 
 Each process takes its own share, then what is missing of the others'. Only the output folder tells what is done; two
 processes may compute the same chunk, and the first commit wins.
@@ -28,22 +28,31 @@ class Share:
 
 
 def array_share(environment: Mapping[str, str] | None = None) -> Share | None:
-    """The place in a Slurm job array, or None outside one. JobError(69) for numbers that make no sense.
+    """The place among the processes that Slurm started without MPI: the tasks of a job array, the tasks of a step, or
+    steps of several tasks in an array. None outside Slurm, and for a step of one task. JobError(69) for numbers that
+    make no sense.
 
-    Task ids run from a minimum in steps (``--array=10-50:10`` is five tasks), or are a list with holes: then a share
+    Array ids run from a minimum in steps (``--array=10-50:10`` is five tasks), or are a list with holes: then a share
     has two tasks or none, which stealing makes good."""
     env = os.environ if environment is None else environment
-    if "SLURM_ARRAY_TASK_ID" not in env:
-        return None
     try:
+        rank, ranks = (int(env.get(name, default)) for name, default in (("SLURM_PROCID", "0"), _tasks_of(env)))
+        if "SLURM_ARRAY_TASK_ID" not in env:
+            return Share(rank, ranks) if ranks > 1 else None
         number, count, first, step = (
             int(env.get(f"SLURM_ARRAY_TASK_{name}", default))
             for name, default in (("ID", ""), ("COUNT", "1"), ("MIN", "0"), ("STEP", "1"))
         )
-        return Share((number - first) // step % count, count)
+        return Share((number - first) // step % count * ranks + rank, count * ranks)
     except (ValueError, ZeroDivisionError):
-        given = ", ".join(f"{key}={value}" for key, value in sorted(env.items()) if key.startswith("SLURM_ARRAY_TASK_"))
+        names = ("SLURM_ARRAY_TASK_", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+        given = ", ".join(f"{key}={value}" for key, value in sorted(env.items()) if key.startswith(names))
         raise JobError(f"these are no numbers of a job array: {given}; unset them", ExitCode.UNFIT) from None
+
+
+def _tasks_of(env: Mapping[str, str]) -> tuple[str, str]:
+    """Where the number of tasks stands, and its default. In the batch script itself there is one."""
+    return ("SLURM_STEP_NUM_TASKS", "1") if "SLURM_STEP_ID" in env else ("", "1")
 
 
 def in_order(chunks: Sequence[Chunk], share: Share) -> tuple[list[Chunk], list[Chunk]]:

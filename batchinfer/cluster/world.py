@@ -11,6 +11,7 @@ import contextlib
 import faulthandler
 import os
 import pickle
+import re
 import select
 import socket
 import sys
@@ -140,6 +141,7 @@ class MpiWorld(World):
         super().__init__()
         self._mpi = mpi
         self._comm = mpi.COMM_WORLD
+        self._comm.Set_errhandler(mpi.ERRORS_RETURN)  # a connection that breaks is an exception here, not the end
         self.rank = self._comm.Get_rank()
         self.size = self._comm.Get_size()
         node = self._comm.Split_type(mpi.COMM_TYPE_SHARED, key=self.rank)  # the launcher's map of nodes
@@ -260,7 +262,10 @@ def join(mode: str) -> World:
     """
     launch = launcher()
     if mode == "off" or (mode != "on" and not launch.parallel):
-        return World()
+        world = World()
+        if launch.parallel:  # without MPI each process is a world of its own, but not alone on its node
+            world.local_rank, world.local_size = _place_on_node(os.environ)
+        return world
     world = MpiWorld(_wait_for_all_ranks_to_start(launch))
     if launch.size is not None and world.size != launch.size:
         raise JobError(
@@ -271,6 +276,12 @@ def join(mode: str) -> World:
             ExitCode.UNFIT,
         )
     return world
+
+
+def _place_on_node(env: Mapping[str, str]) -> tuple[int, int]:
+    """(rank on the node, ranks on it) as Slurm says, (0, 1) elsewhere. Nodes that differ count like the first."""
+    size = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "")) if "SLURM_STEP_ID" in env else None
+    return (int(env["SLURM_LOCALID"]), int(size[0])) if size and env.get("SLURM_LOCALID", "").isdecimal() else (0, 1)
 
 
 def mpi_library() -> str | None:

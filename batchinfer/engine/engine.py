@@ -63,7 +63,7 @@ class Engine:
         self._sequences: dict[int, _Sequence] = {}
         self._watched: dict[int, _Sequence] = {}  # those with stop strings or logprobs: host work for every token
         self._in_flight: deque[Step] = deque()  # started, tokens not taken yet
-        self._stopped: set[int] = set()  # ended by a token that came when their next one was already under way
+        self._stopped: set[int] = set()  # ended when their next token was already under way
         self._penalised = 0  # open sequences whose every token depends on all tokens before it
         self._refused: list[Completion] = []
         self._next_id = 0
@@ -193,6 +193,8 @@ class Engine:
             samples[sequence.index] = Sample(tokens, text, "", logprobs)
             self._scheduler.finish(seq_id)
             self._forget(seq_id)
+            if self._in_flight:
+                self._stopped.add(seq_id)
         self._open -= 1
         return Completion(request_id, len(owner.request.prompt), tuple(samples))
 

@@ -162,13 +162,13 @@ class Ops(Protocol):
         Temperature 0 is the arg max after penalties and bans."""
 
 
-def load(device: str, threads: int = 0, *, rank: int = 0, ranks: int = 1) -> Ops:
-    """The ops for ``device``, a value of ``engine.device``, in the process that is number ``rank`` of the ``ranks`` of
-    its node. ``threads`` (of the CPU backend) 0: the CPUs that this process may use.
+def load(device: str, threads: int = 0, *, rank: int = 0) -> Ops:
+    """The ops for ``device``, a value of ``engine.device``, in the process that is number ``rank`` of its node.
+    ``threads`` (of the CPU backend) 0: the CPUs that this process may use.
 
     Raises RuntimeError, saying what to do, where the build or the node lacks the device.
     """
-    choice = choose(device, find_gpus, rank=rank, ranks=ranks)
+    choice = choose(device, find_gpus, rank)
     if choice.backend == "cuda":
         from batchinfer.ops.gpu import GpuOps
 

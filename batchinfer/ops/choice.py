@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-
-REBUILD = "rebuild with BATCHINFER_DEVICE=cuda pip install ."
-
-BOUND_BY_SLURM = ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPU_BIND")
-"""Slurm gave every task of the node GPUs of its own, so that each sees them from number 0 on."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +25,13 @@ class Choice:
     index: int = 0
 
 
-def choose(
-    asked: str,
-    find: Callable[[], Gpus],
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-    environment: Mapping[str, str] | None = None,
-) -> Choice:
-    """The backend for ``engine.device=asked`` in rank ``rank`` of the ``ranks`` on this node.
+def choose(asked: str, find: Callable[[], Gpus], rank: int = 0) -> Choice:
+    """The backend for ``engine.device=asked`` in rank ``rank`` of its node.
 
     auto is cuda in a build that has it: such a build without a usable GPU is a mistake to report, not a reason to
-    compute a hundred times slower. Rank i takes device i, or the first one where Slurm gave each rank its own. Raises
-    RuntimeError with the fix.
+    compute a hundred times slower. Rank i takes the i-th visible device, or the only one, where the launcher shows each
+    rank its own; cluster/binding.py counts in the same way, and refuses ranks that would share one. Raises RuntimeError
+    with the fix.
     """
     if asked not in ("auto", "cuda"):
         return Choice(asked)
@@ -51,21 +39,16 @@ def choose(
     if not gpus.built:
         if asked == "auto":
             return Choice("cpu")
-        raise RuntimeError(f"this build has no CUDA backend: {REBUILD}, or give engine.device=cpu")
+        raise RuntimeError(
+            "batchinfer is not compiled for cuda; it is compiled for: cpu. Rebuild with: BATCHINFER_DEVICE=cuda pip "
+            "install . or give engine.device=cpu"
+        )
     if gpus.count == 0:
         raise RuntimeError(
             f"this build is for CUDA, and this process can use no GPU ({gpus.reason}): ask the scheduler for one "
             "(srun --gpus-per-task=1), or compute on the CPU with engine.device=cpu"
         )
-    if ranks <= gpus.count:
-        return Choice("cuda", rank)
-    if any((os.environ if environment is None else environment).get(name) for name in BOUND_BY_SLURM):
-        return Choice("cuda", 0)
-    raise RuntimeError(
-        f"{ranks} ranks on this node and {gpus.count} visible GPUs: a rank needs one of its own. Start "
-        f"{gpus.count} ranks on the node (srun --ntasks-per-node={gpus.count}), or ask for more GPUs "
-        "(--gpus-per-task=1)"
-    )
+    return Choice("cuda", rank % gpus.count)
 
 
 def find_gpus() -> Gpus:

@@ -6,7 +6,7 @@
 // bound: 144 KB a tile of 64 x 64 are 1,125 cycles at 128 bytes a cycle, its products 750. 32 rows of width 128 take
 // 128 registers for the output and 64 for the scores, so the queries stay in shared memory. Two buffers of keys and
 // values and one barrier a tile; 96 KB a block, so that two blocks a multiprocessor cover each other's softmax. On an
-// H100 this reaches 350 TFLOP/s (8,192 tokens, causal, width 128), half of what these matrix instructions can do there.
+// H100 this reaches 347 TFLOP/s (8,192 tokens, causal, width 128), half of what these matrix instructions can do there.
 // Within a sequence the last tiles, which see the most keys, come first in the work list.
 #include "gpu/attention.cuh"
 

@@ -19,6 +19,10 @@ def slurm(task: int, count: int, first: int = 0, step: int = 1) -> dict[str, str
     return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in given.items()}
 
 
+def step(rank: int, tasks: int) -> dict[str, str]:
+    return {"SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(tasks)}
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -27,6 +31,10 @@ def slurm(task: int, count: int, first: int = 0, step: int = 1) -> dict[str, str
         (slurm(1, 8, first=1), Share(0, 8)),
         (slurm(30, 5, first=10, step=10), Share(2, 5)),
         ({"SLURM_ARRAY_TASK_ID": "4"}, Share(0, 1)),
+        (step(1, 3), Share(1, 3)),
+        (step(0, 1), None),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "3"}, None),  # the batch script
+        (slurm(2, 4) | step(1, 2), Share(5, 8)),
     ],
 )
 def test_the_place_in_an_array(environment: dict[str, str], expected: Share | None) -> None:

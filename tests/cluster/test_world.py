@@ -60,6 +60,14 @@ def test_a_launcher_without_an_mpi_library_says_what_to_install(monkeypatch: pyt
     assert type(join("off")) is World
 
 
+def test_without_mpi_slurm_says_who_else_is_on_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {"STEP_ID": "0", "PROCID": "5", "STEP_NUM_TASKS": "8", "LOCALID": "1", "STEP_TASKS_PER_NODE": "4(x2)"}
+    for name, value in step.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    world = join("off")
+    assert (world.size, world.local_rank, world.local_size) == (1, 1, 4)
+
+
 @pytest.mark.parametrize(
     ("device", "given", "expected"),
     [("ch4:ucx ofi", None, "ofi"), ("ch4:ucx ofi", "ucx", "ucx"), ("ch4:ucx", None, None), ("ch4:ofi", None, None)],

@@ -130,6 +130,26 @@ def test_penalised_rows_come_and_go_among_others(decoder: Decoder) -> None:
     assert plain(got | run(engine, [])) == want
 
 
+def test_a_request_abandoned_with_a_step_under_way_keeps_what_is_known(decoder: Decoder) -> None:
+    requests = [Request(i, p, replace(PLAIN, n=2, temperature=1.0), seed=i) for i, p in enumerate(random_prompts(4))]
+    want = plain(run(make_engine(decoder), requests))
+    engine = make_engine(decoder, make_runner=LaggingRunner)
+    for request in requests:
+        engine.add(request)
+    done = {completion.id: completion for _ in range(9) for completion in engine.step()}
+    assert engine._in_flight
+    dropped = engine.abandon(2)
+    rest = done | run(engine, [])
+    while engine._scheduler.num_steps_ahead:
+        engine.step()
+    assert plain(rest) == {i: samples for i, samples in want.items() if i != 2}
+    for sample, (tokens, *_) in zip(dropped.samples, want[2], strict=True):
+        assert sample.token_ids.tolist() == tokens[: len(sample.token_ids)]
+        assert len(sample.token_ids) >= 7
+    kept = sum(len(s.token_ids) for c in [*rest.values(), dropped] for s in c.samples)
+    assert engine.stats().output_tokens == kept
+
+
 def test_an_engine_with_a_step_under_way_takes_new_requests(decoder: Decoder) -> None:
     """The last token of a request leaves a superfluous step behind where only its value ends the request."""
     engine = make_engine(decoder, make_runner=LaggingRunner)

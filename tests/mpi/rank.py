@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-RANK = os.environ.get("PMI_RANK") or os.environ.get("SLURM_ARRAY_TASK_ID", "0")
+RANK = os.environ.get("PMI_RANK") or os.environ.get("SLURM_ARRAY_TASK_ID") or os.environ.get("SLURM_PROCID", "0")
 ONCE = Path(os.environ.get("FAIL_ONCE", __file__))
 IN_STEP = "SLURM_ARRAY_TASK_ID" not in os.environ or "SLURM_STEP_ID" in os.environ
 WHEN = os.environ.get("FAIL_WHEN", "") if os.environ.get("FAIL_RANK") == RANK and ONCE.exists() and IN_STEP else ""
@@ -83,7 +83,7 @@ def load(model: object, engine: object, *, threads: int, rank_on_node: int, rank
         raise JobError("no device for this rank", 69)
     if os.environ.get("SHOW_SHARES"):
         print(f"rank {RANK}: {threads} threads, {ranks_on_node} ranks", flush=True)
-    return Failing(slots=8)
+    return Failing(slots=8, max_seq_len=4096)
 
 
 if WHEN == "importing":

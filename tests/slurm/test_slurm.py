@@ -122,12 +122,32 @@ def test_a_job_on_three_nodes(job: Job) -> None:
 
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("when", ["killed", "stopped", "killed at the start", "killed at the end"])
-@pytest.mark.feature("slurm", "ranks that die or hang under srun: the others finish, rank 0's death included")
+@pytest.mark.feature("slurm", "ranks that die or hang under srun, rank 0 too: the others finish, or are started again")
 def test_the_survivors_finish(when: str, rank: int, job: Job) -> None:
-    ended = job.end(job.submit(FAIL_WHEN=when, FAIL_RANK=str(rank), **(SLOW | {"STEP_SECONDS": "0.02"})))
+    """A message that is under way to a rank when it dies can be fatal to the sender in MPICH: then they start again."""
+    once = job.folder / "once"
+    once.touch()
+    failing = {"FAIL_WHEN": when, "FAIL_RANK": str(rank), "FAIL_ONCE": str(once)}
+    ended = job.end(job.submit(**failing, **(SLOW | {"STEP_SECONDS": "0.02"})))
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), job.log()
+    if when == "stopped":
+        assert "start 2" not in job.log()
+    else:
+        assert "start 3" not in job.log()
+    job.check()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("when", ["killed", "killed at the start", "killed at the end"])
+@pytest.mark.feature("slurm", "ranks without MPI (cluster.mpi=off): the others always finish")
+def test_the_survivors_without_mpi_finish(when: str, rank: int, job: Job) -> None:
+    failing = {"FAIL_WHEN": when, "FAIL_RANK": str(rank), "STEP_SECONDS": "0.05"}
+    ended = job.end(job.submit("--ntasks-per-node=2", settings=("cluster.mpi=off",), **failing))
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), job.log()
     assert "start 2" not in job.log()
     job.check()
+    records = (job.output / "_batchinfer" / "attempts").glob("*.begin.json")
+    assert sorted(json.loads(path.read_text())["task"] for path in records) == list(range(6))
 
 
 @pytest.mark.feature("slurm", "a rank that dies before the others have met it: started again on the same nodes")
@@ -263,6 +283,20 @@ def test_a_task_of_an_array_is_requeued(job: Job) -> None:
     ended = [job.end(f"{number}_{task}") for task in range(2)]
     assert [of["JobState"] for of in ended] == ["COMPLETED", "COMPLETED"], job.log()
     assert [of["Restarts"] for of in ended] == ["0", "1"], job.log()
+    job.check()
+
+
+@pytest.mark.feature("slurm", "a file DRAIN stops a job and keeps it from being requeued")
+def test_a_file_stops_the_job(job: Job) -> None:
+    number = job.submit(**SLOW)
+    job.wait_for_parts(4)
+    file = job.output / "_batchinfer" / "DRAIN"
+    file.touch()
+    ended = job.end(number)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0"), job.log()
+    assert f"{file} is there" in job.log()
+    file.unlink()
+    assert job.end(job.submit())["JobState"] == "COMPLETED", job.log()
     job.check()
 
 
