@@ -27,11 +27,12 @@ demo: $(VENV)/.installed $(MODEL)
 test: $(VENV)/.tested $(MODEL)
 	BATCHINFER_TEST_GGUF=$(MODEL) $(BIN)/pytest
 
-# Where the system allows it in a namespace without a network, which a job must not need.
+# Where the system allows it in a namespace without a network, which a job without MPI must not need.
 OFFLINE := $(shell unshare -rn true 2>/dev/null && echo unshare -rn)
 
 faults: $(VENV)/.tested
-	BATCHINFER_FAULTS=long $(OFFLINE) $(BIN)/pytest tests/faults
+	BATCHINFER_FAULTS=long $(OFFLINE) $(BIN)/pytest tests/faults -m "not mpi"
+	BATCHINFER_FAULTS=long $(BIN)/pytest tests/faults -m mpi
 	$(OFFLINE) $(BIN)/python tests/faults/mutants.py
 
 lint: $(VENV)/.tested

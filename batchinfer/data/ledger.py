@@ -157,7 +157,10 @@ class Ledger:
         if _plan_of_success(path) not in self.plan.earlier:
             return
         aside = os.path.join(self.path, f".{SUCCESS}.{secrets.token_hex(16)}.json")
-        os.rename(path, aside)
+        try:
+            os.rename(path, aside)
+        except FileNotFoundError:  # another process did this just now
+            return
         if _plan_of_success(aside) not in self.plan.earlier:  # another process did this before, and completed the job
             publish(aside, path)
 

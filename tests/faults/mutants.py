@@ -44,7 +44,7 @@ MUTANTS = [
     Mutant(
         "publication may replace",
         "data/commit.py",
-        'return {"link": os.link, "renameat2": _rename_no_replace}',
+        'return {"link": os.link, "renameat2": _rename_no_replace, "symlink": _claim_and_rename}',
         'return {"link": os.replace}',
         "data/test_commit.py",
     ),
@@ -122,8 +122,8 @@ MUTANTS = [
     Mutant(
         "differences are not refused",
         "data/ledger.py",
-        '    if found:\n        raise JobError(\n            f"output.path',
-        '    if False:\n        raise JobError(\n            f"output.path',
+        "    if found:\n        hint =",
+        "    if False:\n        hint =",
         "faults/test_settings.py",
     ),
     Mutant(
@@ -223,6 +223,27 @@ MUTANTS = [
         "        if not stat.S_ISREG(info.st_mode):",
         "        if False:",
         "faults/test_models.py",
+    ),
+    Mutant(
+        "damaged journals are read",
+        "data/journal.py",
+        "if len(payload) == size and zlib.crc32(payload) == payload_crc:",
+        "if len(payload) == size:",
+        "data/test_journal.py",
+    ),
+    Mutant(
+        "an extension may change what was planned",
+        "data/plan.py",
+        "    if not fresh or differences(planned, rest):",
+        "    if not fresh:",
+        "faults/test_append.py",
+    ),
+    Mutant(
+        "a claim is taken without looking for the file",
+        "data/commit.py",
+        "        if os.path.lexists(final):  # it was",
+        "        if False:  # it was",
+        "data/test_commit.py",
     ),
 ]
 

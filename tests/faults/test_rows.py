@@ -14,7 +14,7 @@ import pytest
 from data.fakes import invalid_text
 from fake_engine import POISON, FakeEngine, identify_fake
 from faults.harness import configuration
-from faults.sizes import tally
+from faults.sizes import size, tally
 
 from batchinfer import job
 from batchinfer.cluster.world import World
@@ -285,7 +285,7 @@ def test_one_good_row_among_poison(tmp_path: Path) -> None:
 
 def test_no_answer_goes_to_another_row(tmp_path: Path) -> None:
     """A canary in every prompt; the stub's answer depends on the whole prompt, so a mixed-up row would show."""
-    count = 3000
+    count = size(600, 3000)
     prompts = [f"canary {i:06d} {np.random.default_rng(i).bytes(8).hex()}" for i in range(count)]
     forth = run(pa.table({"i": range(count), "prompt": prompts}), tmp_path / "a", {"output.rows_per_chunk": 100})
     small = run(pa.table({"i": range(count), "prompt": prompts}), tmp_path / "b", {"output.rows_per_chunk": 1024})
