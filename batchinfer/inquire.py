@@ -6,14 +6,18 @@ import os
 
 from batchinfer.config import MISSING, Config
 from batchinfer.data.attempts import code_of_counts, code_of_job
-from batchinfer.data.audit import status, verify
+from batchinfer.data.audit import Status, status, verify
 from batchinfer.data.columns import check_input, passed_columns, prompt_source
 from batchinfer.data.compact import compact
 from batchinfer.data.plan import Plan, make_plan
 from batchinfer.data.results import ResultOptions, result_schema
 from batchinfer.data.tables import InputFile, input_schema, list_inputs
 from batchinfer.estimate import describe, draw, seconds_of
+from batchinfer.report import duration
 from batchinfer.types import ExitCode, JobError
+
+SHOWN = 8
+"""Attempts and ranks that `status` lists one by one."""
 
 SAMPLE_ROWS = 200
 """Rows from which `plan` estimates a job, if it is told the model."""
@@ -75,9 +79,24 @@ def show_status(config: Config) -> int:
     print(f"rows       {state.rows_done:,} of {state.rows:,}, {failed:,} failed{f' ({codes})' if codes else ''}")
     tokens = [state.counts.get(name, 0) for name in ("prompt_tokens", "completion_tokens")]
     print(f"tokens     {tokens[0]:,} prompt, {tokens[1]:,} output")
+    for line in _progress(state):
+        print(line)
     if not state.complete:
         return ExitCode.INCOMPLETE
     return code_of_counts(state.counts, config.job.max_error_fraction)
+
+
+def _progress(state: Status) -> list[str]:
+    """Attempts, and how fast the newest ones are."""
+    ends = [f"exit code {attempt.code}" if attempt.code is not None else "no end" for attempt in state.attempts]
+    earlier = "..., " if len(ends) > SHOWN else ""
+    lines = [f"attempts   {len(ends)}: {earlier}{', '.join(ends[-SHOWN:])}"] if ends else []
+    total = sum(state.speeds.values())
+    if total and not state.complete:
+        each = ", ".join(f"{label} {speed:,.2f}" for label, speed in list(state.speeds.items())[:SHOWN])
+        left = duration((state.rows - state.rows_done) / total)
+        lines.append(f"speed      {total:,.2f} rows/s ({each}); {left} left at that speed")
+    return lines
 
 
 def show_code(config: Config, launch: str | None, noted: int | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -346,7 +347,10 @@ def test_plan_status_and_verify(inputs: Path, tmp_path: Path, capsys: pytest.Cap
         run(config, lambda *_, **__: FakeEngine(fail_at_step=40))
     capsys.readouterr()
     assert show_status(config) == ExitCode.INCOMPLETE
-    assert "not complete" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "not complete" in shown
+    assert "attempts   1: exit code 71" in shown
+    assert re.search(r"speed      [\d,.]+ rows/s \(rank 0 [\d,.]+\); \d+:\d\d left at that speed", shown)
     assert show_verify(config) == ExitCode.INCOMPLETE
     assert run(config) == 0
     capsys.readouterr()

@@ -18,7 +18,7 @@ ALLOWED = {
     "__init__": {"llm"},
     "__main__": {"job", "inquire", "bench", "doctor", "cluster"},
     "job": {"data", "cluster", "engine", "models.identity", "loop", "pipeline", "report"},
-    "inquire": {"data", "estimate", "engine", "models"},
+    "inquire": {"data", "estimate", "engine", "models", "report"},
     "estimate": {"data", "loop", "models"},
     "loop": {"data", "cluster", "pipeline", "report"},
     "pipeline": set(),

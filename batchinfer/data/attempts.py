@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from batchinfer.data.commit import publish_bytes, read_bytes
@@ -34,13 +35,26 @@ RESUMABLE = (ExitCode.LOST_RANK, ExitCode.INCOMPLETE)
 class Attempt:
     """One attempt. ``done``: what was done when it began, see :func:`work_done`. ``code``: its exit code, None if it
     has not ended. ``launch`` names the start by a launcher (slurm/run.sh) that it came from, ``task`` its place in a
-    job array."""
+    job array. ``name`` is what its parts call it, ``began`` when its record was written, by the file system's clock in
+    seconds: good for a person's eyes, and for nothing else."""
 
     number: int
     done: tuple[int, int]
     code: int | None = None
     launch: str | None = None
     task: int | None = None
+    name: str = ""
+    began: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A part: the attempt and rank that committed it, its rows, and when, by the clock of ``Attempt.began``."""
+
+    attempt: str
+    rank: int
+    rows: int
+    time: float
 
 
 def begin(path: str, record: Mapping[str, Any]) -> int:
@@ -73,7 +87,24 @@ def attempts(path: str) -> list[Attempt]:
             began = _read(os.path.join(folder, name))
             code = _read(os.path.join(folder, name.replace(BEGIN, END))).get("exit_code")
             done = tuple(began.get("done", (0, 0)))
-            found.append(Attempt(_number(name), done, code, began.get("launch"), began.get("task")))
+            placed = began.get("launch"), began.get("task"), began.get("attempt", "")
+            found.append(Attempt(_number(name), done, code, *placed, began=_mtime(os.path.join(folder, name))))
+    return found
+
+
+def speeds(tried: Sequence[Attempt], commits: Sequence[Commit]) -> dict[str, float]:
+    """Rows per second of each rank or task of the attempts that have not ended, or of the newest that committed
+    anything if all have: from the attempt's beginning to its last part."""
+    of = {attempt.name: attempt for attempt in tried if any(commit.attempt == attempt.name for commit in commits)}
+    shown = [attempt for attempt in of.values() if attempt.code is None] or list(of.values())[-1:]
+    found: dict[str, float] = {}
+    for attempt in shown:
+        mine = [commit for commit in commits if commit.attempt == attempt.name]
+        seconds = max(commit.time for commit in mine) - attempt.began
+        rows: Counter[str] = Counter()
+        for commit in mine:
+            rows[f"rank {commit.rank}" if attempt.task is None else f"task {attempt.task}"] += commit.rows
+        found |= {label: count / seconds for label, count in rows.items() if seconds > 0}
     return found
 
 
@@ -125,6 +156,13 @@ def code_of_counts(counts: Mapping[str, int], max_error_fraction: float) -> int:
     """0, or 3 if more rows failed than this share of all. ``counts``: the complete job's, see results.count_results."""
     ok, failed = counts.get("ok", 0), counts.get("error", 0)
     return ExitCode.TOO_MANY_ERRORS if failed > max_error_fraction * (ok + failed) else ExitCode.COMPLETE
+
+
+def _mtime(file: str) -> float:
+    try:
+        return os.stat(file).st_mtime
+    except OSError:
+        return 0.0
 
 
 def _number(name: str) -> int:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from batchinfer.data.attempts import Attempt, Commit, attempts, speeds
 from batchinfer.data.commit import read_bytes
 from batchinfer.data.ledger import SUCCESS, Ledger, in_threads, load_plan, success_record
 from batchinfer.data.part import BadPart, PartInfo, check_identity, decode_part, part_name, read_info
@@ -20,7 +21,8 @@ PART = re.compile(r"part-[0-9]{6,}\.parquet")
 
 @dataclass(frozen=True)
 class Status:
-    """How far a job is. ``counts`` sums what the parts' footers say (see results.count_results)."""
+    """How far a job is. ``counts`` sums what the parts' footers say (see results.count_results). ``attempts``: oldest
+    first. ``speeds``: rows per second by rank or task, see attempts.speeds."""
 
     plan: str
     chunks: int
@@ -29,6 +31,8 @@ class Status:
     rows_done: int
     counts: dict[str, int]
     complete: bool
+    attempts: list[Attempt] = field(default_factory=list)
+    speeds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,17 +70,22 @@ def status(output_path: str) -> Status:
     path = os.path.abspath(os.path.expanduser(output_path))
     plan = load_plan(path)
 
-    def look(chunk: Chunk) -> PartInfo | None:
+    def look(chunk: Chunk) -> tuple[PartInfo, float] | None:
+        file = os.path.join(path, part_name(chunk))
         try:
-            return read_info(os.path.join(path, part_name(chunk)))
+            return read_info(file), os.stat(file).st_mtime
         except (OSError, BadPart):
             return None
 
     names = set(os.listdir(path))
     done = [chunk for chunk in plan.chunks if part_name(chunk) in names]
     counts: Counter[str] = Counter()
-    for info in in_threads(look, tuple(done)):
-        counts.update(info.counts if info else {})
+    commits = []
+    for info, time in filter(None, in_threads(look, tuple(done))):
+        counts.update(info.counts)
+        made = info.provenance
+        commits.append(Commit(str(made.get("attempt")), int(made.get("rank") or 0), info.rows, time))
+    tried = attempts(path)
     return Status(
         plan=plan.id,
         chunks=len(plan.chunks),
@@ -85,6 +94,8 @@ def status(output_path: str) -> Status:
         rows_done=sum(chunk.rows for chunk in done),
         counts=dict(counts),
         complete=Ledger(path, plan).promises(),
+        attempts=tried,
+        speeds=speeds(tried, commits),
     )
 
 

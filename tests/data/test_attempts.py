@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from data.fakes import rows_of, small_plan
 
-from batchinfer.data.attempts import Attempt, attempts, begin, code_of_job, end, verdict
+from batchinfer.data.attempts import Attempt, Commit, attempts, begin, code_of_job, end, speeds, verdict
 from batchinfer.data.ledger import Ledger, open_job
 from batchinfer.types import ExitCode, JobError
 
@@ -129,3 +129,28 @@ def test_the_records_are_json_with_what_was_given(ledger: Ledger) -> None:
     number = begin(ledger.path, {"done": [0, 0], "config": {"a": [1]}})
     text = (Path(ledger.path) / "_batchinfer" / "attempts" / f"{number:06}.begin.json").read_text()
     assert json.loads(text) == {"done": [0, 0], "config": {"a": [1]}}
+
+
+@pytest.mark.feature("commands", "status: progress, attempts, speed of each rank and time left, from the files alone")
+def test_speeds_are_those_of_the_attempts_that_run_or_of_the_newest() -> None:
+    def attempt(number: int, code: int | None, task: int | None = None) -> Attempt:
+        return Attempt(number, (0, 0), code, task=task, name=f"a{number}", began=100.0 * number)
+
+    def commit(number: int, rank: int, rows: int, after: float) -> Commit:
+        return Commit(f"a{number}", rank, rows, 100.0 * number + after)
+
+    commits = [
+        commit(1, 0, 10, 5),
+        commit(1, 1, 30, 10),
+        commit(2, 0, 40, 20),
+        commit(2, 0, 40, 40),
+        commit(9, 0, 1, 1),
+    ]
+    assert speeds([attempt(1, 75), attempt(2, 75)], commits) == {"rank 0": 2.0}
+    assert speeds([attempt(1, None), attempt(2, 75)], commits) == {"rank 0": 1.0, "rank 1": 3.0}
+    assert speeds([attempt(1, 75), attempt(2, 75), attempt(3, None)], commits) == {"rank 0": 2.0}
+    tasks = [attempt(1, None, task=4), attempt(2, None, task=5)]
+    assert speeds(tasks, commits) == {"task 4": 4.0, "task 5": 2.0}
+    assert speeds([], commits) == {}
+    assert speeds([attempt(1, 75)], []) == {}
+    assert speeds([attempt(1, None)], [commit(1, 0, 10, 0)]) == {}  # a clock that stood still
