@@ -28,11 +28,11 @@ float Candidates::scan(const float* logits) {
 }
 
 int32_t Candidates::first_of(const float* logits, float x) const {
+    if (x == -std::numeric_limits<float>::infinity()) return 0;  // NaN counts as -inf, and may stand before it
     const int64_t block = std::find(maxima_.begin(), maxima_.end(), x) - maxima_.begin();
     const float* begin = logits + std::min(block * kSampleBlock, vocab_);
     const float* end = logits + std::min((block + 1) * kSampleBlock, vocab_);
-    const float* found = std::find(begin, end, x);
-    return found == end ? 0 : static_cast<int32_t>(found - logits);
+    return static_cast<int32_t>(std::find(begin, end, x) - logits);
 }
 
 void Candidates::collect(const TemperedRow& row, float bound) {

@@ -36,7 +36,10 @@ class RowSampler {
         }
         const int32_t token = choose(row, changed);
         a_.tokens[row] = token;
-        if (wants_logprob) a_.chosen[row] = static_cast<float>(logits[token] - log_sum);
+        if (wants_logprob) {
+            const float raw = std::isnan(logits[token]) ? -kInfinity : logits[token];
+            a_.chosen[row] = static_cast<float>(raw - log_sum);
+        }
     }
 
   private:

@@ -161,6 +161,19 @@ def test_native_chooses_the_tokens_of_the_reference(
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_without_a_possible_token_give_the_first(isa: str, temperature: float) -> None:
+    """NaN counts as -inf: of rows that hold nothing else, or in which the rest is banned, token 0 is chosen."""
+    nan, inf = float("nan"), torch.inf
+    logits = torch.tensor([[nan, nan, nan], [nan, -inf, nan], [-inf, -inf, -inf], [nan, 1.0, nan]])
+    more = {"banned_ids": ints(1, 1), "banned_start": ints(0, 1, 1, 1, 2), "num_logprobs": ints(0, 1, 2, 3)}
+    inputs = settings_for(4, temperature=temperature, **more)
+    got = native(isa, 1).sample(logits.clone(), inputs)
+    assert got.tokens.tolist() == [0, 0, 0, 0]
+    assert_same(got, REFERENCE.sample(logits, inputs))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("sharpness", [0.3, 3.0])
 def test_native_chooses_the_tokens_of_the_reference_in_a_large_vocabulary(isa: str, sharpness: float) -> None:
     """Here the shortcuts matter: skipped blocks, candidates from block maxima, the bound of top-p."""
