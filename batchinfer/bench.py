@@ -10,6 +10,7 @@ import platform
 import resource
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,10 +19,12 @@ from batchinfer.data.columns import check_input
 from batchinfer.data.prompts import PromptBuilder
 from batchinfer.data.reader import read_chunk
 from batchinfer.data.tables import list_inputs
-from batchinfer.engine.engine import Engine
 from batchinfer.engine.loading import load_engine
 from batchinfer.types import Chunk, EngineStats, Request
 from batchinfer.workloads import make_requests
+
+if TYPE_CHECKING:
+    from batchinfer.engine.engine import Engine
 
 WARM_UP_PROMPT, WARM_UP_TOKENS, WARM_UP_SPREAD = 64, 4, 128
 """The warm-up's sequences end one after the other, over so many steps."""

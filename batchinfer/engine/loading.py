@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 
 from batchinfer import ops as op_list
-from batchinfer._engine import Scheduler
+from batchinfer.types import ExitCode, JobError
+
+try:
+    from batchinfer._engine import Scheduler
+except ImportError as error:  # BATCHINFER_DEVICE=none, or a folder of sources without a build
+    raise JobError(
+        f"this installation has no compiled engine ({error}): it plans, verifies and reports. Rebuild with: "
+        "BATCHINFER_DEVICE=cpu pip install --force-reinstall --no-deps .",
+        ExitCode.UNFIT,
+    ) from None
+
 from batchinfer.config import EngineConfig, ModelConfig
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.lengths import LengthPredictor
@@ -15,7 +25,6 @@ from batchinfer.models.decoder import Decoder, KVCache
 from batchinfer.models.spec import load_spec
 from batchinfer.models.tokenizer import Tokenizer, load_tokenizer
 from batchinfer.models.weights import dummy_weights, load_weights
-from batchinfer.types import ExitCode, JobError
 
 DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
