@@ -107,7 +107,6 @@ class Loop:
         if self._alone and self.engine.num_open:
             return
         self._alone = False
-        rows = []
         while self.engine.wants_more and self.deadline.allows_row() and (row := self.feeder.next()) is not None:
             opened, item = row
             if isinstance(item, Completion):  # a row that can't be a request, or that the journal had
@@ -115,9 +114,8 @@ class Loop:
             elif self.suspicion.falls_on(item.id):
                 self._held.append((opened, item))
             else:
-                rows.append((opened, item))
                 self._start(opened, item)
-        if not rows and self._held and not self.engine.num_open and not len(self.feeder):
+        if self._held and not self.engine.num_open and not len(self.feeder):
             self._alone = True
             self._start(*self._held.popleft())
 
