@@ -21,16 +21,6 @@ _FIELDS = {
     "min_tokens": np.int32,
 }
 
-PARAMETERS = {
-    "temperature": torch.float32,
-    "top_k": torch.int32,
-    "top_p": torch.float32,
-    "min_p": torch.float32,
-    "seed": torch.int64,
-    "position": torch.int32,
-}
-"""The fields of SampleInput that every row has."""
-
 History = tuple[np.ndarray, np.ndarray]
 """Prompt and generated tokens of a sequence, int32."""
 
@@ -55,7 +45,7 @@ class SlotTable:
         self._stop_ids[slot] = stop_ids
 
     def parameters(self, slots: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """PARAMETERS of rows whose sequences hold ``slots`` and have ``counts`` tokens each, int32 [N]."""
+        """The SAMPLE_FIELDS (ops/fields.py) of rows whose sequences hold ``slots`` and have ``counts`` tokens each, int32 [N]."""
         columns = {name: self._columns[name][slots] for name in ("temperature", "top_k", "top_p", "min_p")}
         return columns | {"seed": self._seed[slots], "position": counts}
 

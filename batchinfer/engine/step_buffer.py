@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchinfer.engine.slots import PARAMETERS, SlotTable
+from batchinfer.engine.slots import SlotTable
 from batchinfer.models.decoder import StepInput
 from batchinfer.ops import AttentionInput, SampleInput
+from batchinfer.ops.fields import SAMPLE_FIELDS
 
 if TYPE_CHECKING:
     from batchinfer._engine import Step
@@ -43,7 +44,7 @@ class StepBuffer:
             "slot": (torch.int32, max_slots),
             "sample_row": (torch.int32, max_slots),
             "sample_slot": (torch.int64, max_slots),
-            **{name: (dtype, max_slots) for name, dtype in PARAMETERS.items()},
+            **{name: (dtype, max_slots) for name, dtype in SAMPLE_FIELDS.items()},
         }
         starts, size = {}, 0
         for name, (dtype, length) in lengths.items():
@@ -89,4 +90,4 @@ class StepBuffer:
 
     def sample_input(self, samples: int, **extras: object) -> SampleInput:
         """Views of the first ``samples`` rows, and the optional fields of SampleInput."""
-        return SampleInput(**{name: self.arrays[name][:samples] for name in PARAMETERS}, **extras)
+        return SampleInput(**{name: self.arrays[name][:samples] for name in SAMPLE_FIELDS}, **extras)

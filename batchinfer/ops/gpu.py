@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.ops import AttentionInput, HeadNorm, Rope, SampleInput, SampleOutput
+from batchinfer.ops.fields import SAMPLE_FIELDS
 
 if TYPE_CHECKING:
     from batchinfer._gpu import AttentionPlan
@@ -243,7 +244,7 @@ class GpuOps:
         self._check("logits", logits, torch.float32, (rows, vocab))
         if rows and not 0 < vocab <= 2**19:
             raise ValueError(f"logits has {vocab} columns: the sampler takes vocabularies of 1 to {2**19}")
-        for name, dtype in _SAMPLING.items():
+        for name, dtype in SAMPLE_FIELDS.items():
             self._check(name, getattr(inputs, name), dtype, (rows,))
         penalties, history, history_size = (0, 0, 0), (0, 0, 0), 0
         if inputs.penalties is not None:
@@ -272,7 +273,7 @@ class GpuOps:
             logits.data_ptr(),
             rows,
             vocab,
-            *(getattr(inputs, name).data_ptr() for name in _SAMPLING),
+            *(getattr(inputs, name).data_ptr() for name in SAMPLE_FIELDS),
             *penalties,
             *history,
             history_size,
@@ -357,15 +358,6 @@ class GpuOps:
         self._check(f"{name}_start", start, torch.int32, (rows + 1,))
         return ids.numel()
 
-
-_SAMPLING = {
-    "temperature": torch.float32,
-    "top_k": torch.int32,
-    "top_p": torch.float32,
-    "min_p": torch.float32,
-    "seed": torch.int64,
-    "position": torch.int32,
-}
 
 _MM_FLOAT = hasattr(torch.ops.aten.mm, "dtype_out")
 """Whether torch (2.8 and later) writes the product of 16-bit matrices in float32, which keeps the logits' last bits."""

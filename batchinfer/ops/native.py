@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.ops import AttentionInput, HeadNorm, Rope, SampleInput, SampleOutput
+from batchinfer.ops.fields import SAMPLE_FIELDS
 
 if TYPE_CHECKING:
     from batchinfer._ops import AttentionPlan, PackedWeight
@@ -201,7 +202,7 @@ class NativeOps:
         _check("logits", logits, torch.float32, (rows, vocab))
         if rows and not 0 < vocab <= 2**19:
             raise ValueError(f"logits has {vocab} columns: the sampler takes vocabularies of 1 to {2**19}")
-        for name, dtype in _SAMPLING.items():
+        for name, dtype in SAMPLE_FIELDS.items():
             _check(name, getattr(inputs, name), dtype, (rows,))
         penalties, history, history_size = (0, 0, 0), (0, 0, 0), 0
         if inputs.penalties is not None:
@@ -235,7 +236,7 @@ class NativeOps:
             logits.data_ptr(),
             rows,
             vocab,
-            *(getattr(inputs, name).data_ptr() for name in _SAMPLING),
+            *(getattr(inputs, name).data_ptr() for name in SAMPLE_FIELDS),
             *penalties,
             *history,
             history_size,
@@ -249,16 +250,6 @@ class NativeOps:
             top_width,
         )
         return out
-
-
-_SAMPLING = {
-    "temperature": torch.float32,
-    "top_k": torch.int32,
-    "top_p": torch.float32,
-    "min_p": torch.float32,
-    "seed": torch.int64,
-    "position": torch.int32,
-}
 
 
 def _extension(device: str) -> ModuleType:
