@@ -20,6 +20,7 @@ from batchinfer.data.prompts import PromptBuilder
 from batchinfer.data.reader import read_chunk
 from batchinfer.data.tables import list_inputs
 from batchinfer.engine.loading import load_engine
+from batchinfer.feed import steps
 from batchinfer.types import Chunk, EngineStats, Request
 from batchinfer.workloads import make_requests
 
@@ -114,13 +115,7 @@ def _requests(config: Config, engine: Engine) -> list[Request]:
 
 def _run(engine: Engine, requests: Sequence[Request]) -> int:
     """Run all requests to their end; the most KV pages that were in use after a step."""
-    waiting, peak = list(reversed(requests)), 0
-    while waiting or engine.num_open:
-        while waiting and engine.wants_more:
-            engine.add(waiting.pop())
-        engine.step()
-        peak = max(peak, engine.stats().pages_used)
-    return peak
+    return max((engine.stats().pages_used for _ in steps(engine, requests)), default=0)
 
 
 def _rates(requests: Sequence[Request], before: EngineStats, after: EngineStats, seconds: float) -> dict[str, object]:

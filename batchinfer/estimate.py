@@ -15,10 +15,10 @@ from batchinfer.data.plan import Plan
 from batchinfer.data.prompts import PromptBuilder
 from batchinfer.data.reader import ChunkReader
 from batchinfer.data.tables import InputFile, input_schema
-from batchinfer.types import Chunk, Completion, Request
+from batchinfer.feed import Engine, steps
+from batchinfer.types import Chunk, Request
 
 if TYPE_CHECKING:
-    from batchinfer.loop import Engine
     from batchinfer.models.tokenizer import Tokenizer
 
 PLACES = 20
@@ -77,12 +77,9 @@ def draw(
 def seconds_of(engine: Engine, requests: Sequence[Request], clock: Callable[[], float] = time.perf_counter) -> float:
     """Run the requests to their ends. The time includes the engine's slow beginning and end with a batch that is not
     full, so that a job of many more rows takes rather less than the sample tells."""
-    start, waiting = clock(), list(reversed(requests))
-    done: list[Completion] = []
-    while waiting or engine.num_open:
-        while waiting and engine.wants_more:
-            engine.add(waiting.pop())
-        done += engine.step()
+    start = clock()
+    for _ in steps(engine, requests):
+        pass
     return clock() - start
 
 

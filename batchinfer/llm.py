@@ -10,6 +10,7 @@ import numpy as np
 from batchinfer.config import EngineConfig, ModelConfig
 from batchinfer.engine.loading import load_engine
 from batchinfer.engine.seeds import mix
+from batchinfer.feed import steps
 from batchinfer.types import Completion, EngineStats, Request, SamplingParams
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -32,16 +33,11 @@ class LLM:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams | None = None) -> list[Completion]:
         """Continue every prompt; completions in the order of the prompts, a bad prompt's with its ``error`` set."""
         sampling = sampling or SamplingParams()
-        waiting = [
+        requests = [
             Request(index, ids, sampling, seed=mix(mix(sampling.seed) ^ index))
             for index, ids in enumerate(self._encode(prompts))
         ]
-        waiting.reverse()
-        done: dict[int, Completion] = {}
-        while waiting or self._engine.num_open:
-            while waiting and self._engine.wants_more:
-                self._engine.add(waiting.pop())
-            done |= {completion.id: completion for completion in self._engine.step()}
+        done = {completion.id: completion for step in steps(self._engine, requests) for completion in step}
         return [done[index] for index in range(len(prompts))]
 
     def stats(self) -> EngineStats:
