@@ -45,7 +45,8 @@ class SlotTable:
         self._stop_ids[slot] = stop_ids
 
     def parameters(self, slots: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """The SAMPLE_FIELDS (ops/fields.py) of rows whose sequences hold ``slots`` and have ``counts`` tokens each, int32 [N]."""
+        """The fields of ops/fields.py for rows whose sequences hold ``slots`` and have ``counts`` tokens each, int32
+        [N]."""
         columns = {name: self._columns[name][slots] for name in ("temperature", "top_k", "top_p", "min_p")}
         return columns | {"seed": self._seed[slots], "position": counts}
 
