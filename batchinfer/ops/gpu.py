@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,21 +54,12 @@ class Plan:
 
 
 class GpuOps:
-    """All ops of :class:`batchinfer.ops.Ops` on the CUDA device ``device``, on torch's current stream.
+    """All ops of :class:`batchinfer.ops.Ops` on ``device``, on torch's current stream, by ``extension``: see
+    :func:`open_gpu`. Raises ValueError on shapes and dtypes."""
 
-    Raises RuntimeError where the extension or the device is missing, ValueError on shapes and dtypes.
-    """
-
-    def __init__(self, device: str = "cuda"):
-        self._gpu = _extension()
-        if not torch.cuda.is_available() or self._gpu.device_count() == 0:
-            raise RuntimeError(
-                f"device {device}: no usable GPU (driver, CUDA_VISIBLE_DEVICES, or a torch without CUDA)"
-            )
-        self.device = torch.device(device)
-        if self.device.index is None:
-            self.device = torch.device(self.device.type, torch.cuda.current_device())
-        torch.cuda.set_device(self.device)
+    def __init__(self, device: torch.device, extension: ModuleType):
+        self.device = device
+        self._gpu = extension
         self._workspaces: dict[tuple, tuple[int, tuple[Tensor, ...]]] = {}
         self._biases: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
@@ -359,11 +351,24 @@ class GpuOps:
         return ids.numel()
 
 
+def open_gpu(device: str = "cuda") -> GpuOps:
+    """The ops on the CUDA device ``device``, which becomes torch's current one. Raises RuntimeError where the extension
+    or the device is missing."""
+    extension = _extension()
+    if not torch.cuda.is_available() or extension.device_count() == 0:
+        raise RuntimeError(f"device {device}: no usable GPU (driver, CUDA_VISIBLE_DEVICES, or a torch without CUDA)")
+    chosen = torch.device(device)
+    if chosen.index is None:
+        chosen = torch.device(chosen.type, torch.cuda.current_device())
+    torch.cuda.set_device(chosen)
+    return GpuOps(chosen, extension)
+
+
 _MM_FLOAT = hasattr(torch.ops.aten.mm, "dtype_out")
 """Whether torch (2.8 and later) writes the product of 16-bit matrices in float32, which keeps the logits' last bits."""
 
 
-def _extension():
+def _extension() -> ModuleType:
     try:
         return importlib.import_module("batchinfer._gpu")
     except ImportError as e:

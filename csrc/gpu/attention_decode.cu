@@ -236,7 +236,7 @@ __device__ __forceinline__ void store4(T* to, const float4& x) {
 
 template <class T, int E>
 __global__ void __launch_bounds__(kThreads, kBlocks<E>) decode_kernel(AttentionArgs a) {
-    extern __shared__ __align__(128) unsigned char shared[];
+    BATCHINFER_DYNAMIC_SHARED(shared, 128);
     __shared__ int mailbox;
     __shared__ bool last;
     __shared__ float warp_lse[kWarps][kDecodeRows];
@@ -335,7 +335,7 @@ __global__ void decode_kernel(AttentionArgs) {}
 template <class T, int E>
 void launch(const AttentionArgs& a, Stream stream) {
     static const int blocks = persistent_blocks(decode_kernel<T, E>, kThreads, kSharedBytes<E>);
-    decode_kernel<T, E><<<blocks, kThreads, kSharedBytes<E>, native(stream)>>>(a);
+    gpuLaunch(decode_kernel<T, E>, blocks, kThreads, kSharedBytes<E>, native(stream), a);
     check_launch("attention (decode)");
 }
 

@@ -105,11 +105,11 @@ void attention_generic(const AttentionArgs& a, Stream stream) {
     with_dtype(a.dtype, [&](auto t) {
         using T = decltype(t);
         if (a.plan.head_width <= 64) {
-            generic_kernel<T, 4><<<blocks, kThreads, 0, native(stream)>>>(a);
+            gpuLaunch(generic_kernel<T, 4>, blocks, kThreads, 0, native(stream), a);
         } else if (a.plan.head_width <= 128) {
-            generic_kernel<T, 8><<<blocks, kThreads, 0, native(stream)>>>(a);
+            gpuLaunch(generic_kernel<T, 8>, blocks, kThreads, 0, native(stream), a);
         } else {
-            generic_kernel<T, 16><<<blocks, kThreads, 0, native(stream)>>>(a);
+            gpuLaunch(generic_kernel<T, 16>, blocks, kThreads, 0, native(stream), a);
         }
     });
     check_launch("attention (generic)");

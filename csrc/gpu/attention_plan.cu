@@ -115,7 +115,7 @@ void plan_attention(const AttentionPlan& p, Stream stream) {
                                     "; wanted: pages of a power of two from 16, heads a multiple of kv heads, width a "
                                     "multiple of 16 up to 256");
     }
-    plan_kernel<<<1, kThreads, 0, native(stream)>>>(p);
+    gpuLaunch(plan_kernel, 1, kThreads, 0, native(stream), p);
     check_launch("plan_attention");
 }
 

@@ -248,7 +248,7 @@ __device__ __forceinline__ void store_rows(WarpRows<T, E>& state, unsigned char*
 
 template <class T, int E>
 __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(AttentionArgs a) {
-    extern __shared__ __align__(128) unsigned char shared[];
+    BATCHINFER_DYNAMIC_SHARED(shared, 128);
     __shared__ int mailbox;
     const AttentionPlan& p = a.plan;
     const int group = p.heads / p.kv_heads;
@@ -301,7 +301,7 @@ __global__ void prefill_kernel(AttentionArgs) {}
 template <class T, int E>
 void launch(const AttentionArgs& a, Stream stream) {
     static const int blocks = persistent_blocks(prefill_kernel<T, E>, kThreads, kSharedBytes<E>);
-    prefill_kernel<T, E><<<blocks, kThreads, kSharedBytes<E>, native(stream)>>>(a);
+    gpuLaunch(prefill_kernel<T, E>, blocks, kThreads, kSharedBytes<E>, native(stream), a);
     check_launch("attention (prefill)");
 }
 

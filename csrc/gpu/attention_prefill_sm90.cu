@@ -38,6 +38,12 @@ __device__ __forceinline__ uint32_t place(int row, int piece, int rows) {
     return piece / 8 * rows * kPanel + row * kPanel + (piece % 8 ^ row % 8) * 16;
 }
 
+// Descriptor of an operand with the 128-byte swizzle. `panel_stride`: bytes between panels, for operands whose panels
+// lie along the product's columns (values); the other operands ignore it.
+__device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t panel_stride) {
+    return uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{panel_stride / 16} << 16 | (address & 0x3ffff) / 16;
+}
+
 struct Barriers {
     uint64_t keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
     uint64_t item_full[kItemsAhead], item_empty[kItemsAhead];
@@ -340,7 +346,7 @@ __device__ void compute(const AttentionArgs& a, Barriers& b, unsigned char* shar
 
 template <class T, int E>
 __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(AttentionArgs a) {
-    extern __shared__ unsigned char unaligned[];
+    BATCHINFER_DYNAMIC_SHARED(unaligned, 1);
     __shared__ Barriers b;
     unsigned char* shared = unaligned + (-shared_address(unaligned) & 1023);
     if (threadIdx.x == 0) {
@@ -379,7 +385,7 @@ __global__ void prefill_kernel(AttentionArgs) {}
 template <class T, int E>
 void launch(const AttentionArgs& a, Stream stream) {
     static const int blocks = persistent_blocks(prefill_kernel<T, E>, kThreads, kSharedBytes<E>);
-    prefill_kernel<T, E><<<blocks, kThreads, kSharedBytes<E>, native(stream)>>>(a);
+    gpuLaunch(prefill_kernel<T, E>, blocks, kThreads, kSharedBytes<E>, native(stream), a);
     check_launch("attention (prefill, 9.0)");
 }
 

@@ -101,9 +101,9 @@ void lookup(const LookupArgs& a, Stream stream) {
     with_dtype(a.dtype, [&](auto t) {
         using T = decltype(t);
         if (wide(a.width, {a.table, a.out})) {
-            lookup_kernel<T, 8><<<grid_of(a.rows, a.width / 8), kThreads, 0, native(stream)>>>(a);
+            gpuLaunch(lookup_kernel<T, 8>, grid_of(a.rows, a.width / 8), kThreads, 0, native(stream), a);
         } else {
-            lookup_kernel<T, 1><<<grid_of(a.rows, a.width), kThreads, 0, native(stream)>>>(a);
+            gpuLaunch(lookup_kernel<T, 1>, grid_of(a.rows, a.width), kThreads, 0, native(stream), a);
         }
     });
     check_launch("lookup");
@@ -122,9 +122,9 @@ void rms_norm(const RmsNormArgs& a, Stream stream) {
     with_dtype(a.dtype, [&](auto t) {
         using T = decltype(t);
         if (wide(a.width, {a.x, a.weight, a.residual, a.out})) {
-            rms_norm_kernel<T, 8><<<a.tokens, threads, 0, native(stream)>>>(a);
+            gpuLaunch(rms_norm_kernel<T, 8>, a.tokens, threads, 0, native(stream), a);
         } else {
-            rms_norm_kernel<T, 1><<<a.tokens, threads, 0, native(stream)>>>(a);
+            gpuLaunch(rms_norm_kernel<T, 1>, a.tokens, threads, 0, native(stream), a);
         }
     });
     check_launch("rms_norm");
@@ -135,9 +135,9 @@ void silu_mul(const SiluMulArgs& a, Stream stream) {
     with_dtype(a.dtype, [&](auto t) {
         using T = decltype(t);
         if (wide(a.width, {a.gate_up, a.out})) {
-            silu_mul_kernel<T, 8><<<grid_of(a.tokens, a.width / 8), kThreads, 0, native(stream)>>>(a);
+            gpuLaunch(silu_mul_kernel<T, 8>, grid_of(a.tokens, a.width / 8), kThreads, 0, native(stream), a);
         } else {
-            silu_mul_kernel<T, 1><<<grid_of(a.tokens, a.width), kThreads, 0, native(stream)>>>(a);
+            gpuLaunch(silu_mul_kernel<T, 1>, grid_of(a.tokens, a.width), kThreads, 0, native(stream), a);
         }
     });
     check_launch("silu_mul");

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from gpu.backend import DEVICE, put
 
 from batchinfer.ops import AttentionInput
 from batchinfer.ops.reference import ReferenceOps
@@ -31,16 +32,16 @@ class Case:
         return out, lse
 
     def run(self, gpu, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k, v = self.q.cuda(), self.k.cuda(), self.v.cuda()
+        q, k, v = put(self.q), put(self.k), put(self.v)
         out = torch.full_like(q, torch.nan)
-        lse = torch.full(q.shape[:2], torch.nan, device="cuda")
+        lse = torch.full(q.shape[:2], torch.nan, device=DEVICE)
         plan = gpu.plan_attention(self.on_device(), q.shape[1], k)
         gpu.attention(q, k, v, plan, scale, out, lse)
         return out.cpu(), lse.cpu()
 
     def on_device(self) -> AttentionInput:
         i = self.inputs
-        return AttentionInput(i.q_start.cuda(), i.kv_len.cuda(), i.slot.cuda(), i.page_table.cuda(), i.decode_only)
+        return AttentionInput(put(i.q_start), put(i.kv_len), put(i.slot), put(i.page_table), i.decode_only)
 
 
 def make_case(shape, dtype, lengths: list[tuple[int, int]], page_size: int = 16, seed: int = 0, slots: int = 0) -> Case:
@@ -200,23 +201,23 @@ def test_the_promise_of_decodes_alone_changes_nothing(gpu):
     assert all(torch.equal(a, b) for a, b in zip(case.run(gpu, 0.1), want, strict=True))
 
 
-def test_graph_replay(gpu):
+def test_graph_replay(real_gpu):
     """One captured step serves other lengths: nothing of the launch depends on the data."""
     shape, dtype, sizes = (32, 8, 128), torch.bfloat16, 13
     cases = [make_case(shape, dtype, draw_lengths(seed, sizes - 1, 3000), seed=seed, slots=16) for seed in range(4)]
     tokens = max(len(case.q) for case in cases)
     columns = max(case.inputs.page_table.shape[1] for case in cases)
     pages = max(len(case.k) for case in cases)
-    q = torch.zeros(tokens, *shape[::2], dtype=dtype, device="cuda")
-    k = torch.zeros(pages, shape[1], 16, shape[2], dtype=dtype, device="cuda")
+    q = torch.zeros(tokens, *shape[::2], dtype=dtype, device=DEVICE)
+    k = torch.zeros(pages, shape[1], 16, shape[2], dtype=dtype, device=DEVICE)
     v, out = torch.zeros_like(k), torch.zeros_like(q)
-    lse = torch.zeros(q.shape[:2], device="cuda")
+    lse = torch.zeros(q.shape[:2], device=DEVICE)
     inputs = AttentionInput(
-        *(torch.zeros(size, dtype=torch.int32, device="cuda") for size in (sizes + 1, sizes, sizes, (16, columns)))
+        *(torch.zeros(size, dtype=torch.int32, device=DEVICE) for size in (sizes + 1, sizes, sizes, (16, columns)))
     )
 
     def step() -> None:
-        gpu.attention(q, k, v, gpu.plan_attention(inputs, shape[0], k), 0.1, out, lse)
+        real_gpu.attention(q, k, v, real_gpu.plan_attention(inputs, shape[0], k), 0.1, out, lse)
 
     step()
     torch.cuda.synchronize()
@@ -225,11 +226,11 @@ def test_graph_replay(gpu):
         step()
     for case in [*cases, cases[0]]:
         i = case.inputs
-        q[: len(case.q)], k[: len(case.k)], v[: len(case.v)] = case.q.cuda(), case.k.cuda(), case.v.cuda()
+        q[: len(case.q)], k[: len(case.k)], v[: len(case.v)] = put(case.q), put(case.k), put(case.v)
         inputs.q_start.copy_(i.q_start), inputs.kv_len.copy_(i.kv_len), inputs.slot.copy_(i.slot)
-        inputs.page_table[:, : i.page_table.shape[1]] = i.page_table.cuda()
+        inputs.page_table[:, : i.page_table.shape[1]] = put(i.page_table)
         graph.replay()
-        want, want_lse = case.run(gpu, 0.1)
+        want, want_lse = case.run(real_gpu, 0.1)
         assert torch.equal(out[: len(case.q)].cpu(), want)
         assert torch.equal(lse[: len(case.q)].cpu(), want_lse)
 
@@ -249,8 +250,8 @@ def test_wild_metadata_stays_inside(gpu):
 
 def test_rejects_unusable_shapes(gpu):
     case = make_case((8, 2, 64), torch.bfloat16, [(1, 40)])
-    k = torch.zeros(4, 2, 24, 64, dtype=torch.bfloat16, device="cuda")
+    k = torch.zeros(4, 2, 24, 64, dtype=torch.bfloat16, device=DEVICE)
     with pytest.raises(ValueError, match="pages of 24 tokens"):
         gpu.plan_attention(case.on_device(), 8, k)
     with pytest.raises(ValueError, match="num_heads=7"):
-        gpu.plan_attention(case.on_device(), 7, case.k.cuda())
+        gpu.plan_attention(case.on_device(), 7, put(case.k))
