@@ -1,4 +1,4 @@
-"""Kernel tests take the fixture ``gpu``, which is a GPU or the emulator; what only a GPU can show takes ``real_gpu``."""
+"""Kernel tests take the fixture ``gpu``, a GPU or the emulator; what only a GPU can show takes ``real_gpu``."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from gpu.backend import DEVICE, put
+from gpu.backend import DEVICE, put, sized
 
 from batchinfer.ops import AttentionInput
 from batchinfer.ops.reference import ReferenceOps
@@ -103,7 +103,7 @@ def assert_attention(case: Case, gpu, scale: float) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_mixed_batches(gpu, shape, dtype, seed):
     page_size = 16 << seed
-    lengths = draw_lengths(seed + 10 * shape[0], 12, 700)
+    lengths = draw_lengths(seed + 10 * shape[0], *sized((12, 700), (5, 150)))
     assert_attention(make_case(shape, dtype, lengths, page_size, seed), gpu, shape[2] ** -0.5)
 
 
@@ -125,12 +125,13 @@ def test_split_boundaries(gpu, shape):
 
 @pytest.mark.parametrize("shape", [(8, 2, 128), (4, 4, 64)])
 def test_long_context(gpu, shape):
-    lengths = [(1, 100_000), (200, 100_001), (1, 131_072), (3, 9)]
+    lengths = sized([(1, 100_000), (200, 100_001), (1, 131_072), (3, 9)], [(1, 5000), (20, 3001), (1, 4096), (3, 9)])
     assert_attention(make_case(shape, torch.bfloat16, lengths, 256), gpu, shape[2] ** -0.5)
 
 
 def test_long_context_float32(gpu):
-    assert_attention(make_case((2, 1, 64), torch.float32, [(1, 100_000), (2, 50_000)], 16), gpu, 0.125)
+    longest = sized(100_000, 4000)
+    assert_attention(make_case((2, 1, 64), torch.float32, [(1, longest), (2, longest // 2)], 16), gpu, 0.125)
 
 
 @pytest.mark.parametrize("scale", [0.02, 4.0])
@@ -145,8 +146,8 @@ def test_independent_of_neighbours(gpu, shape):
     mine = [(1, 2500), (77, 301)]
     alone = make_case(shape, torch.bfloat16, mine, seed=3)
     out, lse = alone.run(gpu, 0.1)
-    for seed in range(3):
-        others = draw_lengths(seed, 20, 3000)
+    for seed in range(sized(3, 1)):
+        others = draw_lengths(seed, *sized((20, 3000), (6, 200)))
         crowd = make_case(shape, torch.bfloat16, others + mine, seed=seed, slots=64)
         self_start = int(crowd.inputs.q_start[len(others)])
         crowd.q[self_start:] = alone.q
@@ -181,10 +182,11 @@ def share_beginnings(case: Case, shared: list[int]) -> tuple[Case, Case]:
 @pytest.mark.feature("engine", "CUDA attention reads a beginning that sequences share once for several of them")
 def test_shared_beginnings(gpu, shape, page_size):
     """Groups that share all, part or nothing, prompts among them, and one that shares only some of its members."""
-    pages = 2048 // page_size
-    common = [pages] * 9 + [pages // 2] * 4 + [0] * 4 + [pages, 0, pages, pages] * 2 + [pages] * 5
+    pages = sized(2048, 1088 if shape == (9, 3, 64) else 576) // page_size
+    few = [pages] * 5 + [pages // 2] * 2 + [0] * 2 + [pages] * 2
+    common = sized([pages] * 9 + [pages // 2] * 4 + [0] * 4 + [pages, 0, pages, pages] * 2 + [pages] * 5, few)
     lengths = [(1, pages * page_size + 1 + 37 * i % 300) for i in range(len(common))]
-    lengths[13] = (1, 5)  # shares nothing
+    lengths[common.index(0)] = (1, 5)
     lengths += [(40, 90), (1, 700)]
     case = make_case(shape, torch.bfloat16, lengths, page_size, slots=40)
     together, apart = share_beginnings(case, [*common, 0, 0])

@@ -45,6 +45,7 @@ namespace simt {
 namespace {
 
 constexpr size_t kStackBytes = 64 << 10;  // the largest kernel's frames take 20 KB under AddressSanitizer
+constexpr size_t kLastFrames = 4 << 10;   // of `entry`, which it never leaves: their red zones stay behind
 constexpr size_t kSavedRegisters = 6;
 
 Fiber* left = nullptr;  // by the switch that is under way
@@ -67,6 +68,9 @@ void Fiber::prepare(void (*entry)()) {
         ASAN_UNPOISON_MEMORY_REGION(stack_, kStackBytes);  // a failed kernel's frames may have been here
 #endif
     }
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(stack_ + kStackBytes - kLastFrames, kLastFrames);
+#endif
     // As if `entry` had been interrupted at its first instruction: 16 n + 8 is what the ABI wants there.
     void** top = reinterpret_cast<void**>(stack_ + kStackBytes);
     top[-1] = nullptr;  // no caller

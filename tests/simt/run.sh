@@ -16,10 +16,10 @@ build=build/emulated
 export BATCHINFER_GPU_EMULATOR=$PWD/$build/tests/simt/_gpu.so ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1
 preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so.6)"
 emulate() { # capability, tests
-  BATCHINFER_EMULATED_CAPABILITY=$1 LD_PRELOAD=$preload "$python" -m pytest -q -p no:cacheprovider "${@:2}"
+  BATCHINFER_EMULATED_CAPABILITY=$1 LD_PRELOAD=$preload "$python" -m pytest -q -p no:cacheprovider --capture=sys "${@:2}"
 }
 
-# One after 9.0's tests, one after 8.0's, side by side.
+# The attention of 8.0 beside the tests of 9.0. Reports of the sanitizers go to file descriptor 2: --capture=sys lets them.
 emulate 8 tests/gpu/test_gpu_attention.py "$@" & older=$!
 emulate 9 tests/gpu "$@"
-wait $older
+wait "$older"
