@@ -365,8 +365,21 @@ def _shared_config(name: str, options: argparse.Namespace, world: World) -> Conf
         if name == "run" and config.cluster.mpi != _mpi_mode(options.overrides):
             value = config.cluster.mpi
             raise JobError(f"cluster.mpi={value} in a file comes too late: give it on the command line", ExitCode.USAGE)
-        text = json.dumps(to_dict(config))
+        text = json.dumps(to_dict(config) | {"sampling": _with_texts(to_dict(config)["sampling"])})
     return from_dict(json.loads(world.bcast(text)))
+
+
+def _with_texts(sampling: dict[str, Any]) -> dict[str, Any]:
+    """The values that name a file become its text, which is what a job is planned with."""
+    texts = {}
+    for key, ending in (("json_schema", ".json"), ("grammar", ".lark")):
+        if sampling[key].endswith(ending):
+            try:
+                texts[key] = Path(sampling[key]).expanduser().read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                text = f"sampling.{key}={sampling[key]} cannot be read: {error}"
+                raise JobError(text, ExitCode.USAGE) from None
+    return sampling | texts
 
 
 if __name__ == "__main__":
