@@ -24,19 +24,22 @@ class Case:
     k: torch.Tensor
     v: torch.Tensor
     inputs: AttentionInput
+    window: int = 0
+    softcap: float = 0.0
 
     def truth(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         out = torch.zeros(self.q.shape, dtype=torch.float64)
         lse = torch.zeros(self.q.shape[:2], dtype=torch.float64)
-        TRUTH.attention(self.q, self.k, self.v, self.inputs, scale, out, lse)
+        plan = TRUTH.plan_attention(self.inputs, self.q.shape[1], self.k, self.window)
+        TRUTH.attention(self.q, self.k, self.v, plan, scale, out, lse, self.softcap)
         return out, lse
 
     def run(self, gpu, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         q, k, v = put(self.q), put(self.k), put(self.v)
         out = torch.full_like(q, torch.nan)
         lse = torch.full(q.shape[:2], torch.nan, device=DEVICE)
-        plan = gpu.plan_attention(self.on_device(), q.shape[1], k)
-        gpu.attention(q, k, v, plan, scale, out, lse)
+        plan = gpu.plan_attention(self.on_device(), q.shape[1], k, self.window)
+        gpu.attention(q, k, v, plan, scale, out, lse, self.softcap)
         return out.cpu(), lse.cpu()
 
     def on_device(self) -> AttentionInput:
@@ -91,9 +94,10 @@ def draw_lengths(seed: int, count: int, longest: int) -> list[tuple[int, int]]:
 def assert_attention(case: Case, gpu, scale: float) -> None:
     out, lse = case.run(gpu, scale)
     want, want_lse = case.truth(scale)
-    # The weights are rounded to the dtype (values are of size 1 to 4), then the result.
+    # The weights are rounded to the dtype (values are of size 1 to 4), then the result; before that the scores, in
+    # float32, where a cap is given because they reach it.
     error = ((out.double() - want).abs() / (2 + 2 * want.abs())).max().item()
-    assert error <= ROUNDOFF[out.dtype], error  # false for NaN
+    assert error <= ROUNDOFF[out.dtype] + case.softcap * 2.0**-24, error  # false for NaN
     lse_error = (lse.double() - want_lse).abs().max().item()
     assert lse_error <= 1e-4, lse_error
 
@@ -138,6 +142,61 @@ def test_long_context_float32(gpu):
 def test_extreme_scores(gpu, scale):
     """A scale of 4 makes scores of +-150: one key takes all, and the running maximum must move."""
     assert_attention(make_case((8, 2, 128), torch.float16, [(1, 900), (90, 200), (300, 300)]), gpu, scale)
+
+
+@pytest.mark.parametrize("window", [1, 16, 33, 100, 1000])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((8, 2, 128), torch.bfloat16),
+        ((9, 3, 64), torch.float16),
+        ((20, 1, 64), torch.bfloat16),
+        ((4, 2, 256), torch.bfloat16),
+        ((3, 1, 64), torch.float32),
+    ],
+)
+@pytest.mark.feature("engine", "sliding windows in the CUDA attention kernels")
+def test_windows(gpu, shape, dtype, window):
+    lengths = [*draw_lengths(window, *sized((12, 700), (5, 200))), (1, 17), (90, 300), (1, 129)]
+    assert_attention(replace(make_case(shape, dtype, lengths, 32), window=window), gpu, shape[2] ** -0.5)
+
+
+@pytest.mark.parametrize("window", [900, 1024, 1025, 2500])
+def test_windows_over_splits(gpu, window):
+    """The split counts from the window's start, and what others read together is not looked for."""
+    lengths = [(1, n) for n in (899, 900, 901, 1040, 2048, 2049, 3000)] + [(5, 2600)]
+    case = replace(make_case((8, 2, 128), torch.bfloat16, lengths, 64), window=window)
+    assert_attention(case, gpu, 0.1)
+    together, _ = share_beginnings(case, [900 // 64 - 1] * 7 + [0])
+    assert_attention(together, gpu, 0.1)
+
+
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize(("softcap", "scale"), [(50.0, 1.0), (2.0, 0.1)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((8, 2, 128), torch.float16),
+        ((9, 3, 64), torch.bfloat16),
+        ((6, 3, 80), torch.float16),
+        ((4, 4, 64), torch.float32),
+    ],
+)
+@pytest.mark.feature("engine", "soft-capped scores in the CUDA attention kernels")
+def test_soft_caps(gpu, shape, dtype, softcap, scale, window):
+    lengths = draw_lengths(7, *sized((12, 700), (5, 150)))
+    case = make_case(shape, dtype, [*lengths, (70, 200)])
+    assert_attention(replace(case, window=window, softcap=softcap), gpu, scale)
+
+
+def test_plans_with_and_without_a_window_live_side_by_side(gpu):
+    case = make_case((8, 2, 64), torch.bfloat16, [(1, 200), (30, 90), (1, 7)])
+    q, k, v = put(case.q), put(case.k), put(case.v)
+    plans = [gpu.plan_attention(case.on_device(), 8, k, window) for window in (0, 20)]
+    for plan, window in zip(plans, (0, 20), strict=True):
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=DEVICE)
+        gpu.attention(q, k, v, plan, 0.125, out, lse)
+        assert torch.equal(out.cpu(), replace(case, window=window).run(gpu, 0.125)[0])
 
 
 @pytest.mark.parametrize("shape", [(32, 8, 128), (9, 3, 64)])
@@ -257,3 +316,5 @@ def test_rejects_unusable_shapes(gpu):
         gpu.plan_attention(case.on_device(), 8, k)
     with pytest.raises(ValueError, match="num_heads=7"):
         gpu.plan_attention(case.on_device(), 7, put(case.k))
+    with pytest.raises(ValueError, match="window=-1"):
+        gpu.plan_attention(case.on_device(), 8, put(case.k), -1)

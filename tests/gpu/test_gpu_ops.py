@@ -49,15 +49,16 @@ def test_rms_norm(gpu, dtype, tokens, width, with_residual):
     assert torch.equal(in_place, out)
 
 
+@pytest.mark.parametrize("op", ["silu_mul", "gelu_mul"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "width"), [(1, 8), (300, 1536), (17, 14336), (4, 50)])
-def test_silu_mul(gpu, dtype, tokens, width):
+def test_gates(gpu, op, dtype, tokens, width):
     gate_up = 4 * randn(tokens, 2 * width, dtype=dtype)
     gate_up[0, :2] = torch.tensor([-1e4, 1e4])
     want = torch.empty(tokens, width, dtype=torch.float64)
-    TRUTH.silu_mul(gate_up, want)
+    getattr(TRUTH, op)(gate_up, want)
     out = empty_like(want, dtype)
-    gpu.silu_mul(put(gate_up), out)
+    getattr(gpu, op)(put(gate_up), out)
     assert_close(out, want)
 
 

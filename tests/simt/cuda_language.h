@@ -189,6 +189,9 @@ inline float __expf(float x) {
 inline float __log2f(float x) {
     return log2f(x);
 }
+inline float __fdividef(float a, float b) {
+    return fabsf(b) > 0x1p126f && !isnan(b) ? 0 : a / b;
+}
 inline float rsqrtf(float x) {
     return 1 / sqrtf(x);
 }
