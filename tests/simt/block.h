@@ -10,10 +10,11 @@
 //   - threads that wait for each other or for somebody who has ended;
 //   - lanes of a warp that meet in different operations, or without all 32 of them;
 //   - a shared-memory address outside the block's; an address that an access of its width may not have.
-// Other addresses are AddressSanitizer's business: dynamic shared memory is allocated for each block, static shared
-// variables have red zones, and both are filled with 0xff (NaN, -1) before a block starts.
+// Other addresses are AddressSanitizer's business, as dynamic shared memory is allocated for each block, and indices of
+// static shared arrays UndefinedBehaviorSanitizer's. Shared memory is filled with 0xff (NaN, -1) before a block starts.
 //
-// Not modelled: the weak order of memory, blocks that run at the same time, clusters, register limits, proxy fences.
+// Not modelled: the weak order of memory, blocks that run at the same time, clusters, register limits, proxy fences. A
+// race is seen only where one of the orders that are drawn gives a wrong result.
 #pragma once
 
 #include <array>
