@@ -59,6 +59,9 @@ class FakeEngine:
     def wants_more(self) -> bool:
         return self.num_open < 2 * self._slots
 
+    def expected_tokens(self, request: Request) -> int:
+        return request.sampling.max_tokens
+
     def add(self, request: Request) -> None:
         self._waiting.append(request)
         self.added += 1

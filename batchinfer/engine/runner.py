@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -17,6 +18,16 @@ from batchinfer.ops import AttentionInput, SampleOutput
 
 if TYPE_CHECKING:
     from batchinfer._engine import Step
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One token for each of the step's sampled rows, on the host; and from when to when the device computed it, in
+    seconds of time.perf_counter()."""
+
+    out: SampleOutput
+    begin: float
+    end: float
 
 
 class Runner(Protocol):
@@ -40,9 +51,8 @@ class Runner(Protocol):
         """Begin a step; ``history(row)`` as in :meth:`SlotTable.extras`. A token -1 is the one that the step started
         before sampled for the same slot."""
 
-    def finish(self) -> SampleOutput:
-        """Wait for the oldest step that was started: one token for each of its sampled rows, on the host. Valid until
-        the next call."""
+    def finish(self) -> StepResult:
+        """Wait for the oldest step that was started. Its tokens are valid until the next call."""
 
     def peak_device_bytes(self) -> int:
         """Most bytes of device memory taken so far; 0 if the device is the host."""
@@ -69,7 +79,7 @@ class HostRunner:
         self._decoder = decoder
         self._page_size = page_size
         self._cache = KVCache((), ())
-        self._done: deque[SampleOutput] = deque()
+        self._done: deque[StepResult] = deque()
         self.slots = SlotTable(max_slots)
         self.seconds = {"forward": 0.0, "sample": 0.0}
 
@@ -86,13 +96,15 @@ class HostRunner:
         middle = time.perf_counter()
         if step.num_samples:
             inputs = self.slots.gather(step.sample_slot, step.sample_count, history)
-            self._done.append(self._decoder.ops.sample(logits, inputs))
+            out = self._decoder.ops.sample(logits, inputs)
         else:
-            self._done.append(SampleOutput(torch.zeros(0, dtype=torch.int32)))
+            out = SampleOutput(torch.zeros(0, dtype=torch.int32))
+        end = time.perf_counter()
+        self._done.append(StepResult(out, start, end))
         self.seconds["forward"] += middle - start
-        self.seconds["sample"] += time.perf_counter() - middle
+        self.seconds["sample"] += end - middle
 
-    def finish(self) -> SampleOutput:
+    def finish(self) -> StepResult:
         return self._done.popleft()
 
     def peak_device_bytes(self) -> int:

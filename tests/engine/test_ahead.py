@@ -12,7 +12,7 @@ import torch
 from engine.tiny_engine import VOCAB, make_decoder, make_engine, random_prompts, run
 
 from batchinfer._engine import Step
-from batchinfer.engine.runner import HostRunner
+from batchinfer.engine.runner import HostRunner, StepResult
 from batchinfer.engine.slots import History
 from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.models.decoder import Decoder
@@ -53,7 +53,7 @@ class LaggingRunner(HostRunner):
             extras = self.slots.extras(step.sample_slot, step.sample_count, history)
             out = self._decoder.ops.sample(logits, buffer.sample_input(step.num_samples, **extras))
             self._last_token[step.sample_slot] = out.tokens.numpy()
-        self._done.append(out)
+        self._done.append(StepResult(out, 0.0, 0.0))
         self.most_ahead = max(self.most_ahead, len(self._done))
 
 
