@@ -12,6 +12,9 @@ from batchinfer.types import Completion, Request
 class Engine(Protocol):
     """What of an engine this needs (engine/engine.py)."""
 
+    max_slots: int
+    kv_tokens: int
+
     @property
     def num_open(self) -> int: ...
 
@@ -28,7 +31,7 @@ class Engine(Protocol):
 def steps(engine: Engine, requests: Iterable[Request], reorder: bool = True) -> Iterator[list[Completion]]:
     """Give the engine requests as it wants them, and yield what each step completed, until all have come out.
     ``reorder``: in the order of the planner."""
-    planner = Planner(engine.expected_tokens, reorder)
+    planner = Planner(engine, reorder)
     planner.add(requests)
     while len(planner) or engine.num_open:
         while engine.wants_more and (request := planner.next(more=False)) is not None:

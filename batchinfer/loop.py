@@ -35,6 +35,8 @@ class Engine(Protocol):
 
     tokenizer: Any
     max_seq_len: int
+    max_slots: int
+    kv_tokens: int
 
     @property
     def num_open(self) -> int: ...
@@ -84,7 +86,7 @@ class Loop:
     _refused: int = 0  # steps since there was a chunk or no need for one
 
     def __post_init__(self) -> None:
-        self._planner = Planner(self.engine.expected_tokens, self.reorder)
+        self._planner = Planner(self.engine, self.reorder)
         self._lack = dict.fromkeys(LACKS, 0.0)
         self._meter = Meter(self.engine.stats, self._seconds)
 

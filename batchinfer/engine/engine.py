@@ -64,6 +64,7 @@ class Engine:
         max_seq_len: int,
         max_slots: int,
         num_pages: int,
+        page_size: int,
         vocab_size: int,
         trace: Trace | None = None,
     ):
@@ -72,7 +73,8 @@ class Engine:
         self._lengths = lengths
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
-        self._max_slots = max_slots
+        self.max_slots = max_slots
+        self.kv_tokens = num_pages * page_size
         self._scheduler = scheduler
         self._runner = runner
         self._sequences: dict[int, _Sequence] = {}
@@ -96,7 +98,7 @@ class Engine:
     @property
     def wants_more(self) -> bool:
         """Whether another request would help to keep the batch full: half a batch waits beside the running one."""
-        return self._scheduler.num_open < self._max_slots + self._max_slots // 2 + 1
+        return self._scheduler.num_open < self.max_slots + self.max_slots // 2 + 1
 
     def expected_tokens(self, request: Request) -> int:
         """New tokens that each sample of a request will probably get, beside those that it brings along."""

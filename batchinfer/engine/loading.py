@@ -90,6 +90,7 @@ def load_engine(
         max_seq_len=max_len,
         max_slots=engine.max_slots,
         num_pages=pages,
+        page_size=engine.page_size,
         vocab_size=spec.vocab_size,
         trace=trace,
     )

@@ -11,8 +11,9 @@ Pure: no torch, no clock. A request's tokens don't depend on the order, so that 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -23,10 +24,6 @@ GRAIN = 16
 
 SIBLINGS = 8
 """Requests below which a group says nothing about the lengths of its answers."""
-
-TAIL = 2048
-"""Requests at the end of a job that go longest first (Graham 1969): the last to start should be short, or the batch
-empties around it. No more than needed: in between, long and short ones side by side use slots and pages evenly."""
 
 
 @dataclass(slots=True)
@@ -73,20 +70,30 @@ def make_plan(prompts: Sequence[np.ndarray], rank: np.ndarray, after: np.ndarray
     return Plan(np.array([i for i in order if i < count], np.int64), group[:count])
 
 
-class Planner:
-    """Requests in hand, given out in their planned order. ``expected``: how many tokens a request will probably get.
+class Engine(Protocol):
+    """What of an engine a planner looks at (engine/engine.py)."""
 
-    A plan is made of all requests in hand and used up before the next one, so that none waits forever. With
-    ``reorder`` False they come out as they went in.
+    max_slots: int
+    kv_tokens: int  # that its KV cache has room for
+
+    def expected_tokens(self, request: Request) -> int: ...
+
+
+class Planner:
+    """Requests in hand, given out in their planned order.
+
+    A plan is made of all requests in hand and used up before the next one, so that none waits forever. At the end of a
+    job the rest of it is ordered again, the longest first (Graham 1969). With ``reorder`` False requests come out as
+    they went in.
     """
 
-    def __init__(self, expected: Callable[[Request], int], reorder: bool = True):
-        self._expected = expected
+    def __init__(self, engine: Engine, reorder: bool = True):
+        self._engine = engine
         self._reorder = reorder
         self._left: deque[Request] = deque()
         self._last: np.ndarray | None = None
         self._planned = False
-        self._longest_first = False
+        self._tail = 0  # requests at the end of the plan that go longest first if no others come
 
     def __len__(self) -> int:
         return len(self._left)
@@ -94,28 +101,31 @@ class Planner:
     def add(self, requests: Iterable[Request]) -> None:
         """Take requests in hand, beside those that are left."""
         self._left.extend(requests)
-        self._planned = self._longest_first = False
+        self._planned = False
 
     def next(self, more: bool) -> Request | None:
         """The request to start now, None if there is none. ``more``: others will be added."""
         if not self._left:
             return None
-        tail = not more and len(self._left) <= TAIL
-        if not self._planned or (tail and not self._longest_first):
-            self._plan(longest_first=tail)
+        if self._reorder and not self._planned:
+            self._plan(np.arange(len(self._left)))
+            self._tail = tail(*self._sizes(), self._engine.max_slots, self._engine.kv_tokens)
+            self._planned = True
+        if not more and len(self._left) <= self._tail:
+            _, expected = self._sizes()
+            self._plan(np.argsort(np.argsort(-expected, kind="stable")))
+            self._tail = 0
         request = self._left.popleft()
         self._last = request.prompt
         return request
 
-    def _plan(self, longest_first: bool) -> None:
-        self._planned, self._longest_first = True, longest_first
-        if not self._reorder or len(self._left) < 2:
-            return
+    def _sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Prompt tokens and expected new tokens of what is left, int64 [N] each."""
+        prompts = np.array([len(request.prompt) for request in self._left], np.int64)
+        return prompts, np.array([self._engine.expected_tokens(request) for request in self._left], np.int64)
+
+    def _plan(self, rank: np.ndarray) -> None:
         requests = list(self._left)
-        rank = np.arange(len(requests))
-        if longest_first:
-            by_length = np.argsort([-self._expected(request) for request in requests], kind="stable")
-            rank[by_length] = np.arange(len(requests))
         plan = make_plan([request.prompt for request in requests], rank, self._last)
         groups = plan.group.tolist()
         self._left = deque(
@@ -123,10 +133,39 @@ class Planner:
         )
 
 
+def tail(prompts: np.ndarray, expected: np.ndarray, max_slots: int, kv_tokens: int) -> int:
+    """Of requests with so many prompt and new tokens (int64 [N] each), in their order: how many at the end should go
+    longest first.
+
+    From where the longest of what is left takes as many steps as all of it: later, the batch would empty around that
+    one; earlier, the long ones would meet, and use up the pages that long and short ones side by side share evenly. A
+    request holds a slot for a step per new token, and meanwhile its prompt and half of its new tokens in the cache.
+    What is left takes as many steps as the scarcer of the two allows.
+    """
+    slots = _sum_from_here(expected) / max_slots
+    cache = _sum_from_here(expected * (prompts + expected / 2)) / kv_tokens
+    longest = np.maximum.accumulate(expected[::-1])[::-1]
+    return int(np.count_nonzero(np.maximum(slots, cache) <= longest))
+
+
+def shared_tokens(prompts: Sequence[np.ndarray], page_size: int) -> int:
+    """Tokens of the prompts (int32 [tokens] each) that a cache of whole pages could find, if it forgot nothing: those
+    of pages that another prompt has already. The last token of a prompt is always computed."""
+    found, before = 0, np.zeros(0, np.int32)
+    for prompt in sorted((prompt[:-1] for prompt in prompts), key=_sort_key):
+        found += _common(before, prompt, page_size)
+        before = prompt
+    return found
+
+
+def _sum_from_here(values: np.ndarray) -> np.ndarray:
+    return np.cumsum(values[::-1])[::-1]
+
+
 def _tree(prompts: Sequence[np.ndarray], rank: np.ndarray) -> _Group:
     """The tree of common beginnings, from the sorted prompts and what neighbours share, in one pass: the intervals of
     Abouelhoda, Kurtz & Ohlebusch, "Replacing suffix trees with enhanced suffix arrays", 2004."""
-    keys = [prompt.astype(">i4").tobytes() for prompt in prompts]  # bytes that compare as the tokens do
+    keys = [_sort_key(prompt) for prompt in prompts]
     ordered = sorted(range(len(prompts)), key=keys.__getitem__)
     open_groups = [_Group(0, [])]
 
@@ -137,7 +176,7 @@ def _tree(prompts: Sequence[np.ndarray], rank: np.ndarray) -> _Group:
         return group
 
     for place, row in enumerate(ordered):
-        shared = _common(prompts[ordered[place - 1]], prompts[row]) if place else 0
+        shared = _common(prompts[ordered[place - 1]], prompts[row], GRAIN) if place else 0
         while open_groups[-1].shared > shared:
             group = close()
             if open_groups[-1].shared < shared:
@@ -152,12 +191,17 @@ def _tree(prompts: Sequence[np.ndarray], rank: np.ndarray) -> _Group:
     return close()
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """Tokens with which both begin, in whole GRAINs."""
+def _sort_key(prompt: np.ndarray) -> bytes:
+    """Bytes that compare as the tokens do."""
+    return prompt.astype(">i4").tobytes()
+
+
+def _common(a: np.ndarray, b: np.ndarray, grain: int) -> int:
+    """Tokens with which both begin, in multiples of ``grain``."""
     length = min(len(a), len(b))
     different = a[:length] != b[:length]
     first = int(different.argmax()) if length else 0
-    return (first if length and different[first] else length) // GRAIN * GRAIN
+    return (first if length and different[first] else length) // grain * grain
 
 
 def _rank(member: int | _Group, rank: np.ndarray) -> int:
