@@ -116,7 +116,7 @@ def seconds_of(engine: Engine, requests: Sequence[Request], clock: Callable[[], 
 
 def describe_order(config: Config, requests: Sequence[Request], spec: ModelSpec) -> list[str]:
     """A line on what the planner's order saves of these requests, told by a simulation of the engine with the KV cache
-    that the configuration gives it on a CPU. None where there is no compiled engine, or no order to tell of."""
+    that the configuration gives it on a CPU. No line where there is no compiled engine, or no order to tell of."""
     if not requests or not config.engine.reorder or importlib.util.find_spec("batchinfer._engine") is None:
         return []
     from batchinfer.engine.loading import DTYPES

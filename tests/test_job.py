@@ -172,6 +172,26 @@ def test_rows_that_begin_alike_go_in_together_and_come_out_where_they_were(tmp_p
     assert turns[True] <= 4 * 12  # no more than one turn for each beginning in each chunk
 
 
+def test_the_record_tells_what_the_engine_waited_for(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine chunks, each read in 20 ms, of which the engine computes none in a tenth of that."""
+    read = job.ChunkReader.read
+
+    def slow(self: Any, chunk: Any) -> Any:
+        time.sleep(0.02)
+        return read(self, chunk)
+
+    monkeypatch.setattr(job.ChunkReader, "read", slow)
+    assert run(configure(inputs, tmp_path / "out")) == 0
+    record = tmp_path / "out" / "_batchinfer" / "attempts" / "000001.end.json"
+    seconds = json.loads(record.read_text())["this_attempt"]["seconds"]
+    assert seconds["read"] >= 9 * 0.02
+    assert seconds["reading"] >= 9 * 0.01
+    assert seconds["idle"] >= 0.02
+    assert seconds["commit"] > 0
+
+
 def test_a_finished_job_ends_at_once_without_an_engine(inputs: Path, tmp_path: Path) -> None:
     config = configure(inputs, tmp_path / "out")
     assert run(config) == 0
