@@ -132,7 +132,8 @@ def describe_order(config: Config, requests: Sequence[Request], spec: ModelSpec)
     pool = Pool(pages, engine.page_size, engine.max_slots, engine.max_step_tokens, longest, engine.prefix_cache)
     room = pages * engine.page_size - SIMULATED_TOKENS
     short = [
-        dataclasses.replace(r, sampling=SamplingParams(max_tokens=min(r.sampling.max_tokens, SIMULATED_TOKENS)))
+        # Of a scored row the whole text is computed, and next to nothing more.
+        dataclasses.replace(r, sampling=SamplingParams(max_tokens=_simulated_tokens(r)), scored_from=None)
         for r in requests
         if len(r.prompt) <= room
     ]
@@ -147,6 +148,10 @@ def describe_order(config: Config, requests: Sequence[Request], spec: ModelSpec)
         f"order      {saved[0]:.0%} fewer prompt tokens and {saved[1]:.0%} fewer steps than as they come (simulated: "
         f"{len(short):,} rows, KV cache of {_short(pages * engine.page_size)} tokens)"
     ]
+
+
+def _simulated_tokens(request: Request) -> int:
+    return 1 if request.scored_from is not None else min(request.sampling.max_tokens, SIMULATED_TOKENS)
 
 
 def describe(sample: Sample, config: Config, chunks: int, seconds: float | None = None) -> list[str]:

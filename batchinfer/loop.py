@@ -27,7 +27,7 @@ PATIENCE = 16
 """Steps without a chunk from the dispatcher after which none is expected: an answer of rank 0 takes one or two."""
 
 LACKS = ("no chunk", "reading", "tokenising", "idle")
-"""Why the engine could have taken a row and got none; and, of that time, when it had nothing to compute at all."""
+"""Why the engine could have taken a row and got none; and when it had nothing to compute at all."""
 
 
 class Engine(Protocol):
@@ -109,8 +109,11 @@ class Loop:
             self.show()
             if idle:
                 time.sleep(POLL_SECONDS)
-            for state in [lacks] * bool(lacks) + ["idle"] * idle:
-                self._lack[state] += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            if lacks:
+                self._lack[lacks] += seconds
+            if idle:
+                self._lack["idle"] += seconds
         self._put_down()
 
     @property

@@ -57,3 +57,10 @@ function(batchinfer_add_engine)
   target_link_libraries(_engine PRIVATE batchinfer_engine)
   install(TARGETS _engine LIBRARY DESTINATION batchinfer)
 endfunction()
+
+# _process: what happens where a library ends the process.
+function(batchinfer_add_process)
+  pybind11_add_module(_process csrc/bindings/process.cpp)
+  target_compile_options(_process PRIVATE -Wall -Wextra)
+  install(TARGETS _process LIBRARY DESTINATION batchinfer)
+endfunction()

@@ -59,6 +59,8 @@ def test_what_the_order_saves(tmp_path: Path) -> None:
     assert line.endswith("(simulated: 256 rows, KV cache of 960 tokens)")
     assert describe_order(dataclasses.replace(config, engine=EngineConfig(reorder=False)), requests, spec) == []
     assert describe_order(config, [], spec) == []
+    scored = [dataclasses.replace(request, scored_from=150) for request in requests]
+    assert "fewer prompt tokens" in describe_order(config, scored, spec)[0]
 
 
 @pytest.mark.feature("commands", "plan: tokens, errors, inodes and, with --time, hours, from a sample of the rows")

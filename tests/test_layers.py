@@ -29,7 +29,7 @@ ALLOWED = {
     "doctor": {"cluster", "engine", "ops", "_ops", "_engine"},
     "llm": {"engine", "feed"},
     "data": {"sandbox"},
-    "cluster": set(),
+    "cluster": {"_process"},
     "engine": {"models", "ops", "_engine"},
     "models": {"ops", "sandbox"},
     "ops": {"_ops", "_gpu"},

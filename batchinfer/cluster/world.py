@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from batchinfer.cluster.outlive import lifeline
 from batchinfer.types import ExitCode, JobError
 
 _MESSAGE, _GATHER = 0, 1
@@ -153,6 +154,7 @@ class MpiWorld(World):
         self._sending: list[Any] = []
         self._inbox: deque[tuple[int, Any]] = deque()
         self._gathered: list[deque[Any]] = [deque() for _ in range(self.size)]
+        self._lifeline = lifeline(os.environ)
 
     def bcast(self, value: Any) -> Any:
         data = pickle.dumps(value) if self.rank == 0 else b""
@@ -182,11 +184,13 @@ class MpiWorld(World):
 
     def abort(self, code: int) -> None:
         time.sleep(LAST_WORDS_SECONDS)
+        self._reach_launcher()
         self._comm.Abort(code)
 
     def leave(self, code: int, whole: bool) -> None:
         if whole and not self._dead and self._in_time(self._comm.Ibarrier().Test, LEAVE_SECONDS):
             faulthandler.dump_traceback_later(LEAVE_SECONDS, exit=True, file=sys.__stderr__)
+            self._reach_launcher()
             self._mpi.Finalize()
             faulthandler.cancel_dump_traceback_later()
             return
@@ -195,6 +199,10 @@ class MpiWorld(World):
         if code in (ExitCode.COMPLETE, ExitCode.TOO_MANY_ERRORS):
             self.abort(code)
         os._exit(code)
+
+    def _reach_launcher(self) -> None:
+        if self._lifeline:
+            self._lifeline.give_back()
 
     def _start(self, rank: int, kind: int, value: Any) -> None:
         if rank in self._dead:

@@ -12,22 +12,23 @@ import numpy as np
 import torch
 
 from batchinfer.engine.memory import free_memory, host_budget
-from batchinfer.engine.slots import History, SlotTable
-from batchinfer.models.decoder import Decoder, KVCache, StepInput
+from batchinfer.engine.slots import Rows, SlotTable
+from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores, StepInput
 from batchinfer.ops import AttentionInput, SampleOutput
 
 if TYPE_CHECKING:
     from batchinfer._engine import Step
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """One token for each of the step's sampled rows, on the host; and from when to when the device computed it, in
-    seconds of time.perf_counter()."""
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step has computed, on the host: one token for each sampled row, and the scores that were asked for; and
+    from when to when the device was at it, in seconds of time.perf_counter()."""
 
-    out: SampleOutput
-    begin: float
-    end: float
+    sample: SampleOutput
+    scores: Scores | None = None
+    begin: float = 0.0
+    end: float = 0.0
 
 
 class Runner(Protocol):
@@ -47,12 +48,12 @@ class Runner(Protocol):
         """Make the KV pool, once, before the first step. The pages that it got: fewer where ``num_pages`` don't fit.
         Raises JobError (69) with the arithmetic where that fails too."""
 
-    def start(self, step: Step, history: Callable[[int], History]) -> None:
-        """Begin a step; ``history(row)`` as in :meth:`SlotTable.extras`. A token -1 is the one that the step started
+    def start(self, step: Step, rows: Rows) -> None:
+        """Begin a step; ``rows`` as in :meth:`SlotTable.extras`. A token -1 is the one that the step started
         before sampled for the same slot."""
 
-    def finish(self) -> StepResult:
-        """Wait for the oldest step that was started. Its tokens are valid until the next call."""
+    def finish(self) -> StepOutput:
+        """Wait for the oldest step that was started. Valid until the next call."""
 
     def peak_device_bytes(self) -> int:
         """Most bytes of device memory taken so far; 0 if the device is the host."""
@@ -79,8 +80,8 @@ class HostRunner:
         self._decoder = decoder
         self._page_size = page_size
         self._cache = KVCache((), ())
-        self._done: deque[StepResult] = deque()
-        self.slots = SlotTable(max_slots)
+        self._done: deque[StepOutput] = deque()
+        self.slots = SlotTable(max_slots, decoder.spec.vocab_size)
         self.seconds = {"forward": 0.0, "sample": 0.0}
 
     def cache_budget(self, ranks_on_node: int) -> int:
@@ -90,21 +91,20 @@ class HostRunner:
         self._cache = self._decoder.new_cache(num_pages, self._page_size)
         return num_pages
 
-    def start(self, step: Step, history: Callable[[int], History]) -> None:
+    def start(self, step: Step, rows: Rows) -> None:
         start = time.perf_counter()
-        logits = self._decoder.forward(self._step_input(step), self._cache)
+        logits, scores = self._decoder.forward(self._step_input(step, rows.scored()), self._cache)
         middle = time.perf_counter()
+        sample = SampleOutput(torch.zeros(0, dtype=torch.int32))
         if step.num_samples:
-            inputs = self.slots.gather(step.sample_slot, step.sample_count, history)
-            out = self._decoder.ops.sample(logits, inputs)
-        else:
-            out = SampleOutput(torch.zeros(0, dtype=torch.int32))
+            inputs = self.slots.gather(step.sample_slot, step.sample_count, rows)
+            sample = self._decoder.ops.sample(logits, inputs)
         end = time.perf_counter()
-        self._done.append(StepResult(out, start, end))
+        self._done.append(StepOutput(sample, scores, start, end))
         self.seconds["forward"] += middle - start
         self.seconds["sample"] += end - middle
 
-    def finish(self) -> StepResult:
+    def finish(self) -> StepOutput:
         return self._done.popleft()
 
     def peak_device_bytes(self) -> int:
@@ -115,7 +115,7 @@ class HostRunner:
         del self._decoder
 
     @staticmethod
-    def _step_input(step: Step) -> StepInput:
+    def _step_input(step: Step, scored: tuple[np.ndarray, np.ndarray] | None) -> StepInput:
         tensor: Callable[[np.ndarray], torch.Tensor] = torch.from_numpy
         return StepInput(
             token_ids=tensor(step.token_ids),
@@ -128,4 +128,5 @@ class HostRunner:
                 page_table=tensor(step.page_table),
             ),
             sample_row=tensor(step.sample_row),
+            score=ScoreInput(*map(tensor, scored)) if scored else None,
         )

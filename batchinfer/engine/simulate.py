@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from batchinfer._engine import Scheduler, Step
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.no_text import NoText
-from batchinfer.engine.runner import StepResult
+from batchinfer.engine.runner import StepOutput
 from batchinfer.engine.seeds import sample_seed
-from batchinfer.engine.slots import History, SlotTable
+from batchinfer.engine.slots import Rows, SlotTable
 from batchinfer.ops import SampleOutput
 from batchinfer.types import Completion, EngineStats, Request, SamplingParams
 
@@ -63,7 +63,7 @@ class _Lengths(SlotTable):
     """Knows of each slot how long its sample is to be, by the sample's seed."""
 
     def __init__(self, max_slots: int, lengths: dict[int, int]):
-        super().__init__(max_slots)
+        super().__init__(max_slots, vocab_size=END + 1)
         self._lengths = lengths
         self.length = np.zeros(max_slots, np.int64)
 
@@ -81,17 +81,17 @@ class SimulatedRunner:
         self.seconds: dict[str, float] = {}
         self.prompt_tokens = 0
         self.widths: list[int] = []
-        self._done: deque[StepResult] = deque()
+        self._done: deque[StepOutput] = deque()
 
-    def start(self, step: Step, history: Callable[[int], History]) -> None:
+    def start(self, step: Step, rows: Rows) -> None:
         ends = step.sample_count + 1 >= self.slots.length[step.sample_slot]
         tokens = torch.from_numpy(np.where(ends, END, TOKEN).astype(np.int32))
         now = time.perf_counter()
-        self._done.append(StepResult(SampleOutput(tokens), now, now))
+        self._done.append(StepOutput(SampleOutput(tokens), None, now, now))
         self.prompt_tokens += step.num_tokens - step.num_decode
         self.widths.append(step.num_seqs)
 
-    def finish(self) -> StepResult:
+    def finish(self) -> StepOutput:
         return self._done.popleft()
 
     def close(self) -> None:
@@ -102,10 +102,7 @@ def simulate(requests: Sequence[Request], lengths: np.ndarray, pool: Pool, feed:
     """Run requests whose samples get ``lengths`` (int64 [N], at most max_tokens) tokens each. ``feed`` gives them to
     the engine and takes what comes out until all have; it is there that one order differs from another."""
     # No two samples have the same seed: the number of the request, and then of the sample, are hashed one to one.
-    seeded = [
-        Request(r.id, r.prompt, r.sampling, seed=number, so_far=r.so_far, group=r.group)
-        for number, r in enumerate(requests)
-    ]
+    seeded = [replace(request, seed=number) for number, request in enumerate(requests)]
     of_seed = {
         sample_seed(r.seed, i): int(n) for r, n in zip(seeded, lengths, strict=True) for i in range(r.sampling.n)
     }

@@ -36,7 +36,7 @@ def all_logits(decoder: Decoder, tokens: list[int]) -> np.ndarray:
         step = StepInput(
             torch.tensor(tokens, dtype=torch.int32), index, index.long(), attention, index[start : start + 32]
         )
-        rows.append(decoder.forward(step, decoder.new_cache(1, 128)).numpy().copy())
+        rows.append(decoder.forward(step, decoder.new_cache(1, 128))[0].numpy().copy())
     return np.concatenate(rows)
 
 
@@ -283,3 +283,4 @@ def test_an_expected_length_is_what_is_left(decoder: Decoder) -> None:
     assert engine.expected_tokens(Request(0, prompt, SamplingParams(max_tokens=60))) == 30
     assert engine.expected_tokens(Request(0, prompt, SamplingParams(max_tokens=60, n=2), so_far=begun)) == 23
     assert engine.expected_tokens(Request(0, prompt, SamplingParams(max_tokens=10_000))) == 118  # positions left
+    assert engine.expected_tokens(Request(0, prompt, SamplingParams(), scored_from=5)) == 1

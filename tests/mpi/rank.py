@@ -6,6 +6,7 @@ file that is there, only the first time. STEP_SECONDS slows the engine's steps d
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import os
@@ -21,7 +22,7 @@ WHEN = os.environ.get("FAIL_WHEN", "") if os.environ.get("FAIL_RANK") == RANK an
 START_SECONDS = float(os.environ.get("START_SECONDS", 900))
 STEP_SECONDS = float(os.environ.get("STEP_SECONDS", 0))
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 if sys.argv[1:2] == ["run"] and "--cfg" not in sys.argv:
     time.sleep(float(os.environ.get("IMPORT_SECONDS", 0)))
@@ -62,6 +63,9 @@ class Failing(FakeEngine):
                 os.kill(os.getpid(), signal.SIGKILL)
             if WHEN == "stopped":
                 os.kill(os.getpid(), signal.SIGSTOP)
+            if WHEN == "ended by its library":  # MPICH's way to go
+                os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=15\n")
+                ctypes.CDLL(None).exit(15)
         return super().step()
 
     def close(self) -> None:

@@ -138,6 +138,19 @@ def test_the_survivors_finish(when: str, rank: int, job: Job) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.feature("slurm", "a rank whose MPI library gives up goes on without it, and the others with it")
+def test_the_library_ends_the_process(rank: int, job: Job) -> None:
+    once = job.folder / "once"
+    once.touch()
+    failing = {"FAIL_WHEN": "ended by its library", "FAIL_RANK": str(rank), "FAIL_ONCE": str(once)}
+    ended = job.end(job.submit(**failing, **(SLOW | {"STEP_SECONDS": "0.02"})))
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), job.log()
+    assert "a library ends process" in job.log()
+    assert "start 2" not in job.log()
+    job.check()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("when", ["killed", "killed at the start", "killed at the end"])
 @pytest.mark.feature("slurm", "ranks without MPI (cluster.mpi=off): the others always finish")
 def test_the_survivors_without_mpi_finish(when: str, rank: int, job: Job) -> None:
