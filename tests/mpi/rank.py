@@ -77,7 +77,9 @@ class Failing(FakeEngine):
             raise JobError("the last breath failed", 74)
 
 
-def load(model: object, engine: object, *, threads: int, rank_on_node: int, ranks_on_node: int) -> FakeEngine:
+def load(
+    model: object, engine: object, *, threads: int, rank_on_node: int, ranks_on_node: int, source: object
+) -> FakeEngine:
     if WHEN == "killed at the start":
         time.sleep(0.5)  # the exchange before is over everywhere
         os.kill(os.getpid(), signal.SIGKILL)
