@@ -208,8 +208,9 @@ def _take_part(
     if world.rank == 0:
         hosts, threads = len({at.host for at in places}), _threads(config, world, places)
         _say(f"engine ready after {ready - start:.1f} s (ranks {world.size}, hosts {hosts}, threads {threads})")
-        _note_weights(config, opening, loaded)
     try:
+        if world.rank == 0:
+            _note_weights(config, opening, loaded)
         _compute(config, world, opening, ledger, engine, dispatcher, deadline, loaded)
     finally:
         engine.close()
