@@ -343,6 +343,13 @@ def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], rank
     schema = input_schema(files)
     options = ResultOptions.of(config.input, config.output, config.sampling)
     result_schema(schema, options)  # refuses name collisions
+    if config.sampling.constrained:
+        from batchinfer.engine.constrain import check_constraint
+
+        try:
+            check_constraint(config.sampling)
+        except ValueError as error:
+            raise JobError(f"sampling.{error}", ExitCode.USAGE) from None
     retried = config.input.retry_errors_of
     earlier = EarlierOutput(retried, options) if retried else None
     plan = make_plan(
@@ -400,12 +407,14 @@ def fingerprint(config: Config, model: Mapping[str, str], retried: str | None = 
     source = prompt_source(config.input)
     prompt = template_text(source.name) if source.kind == "template" else source.name
     return {
+        **({"task": config.task.name} if config.task.name != "generate" else {}),
         "model": dict(model),
         "input": {
             source.kind: prompt,
             "columns": config.input.columns,
             "sampling_columns": config.input.sampling_columns,
             **({"retry_errors_of": retried} if retried else {}),
+            **({"continuation": config.input.continuation_column} if config.input.continuation_column else {}),
         },
         "output": {"prefix": config.output.prefix, "token_ids": config.output.token_ids},
         "sampling": to_dict(config)["sampling"],

@@ -70,6 +70,10 @@ ANY = Kind("of any type", lambda kind: True)
 SOURCE_KINDS = {"prompt_column": TEXT, "messages_column": MESSAGES, "token_ids_column": TOKEN_IDS}
 SAMPLING_KINDS = {field.name: NUMBER for field in fields(SamplingParams)} | {
     "ignore_eos": BOOLEAN,
+    "json_schema": TEXT,
+    "regex": TEXT,
+    "choice": STOP,
+    "grammar": TEXT,
     "stop": STOP,
     "stop_token_ids": TOKEN_IDS,
 }
@@ -138,6 +142,9 @@ def _needs(config: InputConfig, schema: pa.Schema) -> Iterator[_Need]:
             yield _Need("input.template", name, ANY)
     else:
         yield _Need(f"input.{source.kind}", source.name, SOURCE_KINDS[source.kind])
+    if config.continuation_column is not None:
+        kind = TOKEN_IDS if source.kind == "token_ids_column" else TEXT
+        yield _Need("input.continuation_column", config.continuation_column, kind)
     for field, column in config.sampling_columns.items():
         if field not in SAMPLING_KINDS:
             text = f"input.sampling_columns.{field}: there is no such field; allowed: {', '.join(SAMPLING_KINDS)}"

@@ -5,37 +5,32 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import numpy as np
 
 from batchinfer._engine import Scheduler, Step
+from batchinfer.engine.constrain import Constraint, Constraints
 from batchinfer.engine.lengths import LengthPredictor
+from batchinfer.engine.open_work import (
+    OpenRequest,
+    Sequence,
+    StepRows,
+    no_scores,
+    places_scored,
+    record_scores,
+    stack,
+    unstack,
+)
 from batchinfer.engine.runner import Runner
 from batchinfer.engine.seeds import sample_seed
-from batchinfer.engine.slots import History
 from batchinfer.engine.stopping import completes_stop, cut_text
 from batchinfer.models.tokenizer import Tokenizer
 from batchinfer.ops import SampleOutput
-from batchinfer.types import Completion, EngineStats, ErrorCode, Logprobs, Request, RowError, Sample, SamplingParams
+from batchinfer.types import Completion, EngineStats, ErrorCode, Request, RowError, Sample, SamplingParams
 
-
-@dataclass(slots=True)
-class _OpenRequest:
-    """A request some of whose samples are still being generated."""
-
-    request: Request
-    samples: list[Sample | None]
-    missing: int
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """One sample of a request, as the scheduler knows it."""
-
-    owner: _OpenRequest
-    index: int
-    logprobs: list[tuple[float, np.ndarray, np.ndarray]] = field(default_factory=list)
+SCORING = SamplingParams(max_tokens=1, ignore_eos=True)
+"""Of a request of which nothing is wanted but scores: it leaves with the step that ends its prompt."""
 
 
 class Engine:
@@ -60,11 +55,13 @@ class Engine:
         self._max_slots = max_slots
         self._scheduler = scheduler
         self._runner = runner
-        self._sequences: dict[int, _Sequence] = {}
-        self._watched: dict[int, _Sequence] = {}  # those with stop strings or logprobs: host work for every token
-        self._in_flight: deque[Step] = deque()  # started, tokens not taken yet
+        self._sequences: dict[int, Sequence] = {}
+        self._constraints = Constraints(tokenizer, vocab_size)
+        self._watched: dict[int, Sequence] = {}  # those with stop strings or logprobs: host work for every token
+        self._in_flight: deque[StepRows] = deque()  # the steps that are started and whose tokens are not taken yet
         self._stopped: set[int] = set()  # ended when their next token was already under way
-        self._penalised = 0  # open sequences whose every token depends on all tokens before it
+        self._dependent = 0  # open sequences with penalties or a constraint: a token depends on all before it
+        self._scored = 0  # open sequences of which nothing is generated
         self._refused: list[Completion] = []
         self._next_id = 0
         self._open = 0
@@ -85,6 +82,8 @@ class Engine:
     def add(self, request: Request) -> None:
         """Take a request. One that can't run comes back from the next :meth:`step` as a Completion with an error."""
         self._open += 1
+        if request.scored_from is not None:
+            request = replace(request, sampling=SCORING)
         error = self._refusal(request)
         if error is None:
             try:
@@ -101,7 +100,7 @@ class Engine:
 
     def _add_samples(self, request: Request) -> None:
         params = request.sampling
-        owner = _OpenRequest(request, [None] * params.n, params.n)
+        owner = OpenRequest(request, [None] * params.n, params.n)
         for index in range(params.n):
             before = request.so_far[index] if request.so_far else None
             if before is not None and before.finish_reason:
@@ -115,12 +114,17 @@ class Engine:
                 max_new_tokens=params.max_tokens,
                 min_new_tokens=params.min_tokens,
                 expected_new_tokens=self._lengths.expected(params.max_tokens),
+                **({} if request.scored_from is None else {"compute_from": request.scored_from - 1}),
                 stop_token_ids=self._stop_ids(request),
                 generated=() if before is None else before.token_ids,
             )
             self._next_id += 1
-            self._penalised += params.penalised
-            self._sequences[seq_id] = _Sequence(owner, index, _unstack(before))
+            self._dependent += params.penalised or params.constrained
+            sequence = self._sequences[seq_id] = Sequence(owner, index, unstack(before))
+            sequence.constraint = self._constraint(params, before)
+            if request.scored_from is not None:
+                self._scored += 1
+                sequence.scores = no_scores(len(request.prompt) - request.scored_from)
             if params.stop or params.logprobs is not None:
                 self._watched[seq_id] = self._sequences[seq_id]
 
@@ -129,12 +133,13 @@ class Engine:
         requests that this completed. [] at once when nothing is open.
 
         With a step ahead, a sequence whose end only its tokens can tell (stop token or string) is computed once more,
-        for nothing. Sequences with penalties keep the host in the loop: the next step waits for their tokens.
+        for nothing. Sequences with penalties or a constraint keep the host in the loop: the next step waits for their
+        tokens.
         """
         done, self._refused = self._refused, []
-        if self._penalised and self._in_flight:
+        if self._dependent and self._in_flight:
             done += self._finish_step()
-        ahead = self._runner.ahead if self._start_step() and not self._penalised else 0
+        ahead = self._runner.ahead if self._start_step() and not self._dependent else 0
         if len(self._in_flight) > ahead:
             done += self._finish_step()
         self._open -= len(done)
@@ -149,18 +154,23 @@ class Engine:
         for slot, seq_id in zip(step.new_slots.tolist(), step.new_seqs.tolist(), strict=True):
             self._assign(slot, seq_id)
         self._seconds["schedule"] += time.perf_counter() - start
-        self._runner.start(step, lambda row: self._history(step, row))
-        self._in_flight.append(step)
+        places = tuple(places_scored(step, self._sequences)) if self._scored else ()
+        rows = StepRows(step, self._sequences, self._scheduler.tokens, places)
+        self._runner.start(step, rows)
+        self._in_flight.append(rows)
         return True
 
     def _finish_step(self) -> list[Completion]:
         """Take the tokens of the oldest step under way; completions of the requests whose last sample ended."""
         out = self._runner.finish()
         start = time.perf_counter()
-        step = self._in_flight.popleft()
+        rows = self._in_flight.popleft()
+        step = rows.step
         wasted = sum(seq_id in self._stopped for seq_id in step.sample_seq.tolist()) if self._stopped else 0
         self._stopped.clear()
-        done = self._take(step, out)
+        if rows.places:
+            record_scores(rows.places, out.scores)
+        done = self._take(step, out.sample)
         self._stats.steps += 1
         self._stats.output_tokens += step.num_samples - wasted
         self._seconds["output"] += time.perf_counter() - start
@@ -174,7 +184,7 @@ class Engine:
             request = sequence.owner.request
             if request.id not in begun:
                 begun[request.id] = request, [sample or _NOTHING for sample in sequence.owner.samples]
-            logprobs = _stack(sequence.logprobs, request.sampling.logprobs)
+            logprobs = stack(sequence.logprobs, request.sampling.logprobs)
             begun[request.id][1][sequence.index] = Sample(self._scheduler.tokens(seq_id), "", "", logprobs)
         states = [Completion(r.id, len(r.prompt), tuple(samples)) for r, samples in begun.values()]
         return [state for state in states if any(len(sample.token_ids) for sample in state.samples)]
@@ -189,7 +199,7 @@ class Engine:
         for seq_id, sequence in mine.items():
             tokens = self._scheduler.tokens(seq_id)
             (text,) = self.tokenizer.decode_batch([tokens])
-            logprobs = _stack(sequence.logprobs, owner.request.sampling.logprobs)
+            logprobs = stack(sequence.logprobs, owner.request.sampling.logprobs)
             samples[sequence.index] = Sample(tokens, text, "", logprobs)
             self._scheduler.finish(seq_id)
             self._forget(seq_id)
@@ -236,12 +246,27 @@ class Engine:
             )
         if int(request.prompt.min()) < 0 or int(request.prompt.max()) >= self.vocab_size:
             return RowError(ErrorCode.BAD_TOKEN_IDS, f"token ids must lie in [0, {self.vocab_size - 1}]")
+        if request.scored_from is not None and not 1 <= request.scored_from < length:
+            reason = f"scored_from={request.scored_from} must lie in [1, {length - 1}]: a token is foretold by others"
+            return RowError(ErrorCode.EMPTY_PROMPT, reason)
         try:
             request.sampling.check()
             self._check_so_far(request)
         except ValueError as error:
             return RowError(ErrorCode.BAD_SAMPLING, str(error))
+        try:
+            for before in request.so_far or (None,):
+                self._constraint(request.sampling, before)
+        except ValueError as error:
+            return RowError(ErrorCode.BAD_CONSTRAINT, str(error))
         return None
+
+    def _constraint(self, params: SamplingParams, before: Sample | None) -> Constraint | None:
+        """A sample's, after the tokens that it has. ValueError says what is wrong with it."""
+        constraint = self._constraints.constraint(params)
+        if constraint is not None and before is not None:
+            constraint.take(before.token_ids)
+        return constraint
 
     def _check_so_far(self, request: Request) -> None:
         """ValueError unless the samples that the request brings along are those of an interrupted one."""
@@ -263,15 +288,13 @@ class Engine:
         seed = sample_seed(request.seed, sequence.index)
         self._runner.slots.assign(slot, request.sampling, seed, self._stop_ids(request))
 
-    def _history(self, step: Step, row: int) -> History:
-        seq_id = int(step.sample_seq[row])
-        return self._sequences[seq_id].owner.request.prompt, self._scheduler.tokens(seq_id)
-
     def _take(self, step: Step, out: SampleOutput) -> list[Completion]:
         """Record the step's tokens and end what they end."""
         if self._watched:
             self._record_logprobs(step, out)
+        failed = self._advance_constraints(step, out) if self._dependent else []
         ended = {f.seq_id: (f.tokens, f.reason) for f in self._scheduler.update(out.tokens.numpy())}
+        done = [self._fail(seq_id, ended) for seq_id in failed if seq_id in self._sequences]
         texts = {}
         if self._watched:
             for seq_id, tokens in self._hit_stop_string(step, ended):
@@ -280,7 +303,6 @@ class Engine:
         plain = [seq_id for seq_id in ended if seq_id not in texts]
         visible = [self._visible(seq_id, ended[seq_id][0]) for seq_id in plain]
         texts |= zip(plain, self.tokenizer.decode_batch(visible), strict=True)
-        done = []
         for seq_id, (tokens, reason) in ended.items():
             completion = self._end_sample(seq_id, tokens, texts[seq_id], reason)
             if completion is not None:
@@ -296,6 +318,34 @@ class Engine:
             wanted = None if sequence is None else sequence.owner.request.sampling.logprobs
             if wanted is not None:
                 sequence.logprobs.append((float(chosen[row]), top_ids[row, :wanted], top[row, :wanted]))
+
+    def _advance_constraints(self, step: Step, out: SampleOutput) -> list[int]:
+        """Tell the constraints their newest tokens; the sequences that can't go on."""
+        failed = []
+        for seq_id, token in zip(step.sample_seq.tolist(), out.tokens.tolist(), strict=True):
+            sequence = self._sequences.get(seq_id)
+            if sequence is None or sequence.constraint is None:
+                continue
+            try:
+                if not sequence.failure:
+                    sequence.constraint.take([token])
+            except ValueError as error:
+                sequence.failure = str(error)
+            if sequence.failure:
+                failed.append(seq_id)
+        return failed
+
+    def _fail(self, seq_id: int, ended: dict[int, tuple[np.ndarray, str]]) -> Completion:
+        """End the request of a sequence whose constraint has failed. ``ended``: what the scheduler has let go in this
+        step; the request's own are taken out."""
+        sequence = self._sequences[seq_id]
+        request = sequence.owner.request
+        for other in [i for i, s in self._sequences.items() if s.owner is sequence.owner]:
+            if ended.pop(other, None) is None:
+                self._scheduler.finish(other)
+            self._forget(other)
+        error = RowError(ErrorCode.BAD_CONSTRAINT, f"after some tokens: {sequence.failure}")
+        return Completion(request.id, len(request.prompt), error=error)
 
     def _hit_stop_string(
         self, step: Step, ended: dict[int, tuple[np.ndarray, str]]
@@ -327,37 +377,27 @@ class Engine:
         owner = sequence.owner
         if reason == "stop" and self._in_flight:
             self._stopped.add(seq_id)
-        self._lengths.finished(len(tokens), owner.request.sampling.max_tokens)
-        logprobs = _stack(sequence.logprobs, owner.request.sampling.logprobs)
-        owner.samples[sequence.index] = Sample(tokens, text, reason, logprobs)
+        if sequence.scores is not None:
+            given = owner.request.prompt[owner.request.scored_from :]
+            owner.samples[sequence.index] = Sample(given, "", "scored", sequence.scores)
+            self._stats.output_tokens -= 1  # the one that came with it is of no use
+        else:
+            self._lengths.finished(len(tokens), owner.request.sampling.max_tokens)
+            logprobs = stack(sequence.logprobs, owner.request.sampling.logprobs)
+            owner.samples[sequence.index] = Sample(tokens, text, reason, logprobs)
         owner.missing -= 1
         if owner.missing:
             return None
-        return Completion(owner.request.id, len(owner.request.prompt), tuple(s for s in owner.samples if s is not None))
+        prompt_tokens = len(owner.request.prompt) if sequence.scores is None else owner.request.scored_from
+        return Completion(owner.request.id, prompt_tokens, tuple(s for s in owner.samples if s is not None))
 
-    def _forget(self, seq_id: int) -> _Sequence:
+    def _forget(self, seq_id: int) -> Sequence:
         self._watched.pop(seq_id, None)
         sequence = self._sequences.pop(seq_id)
-        self._penalised -= sequence.owner.request.sampling.penalised
+        params = sequence.owner.request.sampling
+        self._dependent -= params.penalised or params.constrained
+        self._scored -= sequence.scores is not None
         return sequence
 
 
 _NOTHING = Sample(np.zeros(0, np.int32), "", "")
-
-
-def _unstack(sample: Sample | None) -> list[tuple[float, np.ndarray, np.ndarray]]:
-    """The inverse of :func:`_stack`."""
-    if sample is None or sample.logprobs is None:
-        return []
-    logprobs = sample.logprobs
-    return [(float(c), ids, top) for c, ids, top in zip(logprobs.chosen, logprobs.top_ids, logprobs.top, strict=True)]
-
-
-def _stack(rows: list[tuple[float, np.ndarray, np.ndarray]], wanted: int | None) -> Logprobs | None:
-    if wanted is None:
-        return None
-    return Logprobs(
-        chosen=np.array([chosen for chosen, _, _ in rows], np.float32),
-        top_ids=np.array([ids for _, ids, _ in rows], np.int32).reshape(len(rows), wanted),
-        top=np.array([top for _, _, top in rows], np.float32).reshape(len(rows), wanted),
-    )
