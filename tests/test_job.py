@@ -197,6 +197,17 @@ def test_the_record_tells_what_the_engine_waited_for(
     assert seconds["commit"] > 0
 
 
+def test_every_rank_has_a_timeline_of_its_own(inputs: Path, tmp_path: Path) -> None:
+    paths = []
+
+    def load(model: Any, engine: Any, **_: object) -> FakeEngine:
+        paths.append(engine.profile)
+        return FakeEngine()
+
+    assert run(configure(inputs, tmp_path / "out", engine__profile="/scratch/trace.json"), load) == 0
+    assert paths == ["/scratch/trace.0.json"]
+
+
 def test_a_finished_job_ends_at_once_without_an_engine(inputs: Path, tmp_path: Path) -> None:
     config = configure(inputs, tmp_path / "out")
     assert run(config) == 0
