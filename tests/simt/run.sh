@@ -16,7 +16,7 @@ build=build/emulated
 export BATCHINFER_GPU_EMULATOR=$PWD/$build/tests/simt/_gpu.so ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1
 preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so.6)"
 emulate() { # capability, tests
-  BATCHINFER_EMULATED_CAPABILITY=$1 LD_PRELOAD=$preload .venv/bin/pytest -q -p no:cacheprovider --capture=sys "${@:2}"
+  BATCHINFER_EMULATED_CAPABILITY=$1 LD_PRELOAD=$preload .venv/bin/pytest -p no:cacheprovider --capture=sys "${@:2}"
 }
 
 # The attention of 8.0 beside the tests of 9.0. Reports of the sanitizers go to file descriptor 2: --capture=sys lets them.
