@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
+from recipes.project import ROOT, requirements
+
 REPOSITORY = ROOT / "recipes/spack/spack_repo/batchinfer"
 
-PYTHON_PACKAGES = (
-    "pip setuptools wheel scikit-build-core pybind11 numpy transformers tokenizers safetensors gguf jinja2 hydra-core "
-    "pyarrow rich mpi4py"
-).split()
+RUN = {name for name, _ in requirements("dependencies")} - {"torch"}
+BUILD = {name for name, _ in requirements("requires")}
+PYTHON_PACKAGES = sorted(RUN | BUILD | {"pip", "setuptools", "wheel", "mpi4py"})
 
 DEVICES = {
     "cpu": "~cuda~rocm",
@@ -44,7 +44,9 @@ def packages(prefix: Path, cuda: tuple[str, Path] | None = None) -> dict[str, An
         path = shutil.which(name)
         assert path, f"{name} is not installed"
         text = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
-        return only(external(f"{name}@{text.split()[-1] if name == 'ninja' else text.split()[2]}", Path(path).parent.parent))
+        return only(
+            external(f"{name}@{text.split()[-1] if name == 'ninja' else text.split()[2]}", Path(path).parent.parent)
+        )
 
     declared = {
         f"py-{name}": only(external(f"py-{name}@{found[name]}", prefix, dependencies=python))
@@ -68,7 +70,10 @@ def packages(prefix: Path, cuda: tuple[str, Path] | None = None) -> dict[str, An
             )
         ),
         "cuda": only(external(f"cuda@{toolkit}", folder)),
-        **{name: only(external(f"{name}@6.3.3{'+rocm' if name == 'hip' else ''}", nowhere)) for name in ("hip", "hsa-rocr-dev", "llvm-amdgpu")},
+        **{
+            name: only(external(f"{name}@6.3.3{'+rocm' if name == 'hip' else ''}", nowhere))
+            for name in ("hip", "hsa-rocr-dev", "llvm-amdgpu")
+        },
         "intel-oneapi-compilers": only(
             external("intel-oneapi-compilers@2024.2.1", nowhere, extra_attributes=icx),
         ),
