@@ -39,6 +39,10 @@ COMMANDS = {
     "status": Command("say how much of a job is done, from its output folder alone", ("output.path",)),
     "verify": Command("read every part of a job's output again and check it", ("output.path",)),
     "compact": Command("merge a finished job's parts into larger files elsewhere", ("output.path", "compact.path")),
+    "convert": Command(
+        "make a Parquet input of JSON lines, OpenAI batch requests or a datasets folder", ("input.path", "convert.path")
+    ),
+    "export": Command("write a finished job's rows as JSON lines or OpenAI results", ("output.path", "export.path")),
     "bench": Command("time the engine on the rows of the input, or on bench.workload", ("model.path",)),
     "doctor": Command("say what this installation and this node can do, and what to repair", ()),
 }
@@ -94,7 +98,13 @@ def _dispatch(name: str, options: argparse.Namespace, config: Config, world: Wor
         return inquire.show_code(config, launch_name(), noted_failure())
     if name == "plan":
         return inquire.show_plan(config, options.time)
-    commands = {"status": inquire.show_status, "verify": inquire.show_verify, "compact": inquire.run_compact}
+    commands = {
+        "status": inquire.show_status,
+        "verify": inquire.show_verify,
+        "compact": inquire.run_compact,
+        "convert": inquire.run_convert,
+        "export": inquire.run_export,
+    }
     return commands[name](config)
 
 
@@ -355,8 +365,21 @@ def _shared_config(name: str, options: argparse.Namespace, world: World) -> Conf
         if name == "run" and config.cluster.mpi != _mpi_mode(options.overrides):
             value = config.cluster.mpi
             raise JobError(f"cluster.mpi={value} in a file comes too late: give it on the command line", ExitCode.USAGE)
-        text = json.dumps(to_dict(config))
+        text = json.dumps(to_dict(config) | {"sampling": _with_texts(to_dict(config)["sampling"])})
     return from_dict(json.loads(world.bcast(text)))
+
+
+def _with_texts(sampling: dict[str, Any]) -> dict[str, Any]:
+    """The values that name a file become its text, which is what a job is planned with."""
+    texts = {}
+    for key, ending in (("json_schema", ".json"), ("grammar", ".lark")):
+        if sampling[key].endswith(ending):
+            try:
+                texts[key] = Path(sampling[key]).expanduser().read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                text = f"sampling.{key}={sampling[key]} cannot be read: {error}"
+                raise JobError(text, ExitCode.USAGE) from None
+    return sampling | texts
 
 
 if __name__ == "__main__":

@@ -123,6 +123,21 @@ class CompactConfig:
 
 
 @dataclass(frozen=True)
+class ConvertConfig:
+    """Of ``batchinfer convert`` alone: the Parquet file that it makes."""
+
+    path: str = MISSING
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Of ``batchinfer export`` alone: the file of JSON lines that it makes, and what a line is."""
+
+    path: str = MISSING
+    format: str = "rows"
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a job depends on, apart from the files themselves."""
 
@@ -135,6 +150,8 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     compact: CompactConfig = field(default_factory=CompactConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -142,6 +159,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.device": ("auto", "cpu", "cuda", "reference"),
     "engine.dtype": ("auto", "bf16", "fp32"),
     "cluster.mpi": ("auto", "on", "off"),
+    "export.format": ("rows", "openai"),
     "bench.workload": ("none", "sharegpt", "prefill", "decode", "prefix", "samples"),
 }
 """Keys whose value is one word of a list."""

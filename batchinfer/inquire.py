@@ -1,4 +1,4 @@
-"""plan, status, verify and compact: what can be done with a job's files. None of them is changed."""
+"""plan, status, verify, compact, convert and export: what is done with files alone. None of them is changed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from batchinfer.data.attempts import code_of_counts, code_of_job
 from batchinfer.data.audit import Status, status, verify
 from batchinfer.data.columns import check_input, passed_columns, prompt_source
 from batchinfer.data.compact import compact
+from batchinfer.data.convert import convert
+from batchinfer.data.export import export
 from batchinfer.data.plan import Plan, make_plan
 from batchinfer.data.results import ResultOptions, result_schema
 from batchinfer.data.tables import InputFile, input_schema, list_inputs
@@ -118,4 +120,19 @@ def run_compact(config: Config) -> int:
     made = compact(config.output.path, config.compact.path, config.compact.rows_per_file)
     size = sum(file["bytes"] for file in made["files"])
     print(f"{made['rows']:,} rows in {len(made['files']):,} files, {size / 2**20:,.1f} MiB, in {config.compact.path}")
+    return ExitCode.COMPLETE
+
+
+def run_convert(config: Config) -> int:
+    """Make the Parquet file of convert.path, and print the command that reads it."""
+    made = convert(config.input.path, config.convert.path)
+    print(f"{made.rows:,} rows with the columns {', '.join(made.columns)} in {made.path}")
+    print(" ".join(["batchinfer run model.path=PATH", f"input.path={made.path}", *made.settings, "output.path=PATH"]))
+    return ExitCode.COMPLETE
+
+
+def run_export(config: Config) -> int:
+    """Write the lines of export.path."""
+    count = export(config.output.path, config.export.path, config.export.format)
+    print(f"{count:,} lines in {config.export.path}")
     return ExitCode.COMPLETE

@@ -274,6 +274,13 @@ def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], rank
     schema = input_schema(files)
     options = ResultOptions.of(config.input, config.output, config.sampling)
     result_schema(schema, options)  # refuses name collisions
+    if config.sampling.constrained:
+        from batchinfer.engine.constrain import check_constraint
+
+        try:
+            check_constraint(config.sampling)
+        except ValueError as error:
+            raise JobError(f"sampling.{error}", ExitCode.USAGE) from None
     retried = config.input.retry_errors_of
     earlier = EarlierOutput(retried, options) if retried else None
     plan = make_plan(

@@ -30,6 +30,7 @@ class ErrorCode(str, Enum):
     TEMPLATE_ERROR = "TEMPLATE_ERROR"
     BAD_TOKEN_IDS = "BAD_TOKEN_IDS"
     BAD_SAMPLING = "BAD_SAMPLING"
+    BAD_CONSTRAINT = "BAD_CONSTRAINT"
     KV_CAPACITY = "KV_CAPACITY"
     ENGINE_CRASH = "ENGINE_CRASH"
     TIMEOUT = "TIMEOUT"
@@ -43,13 +44,18 @@ class RowError:
     message: str
 
 
+CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
+"""Fields of SamplingParams that describe what the text must be."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to continue a prompt. The neutral value of every field switches that field off.
 
     ``temperature`` 0 is greedy. ``logprobs`` is None (off) or the number of most likely alternatives to report
     beside the chosen token (0: the chosen token alone). ``seed`` is the run's seed; what a sample really draws
-    from is ``Request.seed``.
+    from is ``Request.seed``. ``json_schema``, ``regex``, ``choice`` and ``grammar`` (Lark) each describe the whole
+    text; one of them at most.
     """
 
     max_tokens: int = 256
@@ -67,6 +73,10 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    json_schema: str = ""
+    regex: str = ""
+    choice: tuple[str, ...] = ()
+    grammar: str = ""
 
     def check(self) -> None:
         """Raise ValueError naming the first field outside its range, and the range."""
@@ -91,11 +101,22 @@ class SamplingParams:
             raise ValueError(f"logprobs={self.logprobs!r} is not allowed: give null, or a number from 0 to 64")
         if any(not s for s in self.stop):
             raise ValueError("stop holds an empty string, which would stop before the first token: remove it")
+        given = [name for name in CONSTRAINTS if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} are both given, and a text follows one of them: remove one")
+        if given and (self.ignore_eos or self.min_tokens):
+            other = "ignore_eos" if self.ignore_eos else "min_tokens"
+            raise ValueError(f"{given[0]} ends the text where it is complete, which {other} forbids: remove one")
 
     @property
     def penalised(self) -> bool:
         """Whether sampling needs the token history."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != NEUTRAL_PENALTIES
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the tokens so far decide which may come next."""
+        return any(getattr(self, name) for name in CONSTRAINTS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from fake_engine import POISON, FakeEngine, answer, identify_fake, load_fake
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,8 @@ from batchinfer import job
 from batchinfer.cluster.world import World
 from batchinfer.config import MISSING, Config, from_dict, to_dict
 from batchinfer.data.audit import verify
+from batchinfer.data.convert import convert
+from batchinfer.data.export import export
 from batchinfer.data.prompts import row_seed
 from batchinfer.inquire import show_plan, show_status, show_verify
 from batchinfer.types import ROW_BITS, ExitCode, JobError
@@ -381,3 +384,29 @@ def test_an_interrupt_leaves_only_complete_parts(inputs: Path, tmp_path: Path) -
     assert 0 < len(parts(tmp_path / "out")) < 9
     assert show_verify(config) == ExitCode.INCOMPLETE
     assert run(config) == 0
+
+
+def test_openai_requests_in_and_results_out(tmp_path: Path) -> None:
+    """The settings that convert prints are those with which the job reads its file."""
+    requests = [
+        {"custom_id": f"r{i}", "url": "/v1/completions", "body": {"prompt": text, "max_tokens": 3 + i, "n": 1 + i % 2}}
+        for i, text in enumerate([*prompts(5), ""])
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(request) for request in requests))
+    made = convert(str(tmp_path / "in.jsonl"), str(tmp_path / "in.parquet"))
+    values = [yaml.safe_load(setting.strip("'").partition("=")[2]) for setting in made.settings]
+    names = ["prompt_column", "columns", "sampling_columns"]
+    changes = {f"input__{name}": value for name, value in zip(names, values, strict=True)}
+    changes["job__max_error_fraction"] = 1.0
+    assert (
+        job.run(configure(tmp_path / "in.parquet", tmp_path / "out", **changes), World(), load_fake, identify_fake) == 0
+    )
+    assert export(str(tmp_path / "out"), str(tmp_path / "out.jsonl"), "openai") == 6
+    *results, failed = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [result["custom_id"] for result in results] == [f"r{i}" for i in range(5)]
+    for i, result in enumerate(results):
+        choices = result["response"]["body"]["choices"]
+        assert len(choices) == 1 + i % 2
+        assert all(choice["text"] for choice in choices)
+        assert result["response"]["body"]["usage"]["completion_tokens"] <= (3 + i) * len(choices)
+    assert (failed["custom_id"], failed["response"], failed["error"]["code"]) == ("r5", None, "EMPTY_PROMPT")

@@ -70,6 +70,10 @@ ANY = Kind("of any type", lambda kind: True)
 SOURCE_KINDS = {"prompt_column": TEXT, "messages_column": MESSAGES, "token_ids_column": TOKEN_IDS}
 SAMPLING_KINDS = {field.name: NUMBER for field in fields(SamplingParams)} | {
     "ignore_eos": BOOLEAN,
+    "json_schema": TEXT,
+    "regex": TEXT,
+    "choice": STOP,
+    "grammar": TEXT,
     "stop": STOP,
     "stop_token_ids": TOKEN_IDS,
 }

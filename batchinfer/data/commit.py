@@ -60,6 +60,27 @@ def new_file(path: str) -> Iterator[int]:
         raise
 
 
+@contextmanager
+def file_for(key: str, path: str) -> Iterator[int]:
+    """Descriptor of a new file to be written in the block; at its end it is published as ``path``, the value of the
+    configuration's ``key``. JobError(73) if something has that name already, or the file can't be written."""
+    taken = JobError(f"{key}={path} exists, and nothing is replaced: give a new name", ExitCode.OUTPUT)
+    if os.path.lexists(path):
+        raise taken
+    folder, name = os.path.split(os.path.abspath(path))
+    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(16)}.tmp")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with new_file(temporary) as fd:
+            yield fd
+        if not publish(temporary, os.path.join(folder, name)):
+            raise taken
+    except OSError as error:
+        raise JobError(f"{key}={path} cannot be written: {error.strerror or error}", ExitCode.OUTPUT) from None
+    finally:
+        remove(temporary)
+
+
 def publish(temporary: str, final: str) -> bool:
     """Give the file its final name unless that is taken, sync the folder and drop the temporary name.
 

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from batchinfer.data.commit import new_file, probe, publish, publish_bytes, read_bytes, remove
 from batchinfer.data.digest import content_digest
 from batchinfer.data.ledger import SUCCESS, Ledger, output_error
-from batchinfer.data.part import BadPart, check_identity, decode_part, part_name
+from batchinfer.data.part import part_name, read_part
 from batchinfer.data.plan import Plan
 from batchinfer.types import Chunk, ExitCode, JobError
 
@@ -104,13 +104,13 @@ def _write(ledger: Ledger, group: Sequence[Chunk], path: str, says: dict[str, An
     """The parts' rows into a new file; the content digest of each part."""
     contents: list[str] = []
     waiting: list[pa.Table] = []
-    parts = (_part(ledger, chunk) for chunk in group)
+    parts = (read_part(ledger.path, ledger.plan, chunk) for chunk in group)
     first = next(parts)
     options = {"compression": "zstd", "write_page_checksum": True}
     with new_file(path) as fd, open(fd, "wb", closefd=False) as file:
-        with pq.ParquetWriter(file, first[0].schema, **options) as writer:
-            for table, content in itertools.chain([first], parts):
-                contents.append(content)
+        with pq.ParquetWriter(file, first[1].schema, **options) as writer:
+            for info, table in itertools.chain([first], parts):
+                contents.append(info.content)
                 waiting.append(table)
                 if sum(table.num_rows for table in waiting) >= ROW_GROUP_ROWS or len(contents) == len(group):
                     rows = pa.concat_tables(waiting)
@@ -118,16 +118,6 @@ def _write(ledger: Ledger, group: Sequence[Chunk], path: str, says: dict[str, An
                     waiting = []
             writer.add_key_value_metadata({META_KEY: json.dumps(says)})
     return contents
-
-
-def _part(ledger: Ledger, chunk: Chunk) -> tuple[pa.Table, str]:
-    path = os.path.join(ledger.path, part_name(chunk))
-    try:
-        info, table = decode_part(read_bytes(path))
-        check_identity(info, ledger.plan, chunk)
-    except BadPart as error:
-        raise JobError(f"{path} is damaged: {error}", ExitCode.IO) from None
-    return table, info.content
 
 
 def _check(path: str, group: Sequence[Chunk], contents: Sequence[str]) -> None:

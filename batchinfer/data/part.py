@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchinfer import __version__
+from batchinfer.data.commit import read_bytes
 from batchinfer.data.digest import content_digest
 from batchinfer.data.plan import Plan
-from batchinfer.types import Chunk
+from batchinfer.types import Chunk, ExitCode, JobError
 
 META_KEY = b"batchinfer"
 NO_DIGEST = "0" * 64
@@ -122,6 +123,17 @@ def read_info(path: str) -> PartInfo:
     if metadata.num_rows != info.rows:
         raise BadPart(f"it has {metadata.num_rows} rows, and its footer promises {info.rows}")
     return info
+
+
+def read_part(folder: str, plan: Plan, chunk: Chunk) -> tuple[PartInfo, pa.Table]:
+    """The part of ``chunk``, every byte checked. JobError(74): it cannot be read, is damaged, or another's."""
+    path = os.path.join(folder, part_name(chunk))
+    try:
+        info, table = decode_part(read_bytes(path))
+        check_identity(info, plan, chunk)
+    except (OSError, BadPart) as error:
+        raise JobError(f"{path} cannot be used: {error}", ExitCode.IO) from None
+    return info, table
 
 
 def check_identity(info: PartInfo, plan: Plan, chunk: Chunk) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 
-from batchinfer.data.commit import read_bytes
 from batchinfer.data.ledger import Ledger
-from batchinfer.data.part import BadPart, check_identity, decode_part, part_name
+from batchinfer.data.part import read_part
 from batchinfer.data.plan import Plan, difference_table, differences
 from batchinfer.data.results import ResultOptions, generated_columns
 from batchinfer.types import Chunk, Completion, ExitCode, JobError, Logprobs, Sample
@@ -47,19 +45,14 @@ class EarlierOutput:
     def good_rows(self, chunk: Chunk) -> dict[int, Completion]:
         """The chunk's rows that had no error, by row id. JobError(74): the part is damaged; (64): it lacks a generated
         column of the new job."""
-        path = os.path.join(self._ledger.path, part_name(chunk))
-        try:
-            info, table = decode_part(read_bytes(path))
-            check_identity(info, self.plan, chunk)
-        except (OSError, BadPart) as error:
-            raise JobError(f"{path} cannot be used: {error}", ExitCode.IO) from None
+        _, table = read_part(self._ledger.path, self.plan, chunk)
         columns = {column.name: column.type for column in generated_columns(self._options)}
         for name, kind in columns.items():
             if name not in table.column_names or table.schema.field(name).type != kind:
                 is_ = table.schema.field(name).type if name in table.column_names else "absent"
                 raise JobError(
-                    f"column {name!r} must be {kind} and is {is_} in {path}: rows are taken over from an output with "
-                    "the same output.prefix, output.token_ids, sampling.n and sampling.logprobs",
+                    f"column {name!r} must be {kind} and is {is_} in {self._ledger.path}: rows are taken over from an "
+                    "output with the same output.prefix, output.token_ids, sampling.n and sampling.logprobs",
                     ExitCode.USAGE,
                 )
         prefix = self._options.prefix

@@ -11,6 +11,7 @@ import pyarrow as pa
 from batchinfer.data.reader import Unreadable, python_values
 from batchinfer.types import ErrorCode, RowError, SamplingParams
 
+TEXT_FIELDS = frozenset(("json_schema", "regex", "grammar"))
 INTEGER_FIELDS = frozenset(("max_tokens", "min_tokens", "top_k", "seed", "n", "logprobs"))
 
 
@@ -43,7 +44,9 @@ def _coerce(field: str, value: Any) -> Any:
     with nulls. ValueError names the field and the value."""
     if isinstance(value, Unreadable):
         raise ValueError(f"{field} cannot be read: {value.reason}")
-    if field == "stop":
+    if field in TEXT_FIELDS:
+        return _text(field, value)
+    if field in ("stop", "choice"):
         return tuple(_text(field, text) for text in (value if isinstance(value, list) else [value]))
     if field == "stop_token_ids":
         if any(item is None for item in value):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.engine.memory import allocate_or_shrink, device_budget
-from batchinfer.engine.slots import History, SlotTable
+from batchinfer.engine.slots import Rows, SlotTable
 from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.models.decoder import Decoder, KVCache
 from batchinfer.ops import SampleOutput
@@ -82,7 +81,7 @@ class DeviceRunner:
         self._pool = torch.cuda.graph_pool_handle()
         self._started: deque[_Started] = deque()
         self._parity = 0
-        self.slots = SlotTable(max_slots)
+        self.slots = SlotTable(max_slots, decoder.spec.vocab_size)
         self.seconds = {"launch": 0.0, "wait": 0.0, "device": 0.0}
 
         columns = -(-decoder.max_positions // page_size)
@@ -118,9 +117,9 @@ class DeviceRunner:
         page_bytes = KVCache.bytes_per_page(self._decoder.spec, self._page_size, self._decoder.dtype)
         return allocate_or_shrink(make, num_pages, page_bytes, torch.cuda.OutOfMemoryError, free)
 
-    def start(self, step: Step, history: Callable[[int], History]) -> None:
+    def start(self, step: Step, rows: Rows) -> None:
         start = time.perf_counter()
-        extras = self.slots.extras(step.sample_slot, step.sample_count, history)
+        extras = self.slots.extras(step.sample_slot, step.sample_count, rows)
         decoding = step.num_tokens == step.num_samples == step.num_decode and not extras
         tokens = padded(step.num_tokens, self._max_slots) if decoding else step.num_tokens
         samples = tokens if decoding else step.num_samples

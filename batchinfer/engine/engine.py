@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from batchinfer._engine import Scheduler, Step
+from batchinfer.engine.constrain import Constraint, Constraints
 from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.runner import Runner
 from batchinfer.engine.seeds import sample_seed
@@ -36,6 +37,29 @@ class _Sequence:
     owner: _OpenRequest
     index: int
     logprobs: list[tuple[float, np.ndarray, np.ndarray]] = field(default_factory=list)
+    constraint: Constraint | None = None
+    failure: str = ""  # why the constraint can't go on; its request fails with the step
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The :class:`batchinfer.engine.slots.Rows` of a step."""
+
+    step: Step
+    sequences: dict[int, _Sequence]
+    tokens: Callable[[int], np.ndarray]
+
+    def history(self, row: int) -> History:
+        seq_id = int(self.step.sample_seq[row])
+        return self.sequences[seq_id].owner.request.prompt, self.tokens(seq_id)
+
+    def allow(self, row: int, mask: np.ndarray) -> None:
+        sequence = self.sequences[int(self.step.sample_seq[row])]
+        try:
+            sequence.constraint.allow(mask)
+        except ValueError as error:
+            mask[:] = -1
+            sequence.failure = str(error)
 
 
 class Engine:
@@ -61,10 +85,11 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._sequences: dict[int, _Sequence] = {}
+        self._constraints = Constraints(tokenizer, vocab_size)
         self._watched: dict[int, _Sequence] = {}  # those with stop strings or logprobs: host work for every token
         self._in_flight: deque[Step] = deque()  # started, tokens not taken yet
         self._stopped: set[int] = set()  # ended when their next token was already under way
-        self._penalised = 0  # open sequences whose every token depends on all tokens before it
+        self._dependent = 0  # open sequences with penalties or a constraint: a token depends on all before it
         self._refused: list[Completion] = []
         self._next_id = 0
         self._open = 0
@@ -119,8 +144,9 @@ class Engine:
                 generated=() if before is None else before.token_ids,
             )
             self._next_id += 1
-            self._penalised += params.penalised
-            self._sequences[seq_id] = _Sequence(owner, index, _unstack(before))
+            self._dependent += params.penalised or params.constrained
+            sequence = self._sequences[seq_id] = _Sequence(owner, index, _unstack(before))
+            sequence.constraint = self._constraint(params, before)
             if params.stop or params.logprobs is not None:
                 self._watched[seq_id] = self._sequences[seq_id]
 
@@ -129,12 +155,13 @@ class Engine:
         requests that this completed. [] at once when nothing is open.
 
         With a step ahead, a sequence whose end only its tokens can tell (stop token or string) is computed once more,
-        for nothing. Sequences with penalties keep the host in the loop: the next step waits for their tokens.
+        for nothing. Sequences with penalties or a constraint keep the host in the loop: the next step waits for their
+        tokens.
         """
         done, self._refused = self._refused, []
-        if self._penalised and self._in_flight:
+        if self._dependent and self._in_flight:
             done += self._finish_step()
-        ahead = self._runner.ahead if self._start_step() and not self._penalised else 0
+        ahead = self._runner.ahead if self._start_step() and not self._dependent else 0
         if len(self._in_flight) > ahead:
             done += self._finish_step()
         self._open -= len(done)
@@ -149,7 +176,7 @@ class Engine:
         for slot, seq_id in zip(step.new_slots.tolist(), step.new_seqs.tolist(), strict=True):
             self._assign(slot, seq_id)
         self._seconds["schedule"] += time.perf_counter() - start
-        self._runner.start(step, lambda row: self._history(step, row))
+        self._runner.start(step, _Rows(step, self._sequences, self._scheduler.tokens))
         self._in_flight.append(step)
         return True
 
@@ -241,7 +268,19 @@ class Engine:
             self._check_so_far(request)
         except ValueError as error:
             return RowError(ErrorCode.BAD_SAMPLING, str(error))
+        try:
+            for before in request.so_far or (None,):
+                self._constraint(request.sampling, before)
+        except ValueError as error:
+            return RowError(ErrorCode.BAD_CONSTRAINT, str(error))
         return None
+
+    def _constraint(self, params: SamplingParams, before: Sample | None) -> Constraint | None:
+        """A sample's, after the tokens that it has. ValueError says what is wrong with it."""
+        constraint = self._constraints.constraint(params)
+        if constraint is not None and before is not None:
+            constraint.take(before.token_ids)
+        return constraint
 
     def _check_so_far(self, request: Request) -> None:
         """ValueError unless the samples that the request brings along are those of an interrupted one."""
@@ -263,15 +302,13 @@ class Engine:
         seed = sample_seed(request.seed, sequence.index)
         self._runner.slots.assign(slot, request.sampling, seed, self._stop_ids(request))
 
-    def _history(self, step: Step, row: int) -> History:
-        seq_id = int(step.sample_seq[row])
-        return self._sequences[seq_id].owner.request.prompt, self._scheduler.tokens(seq_id)
-
     def _take(self, step: Step, out: SampleOutput) -> list[Completion]:
         """Record the step's tokens and end what they end."""
         if self._watched:
             self._record_logprobs(step, out)
+        failed = self._advance_constraints(step, out) if self._dependent else []
         ended = {f.seq_id: (f.tokens, f.reason) for f in self._scheduler.update(out.tokens.numpy())}
+        done = [self._fail(seq_id, ended) for seq_id in failed if seq_id in self._sequences]
         texts = {}
         if self._watched:
             for seq_id, tokens in self._hit_stop_string(step, ended):
@@ -280,7 +317,6 @@ class Engine:
         plain = [seq_id for seq_id in ended if seq_id not in texts]
         visible = [self._visible(seq_id, ended[seq_id][0]) for seq_id in plain]
         texts |= zip(plain, self.tokenizer.decode_batch(visible), strict=True)
-        done = []
         for seq_id, (tokens, reason) in ended.items():
             completion = self._end_sample(seq_id, tokens, texts[seq_id], reason)
             if completion is not None:
@@ -296,6 +332,34 @@ class Engine:
             wanted = None if sequence is None else sequence.owner.request.sampling.logprobs
             if wanted is not None:
                 sequence.logprobs.append((float(chosen[row]), top_ids[row, :wanted], top[row, :wanted]))
+
+    def _advance_constraints(self, step: Step, out: SampleOutput) -> list[int]:
+        """Tell the constraints their newest tokens; the sequences that can't go on."""
+        failed = []
+        for seq_id, token in zip(step.sample_seq.tolist(), out.tokens.tolist(), strict=True):
+            sequence = self._sequences.get(seq_id)
+            if sequence is None or sequence.constraint is None:
+                continue
+            try:
+                if not sequence.failure:
+                    sequence.constraint.take([token])
+            except ValueError as error:
+                sequence.failure = str(error)
+            if sequence.failure:
+                failed.append(seq_id)
+        return failed
+
+    def _fail(self, seq_id: int, ended: dict[int, tuple[np.ndarray, str]]) -> Completion:
+        """End the request of a sequence whose constraint has failed. ``ended``: what the scheduler has let go in this
+        step; the request's own are taken out."""
+        sequence = self._sequences[seq_id]
+        request = sequence.owner.request
+        for other in [i for i, s in self._sequences.items() if s.owner is sequence.owner]:
+            if ended.pop(other, None) is None:
+                self._scheduler.finish(other)
+            self._forget(other)
+        error = RowError(ErrorCode.BAD_CONSTRAINT, f"after some tokens: {sequence.failure}")
+        return Completion(request.id, len(request.prompt), error=error)
 
     def _hit_stop_string(
         self, step: Step, ended: dict[int, tuple[np.ndarray, str]]
@@ -338,7 +402,8 @@ class Engine:
     def _forget(self, seq_id: int) -> _Sequence:
         self._watched.pop(seq_id, None)
         sequence = self._sequences.pop(seq_id)
-        self._penalised -= sequence.owner.request.sampling.penalised
+        params = sequence.owner.request.sampling
+        self._dependent -= params.penalised or params.constrained
         return sequence
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from batchinfer.engine.memory import free_memory, host_budget
-from batchinfer.engine.slots import History, SlotTable
+from batchinfer.engine.slots import Rows, SlotTable
 from batchinfer.models.decoder import Decoder, KVCache, StepInput
 from batchinfer.ops import AttentionInput, SampleOutput
 
@@ -36,8 +36,8 @@ class Runner(Protocol):
         """Make the KV pool, once, before the first step. The pages that it got: fewer where ``num_pages`` don't fit.
         Raises JobError (69) with the arithmetic where that fails too."""
 
-    def start(self, step: Step, history: Callable[[int], History]) -> None:
-        """Begin a step; ``history(row)`` as in :meth:`SlotTable.extras`. A token -1 is the one that the step started
+    def start(self, step: Step, rows: Rows) -> None:
+        """Begin a step; ``rows`` as in :meth:`SlotTable.extras`. A token -1 is the one that the step started
         before sampled for the same slot."""
 
     def finish(self) -> SampleOutput:
@@ -70,7 +70,7 @@ class HostRunner:
         self._page_size = page_size
         self._cache = KVCache((), ())
         self._done: deque[SampleOutput] = deque()
-        self.slots = SlotTable(max_slots)
+        self.slots = SlotTable(max_slots, decoder.spec.vocab_size)
         self.seconds = {"forward": 0.0, "sample": 0.0}
 
     def cache_budget(self, ranks_on_node: int) -> int:
@@ -80,12 +80,12 @@ class HostRunner:
         self._cache = self._decoder.new_cache(num_pages, self._page_size)
         return num_pages
 
-    def start(self, step: Step, history: Callable[[int], History]) -> None:
+    def start(self, step: Step, rows: Rows) -> None:
         start = time.perf_counter()
         logits = self._decoder.forward(self._step_input(step), self._cache)
         middle = time.perf_counter()
         if step.num_samples:
-            inputs = self.slots.gather(step.sample_slot, step.sample_count, history)
+            inputs = self.slots.gather(step.sample_slot, step.sample_count, rows)
             self._done.append(self._decoder.ops.sample(logits, inputs))
         else:
             self._done.append(SampleOutput(torch.zeros(0, dtype=torch.int32)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,14 +26,26 @@ History = tuple[np.ndarray, np.ndarray]
 """Prompt and generated tokens of a sequence, int32."""
 
 
+class Rows(Protocol):
+    """What only the host knows of the rows that a step samples."""
+
+    def history(self, row: int) -> History:
+        """Asked for rows with penalties."""
+
+    def allow(self, row: int, mask: np.ndarray) -> None:
+        """Fill ``mask`` int32 [ceil(V / 32)], see ``SampleInput.allowed``; asked for rows with a constraint."""
+
+
 class SlotTable:
     """Sampling parameters of the sequences that hold a slot, one numpy array per parameter."""
 
-    def __init__(self, max_slots: int):
+    def __init__(self, max_slots: int, vocab_size: int):
         self._columns = {name: np.zeros(max_slots, dtype) for name, dtype in _FIELDS.items()}
         self._seed = np.zeros(max_slots, np.int64)
         self._logprobs = np.full(max_slots, -1, np.int32)
         self._penalised = np.zeros(max_slots, bool)
+        self._constrained = np.zeros(max_slots, bool)
+        self._mask_words = -(-vocab_size // 32)
         self._stop_ids: list[np.ndarray] = [np.zeros(0, np.int32)] * max_slots
 
     def assign(self, slot: int, params: SamplingParams, seed: int, stop_ids: np.ndarray) -> None:
@@ -42,6 +55,7 @@ class SlotTable:
         self._seed[slot] = np.uint64(seed).astype(np.int64)
         self._logprobs[slot] = -1 if params.logprobs is None else params.logprobs
         self._penalised[slot] = params.penalised
+        self._constrained[slot] = params.constrained
         self._stop_ids[slot] = stop_ids
 
     def parameters(self, slots: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -51,16 +65,13 @@ class SlotTable:
         return columns | {"seed": self._seed[slots], "position": counts}
 
     def extras(
-        self, slots: np.ndarray, counts: np.ndarray, history: Callable[[int], History]
+        self, slots: np.ndarray, counts: np.ndarray, rows: Rows
     ) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...]]:
-        """The optional fields of SampleInput that one of the rows needs; mostly none.
-
-        ``history(row)`` is asked only for rows with penalties.
-        """
+        """The optional fields of SampleInput that one of the rows needs; mostly none."""
         extra: dict[str, torch.Tensor | tuple[torch.Tensor, ...]] = {}
         penalised = self._penalised[slots]
         if penalised.any():
-            extra |= _history_arrays(penalised, history)
+            extra |= _history_arrays(penalised, rows)
             extra["penalties"] = tuple(
                 torch.from_numpy(self._columns[name][slots])
                 for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -70,20 +81,26 @@ class SlotTable:
             none = np.zeros(0, np.int32)
             banned = [self._stop_ids[slot] if short else none for slot, short in zip(slots, too_short, strict=True)]
             extra["banned_ids"], extra["banned_start"] = _ragged(banned)
+        constrained = self._constrained[slots]
+        if constrained.any():
+            allowed = np.full((len(slots), self._mask_words), -1, np.int32)
+            for row in np.flatnonzero(constrained):
+                rows.allow(int(row), allowed[row])
+            extra["allowed"] = torch.from_numpy(allowed)
         logprobs = self._logprobs[slots]
         if (logprobs >= 0).any():
             extra["num_logprobs"] = torch.from_numpy(logprobs)
         return extra
 
-    def gather(self, slots: np.ndarray, counts: np.ndarray, history: Callable[[int], History]) -> SampleInput:
+    def gather(self, slots: np.ndarray, counts: np.ndarray, rows: Rows) -> SampleInput:
         """The sampler's input on the host: :meth:`parameters` and :meth:`extras`."""
         given = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in self.parameters(slots, counts).items()}
-        return SampleInput(**given, **self.extras(slots, counts, history))
+        return SampleInput(**given, **self.extras(slots, counts, rows))
 
 
-def _history_arrays(penalised: np.ndarray, history: Callable[[int], History]) -> dict[str, torch.Tensor]:
+def _history_arrays(penalised: np.ndarray, rows: Rows) -> dict[str, torch.Tensor]:
     none = np.zeros(0, np.int32)
-    pairs = [history(row) if wanted else (none, none) for row, wanted in enumerate(penalised)]
+    pairs = [rows.history(row) if wanted else (none, none) for row, wanted in enumerate(penalised)]
     ids, start = _ragged([np.concatenate(pair) for pair in pairs])
     prompt = torch.tensor([len(prompt) for prompt, _ in pairs], dtype=torch.int32)
     return {"history_ids": ids, "history_start": start, "history_prompt": prompt}

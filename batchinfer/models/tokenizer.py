@@ -68,6 +68,10 @@ class Tokenizer:
         """Text of each, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode_batch([np.asarray(item).tolist() for item in ids], skip_special_tokens=True)
 
+    def to_json(self) -> str:
+        """The content of a tokenizer.json that does the same."""
+        return self._backend.to_str()
+
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         """The prompt for ``messages`` (role, content), ending where the assistant begins; to be encoded with
         ``add_special_tokens=False``. Raises ValueError with the reason."""

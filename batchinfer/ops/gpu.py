@@ -258,7 +258,7 @@ class GpuOps:
         if inputs.banned_ids is not None:
             banned_size = self._check_segments("banned", inputs.banned_ids, inputs.banned_start, rows)
             banned = (inputs.banned_ids.data_ptr(), inputs.banned_start.data_ptr())
-        edited = inputs.penalties is not None or inputs.banned_ids is not None
+        edited = any(given is not None for given in (inputs.penalties, inputs.banned_ids, inputs.allowed))
         wanted, raw, out = None, logits, SampleOutput(self._empty(torch.int32, rows))
         if inputs.num_logprobs is not None:
             if inputs.num_logprobs.is_cuda:
@@ -269,6 +269,9 @@ class GpuOps:
             raw = logits.clone() if edited else logits
             tops = self._empty(torch.int32, rows, wide), self._empty(torch.float32, rows, wide)
             out = SampleOutput(out.tokens, self._empty(torch.float32, rows), *tops)
+        if inputs.allowed is not None:
+            self._check("allowed", inputs.allowed, torch.int32, (rows, -(-vocab // 32)))
+            forbid(logits, inputs.allowed)
         self._gpu.sample(
             logits.data_ptr(),
             rows,
@@ -361,6 +364,14 @@ class GpuOps:
 
 _MM_FLOAT = hasattr(torch.ops.aten.mm, "dtype_out")
 """Whether torch (2.8 and later) writes the product of 16-bit matrices in float32, which keeps the logits' last bits."""
+
+
+def forbid(logits: Tensor, allowed: Tensor) -> None:
+    """Make the logits [N, V] of the tokens that ``allowed`` leaves out -inf, in place; see SampleInput. By torch's own
+    kernels: few jobs need it, and their host is in the loop anyway."""
+    places = torch.arange(32, dtype=torch.int32, device=logits.device)
+    bits = (allowed.unsqueeze(2) >> places) & 1
+    logits.masked_fill_(bits.flatten(1)[:, : logits.shape[1]] == 0, float("-inf"))
 
 
 def _extension():

@@ -220,6 +220,8 @@ class NativeOps:
         if inputs.banned_ids is not None:
             banned_size = _check_segments("banned", inputs.banned_ids, inputs.banned_start, rows)
             banned = (inputs.banned_ids.data_ptr(), inputs.banned_start.data_ptr())
+        if inputs.allowed is not None:
+            _check("allowed", inputs.allowed, torch.int32, (rows, -(-vocab // 32)))
 
         out = SampleOutput(torch.empty(rows, dtype=torch.int32))
         top_width = 0
@@ -242,6 +244,7 @@ class NativeOps:
             history_size,
             *banned,
             banned_size,
+            _address(inputs.allowed),
             out.tokens.data_ptr(),
             _address(inputs.num_logprobs),
             _address(out.chosen),

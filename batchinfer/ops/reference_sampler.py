@@ -31,6 +31,9 @@ def sample(logits: torch.Tensor, inputs: SampleInput) -> SampleOutput:
             _penalise(x, i, inputs)
         if inputs.banned_ids is not None:
             x[_check_ids("banned_ids", _segment(inputs.banned_ids, inputs.banned_start, i), vocab)] = -np.inf
+        if inputs.allowed is not None:
+            bits = np.unpackbits(inputs.allowed[i].numpy().view(np.uint8), count=vocab, bitorder="little")
+            x[bits == 0] = -np.inf
         tokens[i] = _choose(x, i, inputs)
     if inputs.num_logprobs is None:
         return SampleOutput(torch.from_numpy(tokens))

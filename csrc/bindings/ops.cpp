@@ -117,8 +117,8 @@ void bind_sample(py::class_<Cpu>& cls) {
               uintptr_t top_p, uintptr_t min_p, uintptr_t seed, uintptr_t position, uintptr_t repetition,
               uintptr_t presence, uintptr_t frequency, uintptr_t history_ids, uintptr_t history_start,
               uintptr_t history_prompt, int64_t history_size, uintptr_t banned_ids, uintptr_t banned_start,
-              int64_t banned_size, uintptr_t tokens, uintptr_t num_logprobs, uintptr_t chosen, uintptr_t top_ids,
-              uintptr_t top, int64_t top_width) {
+              int64_t banned_size, uintptr_t allowed, uintptr_t tokens, uintptr_t num_logprobs, uintptr_t chosen,
+              uintptr_t top_ids, uintptr_t top, int64_t top_width) {
                sample(cpu, {at<float>(logits),
                             rows,
                             vocab,
@@ -138,6 +138,7 @@ void bind_sample(py::class_<Cpu>& cls) {
                             at<int32_t>(banned_ids),
                             at<int32_t>(banned_start),
                             banned_size,
+                            at<uint32_t>(allowed),
                             at<int32_t>(tokens),
                             at<int32_t>(num_logprobs),
                             at<float>(chosen),

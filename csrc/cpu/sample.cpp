@@ -24,7 +24,8 @@ class RowSampler {
         const double log_sum = a_.num_logprobs ? report_alternatives(row, logits) : 0.0;
         const bool wants_logprob = a_.num_logprobs && a_.num_logprobs[row] >= 0;
         float* changed = logits;
-        if (wants_logprob && (a_.repetition || a_.banned_ids)) {  // the chosen token's raw logit is read at the end
+        if (wants_logprob &&
+            (a_.repetition || a_.banned_ids || a_.allowed)) {  // the chosen token's raw logit is read at the end
             copy_.assign(logits, logits + a_.vocab);
             changed = copy_.data();
         }
@@ -34,6 +35,7 @@ class RowSampler {
                 changed[a_.banned_ids[i]] = -kInfinity;
             }
         }
+        if (a_.allowed) forbid(a_.allowed + row * ((a_.vocab + 31) / 32), changed);
         const int32_t token = choose(row, changed);
         a_.tokens[row] = token;
         if (wants_logprob) {
@@ -88,6 +90,17 @@ class RowSampler {
                 x -= a_.frequency[row] * static_cast<float>(generated);
             }
             logits[id] = x;
+        }
+    }
+
+    void forbid(const uint32_t* allowed, float* logits) {
+        for (int64_t begin = 0; begin < a_.vocab; begin += 32) {
+            const uint32_t word = *allowed++;
+            if (word == ~0u) continue;
+            const int64_t count = std::min<int64_t>(32, a_.vocab - begin);
+            for (int64_t i = 0; i < count; ++i) {
+                if (!(word >> i & 1)) logits[begin + i] = -kInfinity;
+            }
         }
     }
 

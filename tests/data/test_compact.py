@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ from data.fakes import rows_of, small_plan
 from batchinfer.data import compact as module
 from batchinfer.data.compact import compact
 from batchinfer.data.ledger import Ledger, open_job
-from batchinfer.data.part import part_name
+from batchinfer.data.part import PartInfo, part_name
 from batchinfer.types import ExitCode, JobError
 
 
@@ -97,13 +98,13 @@ def test_what_is_refused(job: Ledger, tmp_path: Path):
 
 
 def test_what_is_read_back_must_be_what_the_parts_hold(job: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    real = module._part
+    real = module.read_part
 
-    def other_rows(ledger: Ledger, chunk: object) -> tuple[pa.Table, str]:
-        table, content = real(ledger, chunk)
-        return table.slice(0, table.num_rows - 1), content
+    def other_rows(*part: Any) -> tuple[PartInfo, pa.Table]:
+        info, table = real(*part)
+        return info, table.slice(0, table.num_rows - 1)
 
-    monkeypatch.setattr(module, "_part", other_rows)
+    monkeypatch.setattr(module, "read_part", other_rows)
     with pytest.raises(JobError, match="read back"):
         compact(job.path, str(tmp_path / "large"), 30)
     assert os.listdir(tmp_path / "large") == []

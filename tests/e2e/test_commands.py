@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -137,3 +138,48 @@ def test_doctor_finds_this_node_fit(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert report["fit"]
     assert "cpu" in report["extension"]["compiled_for"]
+
+
+@pytest.mark.feature("commands", "texts that follow a JSON schema for the job, or a list of choices for each row")
+def test_constrained_texts(settings: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object",
+        "properties": {"topic": {"enum": ["food", "travel", "other"]}, "stars": {"type": "integer", "maximum": 5}},
+        "required": ["topic", "stars"],
+        "additionalProperties": False,
+    }
+    (tmp_path / "form.json").write_text(json.dumps(schema))
+    given = [*settings, f"output.path={tmp_path / 'out'}", "sampling.max_tokens=40"]
+    done = call(tmp_path, "run", *given, "sampling.json_schema=form.json")
+    assert done.returncode == 0, done.stderr
+    answers = [row for row in rows(tmp_path / "out") if row["status"] == "ok"]
+    assert len(answers) == ROWS - 1
+    for row in answers:
+        if row["finish_reason"] == "stop":
+            value = json.loads(row["generated_text"])
+            assert value["topic"] in schema["properties"]["topic"]["enum"]
+            assert isinstance(value["stars"], int)
+    assert sum(row["finish_reason"] == "stop" for row in answers) > ROWS // 2
+
+    source = Path(next(s for s in settings if s.startswith("input.path=")).partition("=")[2])
+    table = pq.read_table(source)
+    choices = pa.array([["red", "green"] if i % 2 else ["one", "two", "three"] for i in range(ROWS)])
+    pq.write_table(table.append_column("answers", choices), tmp_path / "rows.parquet")
+    rest = [s for s in settings if not s.startswith("input.path=")]
+    done = call(
+        tmp_path,
+        "run",
+        *rest,
+        "input.path=rows.parquet",
+        f"output.path={tmp_path / 'each'}",
+        "input.sampling_columns={choice: answers}",
+    )
+    assert done.returncode == 0, done.stderr
+    for row in rows(tmp_path / "each"):
+        assert row["status"] == "error" or row["generated_text"] in row["answers"]
+
+    done = call(tmp_path, "run", *given, "sampling.regex=(", f"output.path={tmp_path / 'bad'}")
+    assert done.returncode == 64
+    assert "sampling.regex can't be used" in done.stderr
+    assert not (tmp_path / "bad").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from engine.tiny_engine import VOCAB, make_decoder, make_engine, random_prompts,
 
 from batchinfer._engine import Step
 from batchinfer.engine.runner import HostRunner
-from batchinfer.engine.slots import History
+from batchinfer.engine.slots import Rows
 from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.models.decoder import Decoder
 from batchinfer.ops import SampleOutput
@@ -35,7 +34,7 @@ class LaggingRunner(HostRunner):
         self._table = torch.full((max_slots, -(-decoder.max_positions // page_size)), -7, dtype=torch.int32)
         self.most_ahead = 0
 
-    def start(self, step: Step, history: Callable[[int], History]) -> None:
+    def start(self, step: Step, rows: Rows) -> None:
         buffer = self._buffers[step.index % 2]
         buffer.data.fill_(0xEE)
         buffer.fill(step, self.slots, step.num_tokens, step.num_samples)
@@ -50,7 +49,7 @@ class LaggingRunner(HostRunner):
         logits = self._decoder.forward(replace(given, attention=attention), self._cache)
         out = SampleOutput(torch.zeros(0, dtype=torch.int32))
         if step.num_samples:
-            extras = self.slots.extras(step.sample_slot, step.sample_count, history)
+            extras = self.slots.extras(step.sample_slot, step.sample_count, rows)
             out = self._decoder.ops.sample(logits, buffer.sample_input(step.num_samples, **extras))
             self._last_token[step.sample_slot] = out.tokens.numpy()
         self._done.append(out)

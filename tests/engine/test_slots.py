@@ -3,18 +3,32 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from batchinfer.engine.slots import SlotTable
+from batchinfer.engine.slots import History, SlotTable
 from batchinfer.types import SamplingParams
 
 NONE = np.zeros(0, np.int32)
 
 
-def no_history(row: int) -> tuple[np.ndarray, np.ndarray]:
-    raise AssertionError(f"row {row} has no penalties, so its history must not be asked for")
+class Rows:
+    """Histories by row, and for rows with a constraint a mask that names the row."""
+
+    def __init__(self, histories: dict[int, History] | None = None, constrained: tuple[int, ...] = ()):
+        self._histories, self._constrained = histories or {}, constrained
+
+    def history(self, row: int) -> History:
+        assert row in self._histories, f"row {row} has no penalties, so its history must not be asked for"
+        return self._histories[row]
+
+    def allow(self, row: int, mask: np.ndarray) -> None:
+        assert row in self._constrained, f"row {row} has no constraint"
+        mask[:] = row
+
+
+PLAIN = Rows()
 
 
 def table(*params: SamplingParams) -> SlotTable:
-    slots = SlotTable(len(params))
+    slots = SlotTable(len(params), vocab_size=65)
     for slot, p in enumerate(params):
         slots.assign(slot, p, seed=2**63 + slot, stop_ids=np.array([slot, 99], np.int32))
     return slots
@@ -22,19 +36,19 @@ def table(*params: SamplingParams) -> SlotTable:
 
 def test_plain_rows_cost_no_extra_arrays() -> None:
     got = table(SamplingParams(), SamplingParams(temperature=0.5, top_k=3)).gather(
-        np.array([1, 0], np.int32), np.array([4, 7], np.int32), no_history
+        np.array([1, 0], np.int32), np.array([4, 7], np.int32), PLAIN
     )
     assert got.temperature.tolist() == [0.5, 0.0]
     assert got.top_k.tolist() == [3, 0]
     assert got.position.tolist() == [4, 7]
     assert got.seed.numpy().view(np.uint64).tolist() == [2**63 + 1, 2**63]
-    assert got.penalties is got.history_ids is got.banned_ids is got.num_logprobs is None
+    assert got.penalties is got.history_ids is got.banned_ids is got.allowed is got.num_logprobs is None
 
 
 def test_history_is_gathered_for_penalised_rows_only() -> None:
     slots = table(SamplingParams(), SamplingParams(repetition_penalty=1.5), SamplingParams(presence_penalty=1.0))
     histories = {1: (np.array([5, 6], np.int32), NONE), 2: (np.array([7], np.int32), np.array([8], np.int32))}
-    got = slots.gather(np.array([0, 1, 2], np.int32), np.array([0, 0, 1], np.int32), histories.__getitem__)
+    got = slots.gather(np.array([0, 1, 2], np.int32), np.array([0, 0, 1], np.int32), Rows(histories))
     assert got.history_ids is not None
     assert got.history_start is not None
     assert got.history_prompt is not None
@@ -45,9 +59,16 @@ def test_history_is_gathered_for_penalised_rows_only() -> None:
     assert got.penalties[0].tolist() == [1.0, 1.5, 1.0]
 
 
+def test_masks_of_constrained_rows() -> None:
+    slots = table(SamplingParams(), SamplingParams(regex="a"), SamplingParams(choice=("b",)))
+    got = slots.gather(np.array([2, 0, 1], np.int32), np.array([0, 0, 1], np.int32), Rows(constrained=(0, 2)))
+    assert got.allowed is not None
+    assert got.allowed.tolist() == [[0] * 3, [-1] * 3, [2] * 3]
+
+
 def test_stop_tokens_are_banned_until_min_tokens() -> None:
     slots = table(SamplingParams(min_tokens=2), SamplingParams(min_tokens=2), SamplingParams())
-    got = slots.gather(np.array([0, 1, 2], np.int32), np.array([1, 2, 0], np.int32), no_history)
+    got = slots.gather(np.array([0, 1, 2], np.int32), np.array([1, 2, 0], np.int32), PLAIN)
     assert got.banned_ids is not None
     assert got.banned_start is not None
     assert got.banned_ids.tolist() == [0, 99]
@@ -57,13 +78,13 @@ def test_stop_tokens_are_banned_until_min_tokens() -> None:
 def test_a_slot_forgets_its_last_sequence() -> None:
     slots = table(SamplingParams(repetition_penalty=2.0, logprobs=3, min_tokens=9))
     slots.assign(0, SamplingParams(), 1, NONE)
-    got = slots.gather(np.array([0], np.int32), np.array([0], np.int32), no_history)
+    got = slots.gather(np.array([0], np.int32), np.array([0], np.int32), PLAIN)
     assert got.penalties is got.num_logprobs is got.banned_ids is None
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(None, -1), (0, 0), (5, 5)])
 def test_logprobs_of_a_row(wanted: int | None, expected: int) -> None:
     slots = table(SamplingParams(logprobs=wanted), SamplingParams(logprobs=2))
-    got = slots.gather(np.array([0, 1], np.int32), np.array([0, 0], np.int32), no_history)
+    got = slots.gather(np.array([0, 1], np.int32), np.array([0, 0], np.int32), PLAIN)
     assert got.num_logprobs is not None
     assert got.num_logprobs.tolist() == [expected, 2]

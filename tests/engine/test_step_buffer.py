@@ -16,7 +16,7 @@ from batchinfer.types import SamplingParams
 
 def test_arrays_are_the_steps_and_the_rest_is_of_nobody() -> None:
     scheduler = Scheduler(num_pages=20, page_size=4, max_slots=5, max_step_tokens=16, max_seq_len=32)
-    slots = SlotTable(5)
+    slots = SlotTable(5, vocab_size=64)
     for seq_id in range(3):
         scheduler.add(seq_id, np.arange(1 + seq_id), max_new_tokens=4)
         slots.assign(seq_id, SamplingParams(temperature=0.5 + seq_id, top_p=0.9), seed=2**63 + seq_id, stop_ids=[])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 
 from batchinfer import ops as op_list
@@ -44,6 +45,13 @@ class LetterTokenizer:
 
     vocab_size = VOCAB
     eos_ids = (EOS,)
+
+    def to_json(self) -> str:
+        vocabulary = {"<unknown>": 0, "<end>": EOS} | {chr(33 + i): i for i in range(2, VOCAB)}
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        backend.add_special_tokens(["<unknown>", "<end>"])
+        return backend.to_str()
 
     def decode_batch(self, ids: list[np.ndarray]) -> list[str]:
         return ["".join(chr(33 + t) for t in row.tolist() if t != EOS) for row in ids]

@@ -126,6 +126,7 @@ def test_penalties_bans_and_logprobs(gpu, vocab):
         history_ids=ids(sizes.sum()),
         history_start=torch.from_numpy(start),
         history_prompt=torch.from_numpy((sizes // 3).astype(np.int32)),
+        allowed=torch.from_numpy(random.integers(-(2**31), 2**31, (rows, -(-vocab // 32))).astype(np.int32)),
         banned_ids=ids(banned.sum()),
         banned_start=torch.from_numpy(banned_start),
         num_logprobs=torch.tensor([-1, 0, 5, 64, 1, 2, 20, -1], dtype=torch.int32),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from batchinfer import _ops
 from batchinfer.ops import SampleInput, SampleOutput
 from batchinfer.ops import reference_sampler as spec
+from batchinfer.ops.gpu import forbid
 from batchinfer.ops.native import NativeOps
 from batchinfer.ops.reference import ReferenceOps
 
@@ -127,6 +128,9 @@ def sampling_cases(draw: st.DrawFn) -> tuple[torch.Tensor, SampleInput]:
         more["history_ids"], more["history_start"], more["history_prompt"] = segments(40)
     if draw(st.booleans()):
         more["banned_ids"], more["banned_start"], _ = segments(3)
+    if draw(st.booleans()):
+        words = torch.randint(-(2**31), 2**31, (rows, -(-vocab // 32)), generator=g)
+        more["allowed"] = torch.where(torch.rand(rows, 1, generator=g) < 0.3, -1, words).int()
     if draw(st.booleans()):
         more["num_logprobs"] = torch.randint(-1, 8, (rows,), generator=g).int()
     inputs = SampleInput(
@@ -327,3 +331,15 @@ def test_wrong_segments_are_named(isa: str) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             native(isa, 1).sample(torch.zeros(1, 7), settings_for(1, **fields))
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 1000])
+def test_the_mask_as_a_gpu_applies_it(vocab: int) -> None:
+    """torch's kernels on any device; the samplers take what it leaves."""
+    g = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(5, vocab, generator=g)
+    allowed = torch.randint(-(2**31), 2**31, (5, -(-vocab // 32)), generator=g).int()
+    bits = np.unpackbits(allowed.numpy().view(np.uint8), axis=1, count=vocab, bitorder="little").astype(bool)
+    expected = np.where(bits, logits.numpy(), -np.inf)
+    forbid(logits, allowed)
+    assert np.array_equal(logits.numpy(), expected)

@@ -84,6 +84,8 @@ struct SampleArgs {
     const int32_t* banned_ids;
     const int32_t* banned_start;
     int64_t banned_size;
+    // Null if every row may choose any token. [rows, (vocab + 31) / 32]; bit t % 32 of word t / 32: t may be chosen.
+    const uint32_t* allowed = nullptr;
 
     int32_t* tokens;  // [rows]
 
