@@ -300,7 +300,7 @@ def mpi_library() -> tuple[str | None, str]:
         mpi4py.rc.initialize = False
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        return None, str(error)
+        return None, str(error).split("\n")[0]
     return MPI.Get_library_version().split("\n")[0].strip(), ""
 
 

@@ -59,7 +59,7 @@ def nvidia_driver(root: Path = ROOT) -> str:
 
 
 def nics(root: Path = ROOT) -> tuple[Nic, ...]:
-    """Adapters of InfiniBand and RoCE, and those of Slingshot (hsn*); plain Ethernet only where there is none of them."""
+    """Adapters of InfiniBand, RoCE and Slingshot (hsn*); plain Ethernet only where there is none of them."""
     fast, plain = [], []
     for device in sorted((root / "sys/class/infiniband").glob("*")):
         for port in sorted((device / "ports").glob("*")):
