@@ -5,6 +5,7 @@ being there, which is enough for a solve."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,11 @@ def packages(prefix: Path, cuda: tuple[str, Path] | None = None) -> dict[str, An
             external("intel-oneapi-compilers@2024.2.1", nowhere, extra_attributes=icx),
         ),
     }
+
+
+def python_environment() -> Path:
+    """Prefix of the environment whose packages are the externals; its batchinfer has to be another installation's."""
+    return Path(os.environ.get("BATCHINFER_SPACK_ENVIRONMENT", sys.prefix))
 
 
 def _versions(prefix: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from recipes.project import ROOT, requirements
 from recipes.spack_site import REPOSITORY
 from recipes.spack_stub import Directive, FakePrefix, FakeSpec, Recipe, load
@@ -149,3 +150,19 @@ def test_style_is_that_of_spack_packages() -> None:
     for command in ([*ruff, "check", *config], [*ruff, "format", "--check", *config]):
         done = subprocess.run([*command, str(REPOSITORY)], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "pins"),
+    [
+        ("cuda", {"cuda_arch=90", "^cuda@12.8"}),
+        ("rocm", {"amdgpu_target=gfx90a", "^hip@6.3.3"}),
+        ("sycl", {"%oneapi@2024.2.1"}),
+    ],
+)
+def test_the_example_environments_pin_a_toolchain(device: str, pins: set[str]) -> None:
+    folder = ROOT / "recipes/spack/environments" / device
+    environment = yaml.safe_load((folder / "spack.yaml").read_text())["spack"]
+    (spec,) = environment["specs"]
+    assert set(spec.split()) == {f"batchinfer@main+{device}", *pins}
+    assert (folder / environment["repos"]["batchinfer"]).resolve() == REPOSITORY
