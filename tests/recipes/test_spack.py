@@ -1,8 +1,8 @@
 """The Spack recipe with Spack: it concretises for every vendor, and the CPU build is installed, loaded, run and tested.
 
 SPACK_ROOT names a Spack of 1.0 or newer that has the builtin repository and a working clingo. Externals, all but
-batchinfer, come from the environment BATCHINFER_SPACK_ENVIRONMENT, or else the one that runs the tests. Without a network
-BATCHINFER_SPACK_WRAPPER names a clone of spack/compiler-wrapper at v1.1.0. Ten minutes."""
+batchinfer, come from the environment BATCHINFER_SPACK_ENVIRONMENT, or else the one that runs the tests. Without a
+network BATCHINFER_SPACK_WRAPPER names a clone of spack/compiler-wrapper at v1.1.0. Ten minutes."""
 
 from __future__ import annotations
 
