@@ -51,7 +51,7 @@ class Gpu:
 class Gpus:
     """``installed``: device name of the vendor -> GPUs of his on the PCI bus, whether or not a driver shows them.
     ``driver``: version of NVIDIA's driver, and ``supports``, the newest CUDA that it runs ("13.0"); "" without one.
-    ``visible``: what the driver shows here. ``built``/``usable``: the extension and torch together can use so many, and
+    ``visible``: what the driver shows here. ``usable``: the extension and torch together can use so many, and
     ``reason`` why none."""
 
     installed: dict[str, int]

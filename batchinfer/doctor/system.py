@@ -29,6 +29,10 @@ def node(root: Path = ROOT) -> Node:
         elif name in ("flags", "Features"):
             flags = frozenset(value.split())
             break
+    try:
+        free = free_memory()
+    except OSError:  # not Linux
+        free = 0
     here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     return Node(
         host=platform.node(),
@@ -38,7 +42,7 @@ def node(root: Path = ROOT) -> Node:
         cpus=os.cpu_count() or 1,
         cpus_here=tuple(sorted(here)),
         flags=flags,
-        free_memory=free_memory(),
+        free_memory=free,
     )
 
 
