@@ -193,11 +193,14 @@ def mpi(facts: Facts) -> Iterator[Finding]:
     if found.library is None and (found.srun or found.mpiexec):
         text = f"ranks can be started here, and MPI can't be loaded ({found.error or 'mpi4py is not installed'})"
         yield Finding(False, "mpi", text, f"{beside}; cluster.mpi=off runs ranks without")
-    if found.library and found.srun and found.srun_mpi is None:
-        text = f"srun knows no way to start ranks of {found.library} (--mpi=list: {' '.join(found.srun_types.split())})"
-        yield Finding(
-            False, "mpi", text, f"{beside}; or start the ranks with that library's mpiexec; or cluster.mpi=off"
-        )
+    if found.srun and "error:" in found.srun_types:
+        text = f"srun does not work here ({found.srun_types.splitlines()[0].strip()})"
+        yield Finding(False, "mpi", text, "use a node of the cluster, or start ranks with mpiexec")
+    elif found.library and found.srun and found.srun_mpi is None:
+        library = " ".join(found.library.split())
+        text = f"srun knows no way to start ranks of {library} (--mpi=list: {' '.join(found.srun_types.split())})"
+        fix = f"{beside}; or start the ranks with that library's mpiexec; or cluster.mpi=off"
+        yield Finding(False, "mpi", text, fix)
     cray = "CRAY" in (found.library or "").upper()
     if cray and facts.variables.get("MPICH_GPU_SUPPORT_ENABLED") == "1" and not found.gtl:
         text = "MPICH_GPU_SUPPORT_ENABLED=1, and Cray's GPU transport is not linked to mpi4py: MPI_Init would abort"

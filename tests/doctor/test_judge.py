@@ -144,6 +144,11 @@ REMARKS = {
         "srun knows no way to start ranks of Open MPI v5.0.3",
         "cluster.mpi=off",
     ),
+    "a node outside of the cluster": (
+        change(LOGIN, mpi={"library": "MPICH", "srun": "/usr/bin/srun", "srun_types": "srun: error: no host\nmore"}),
+        "srun does not work here (srun: error: no host)",
+        "mpiexec",
+    ),
     "one core": (
         visible(change(LOGIN, node={"cpus_here": (3,)}), SLURM_JOB_ID="1"),
         "may use 1 of the node's 128 CPUs",
