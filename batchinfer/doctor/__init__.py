@@ -80,7 +80,8 @@ def to_text(facts: Facts, findings: Sequence[Finding]) -> str:
     if not gpus.installed and not gpus.visible:
         lines.append("GPUs        none")
     aware = {True: "GPU-aware", False: "not GPU-aware", None: "GPU-awareness unknown"}[mpi.gpu_aware]
-    lines.append(f"MPI         {f'{" ".join(mpi.library.split())} ({aware})' if mpi.library else 'none'}")
+    library = " ".join((mpi.library or "").split())
+    lines.append(f"MPI         {f'{library} ({aware})' if library else 'none'}")
     if mpi.srun:
         lines.append(
             f"            srun --mpi={mpi.srun_mpi}" if mpi.srun_mpi else "            srun, without a way to it"
