@@ -47,8 +47,8 @@ function(batchinfer_use_compiler_cache)
   endif()
 endfunction()
 
-# As many compilers at once as MAX_JOBS says (ninja; without it one per core): 16 of nvcc need more memory than a
-# login node gives.
+# As many compilers at once as MAX_JOBS says (ninja; without it one per core): a login node has many cores, and little
+# memory for each user.
 function(batchinfer_limit_jobs)
   if("$ENV{MAX_JOBS}" MATCHES "^[1-9][0-9]*$")
     set_property(GLOBAL PROPERTY JOB_POOLS compile=$ENV{MAX_JOBS})
