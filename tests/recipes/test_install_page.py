@@ -98,8 +98,15 @@ def test_the_page_from_its_top_to_its_end(shell: dict[str, str]) -> None:
 
     assert "fit for jobs" in run("Working on the Python part", shell)
     assert installed_in(shell) == f"{tree}/batchinfer/__init__.py"
-    before = {path: path.stat().st_mtime_ns for path in Path(tree).glob("batchinfer/_*.so")}
+    before = linked(tree)
     assert len(before) == 3
     run("Working on the C++ part", shell)
-    after = {path: path.stat().st_mtime_ns for path in Path(tree).glob("batchinfer/_*.so")}
-    assert [path.name.split(".")[0] for path in after if after[path] != before[path]] == ["_process"]
+    after = linked(tree)
+    assert [name for name in after if after[name] != before[name]] == ["_process"], "only what has changed is compiled"
+    (beside,) = Path(tree, "batchinfer").glob("_process.*.so")
+    assert beside.stat().st_mtime_ns == after["_process"]
+
+
+def linked(tree: str) -> dict[str, int]:
+    """Module -> time at which it was linked in the build folder, in nanoseconds."""
+    return {path.name.split(".")[0]: path.stat().st_mtime_ns for path in Path(tree).glob("build/cp*/_*.so")}
