@@ -40,7 +40,7 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
-	git ls-files 'slurm/*.sh' 'tests/simt/*.sh' .ci/run | xargs $(BIN)/shellcheck
+	git ls-files 'slurm/*.sh' 'tests/simt/*.sh' 'recipes/*.sh' .ci/run | xargs $(BIN)/shellcheck
 
 format: $(VENV)/.tested
 	$(BIN)/ruff check --fix .

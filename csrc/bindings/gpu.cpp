@@ -117,11 +117,25 @@ void bind_sample(py::module_& m) {
     });
 }
 
+// What compiled the kernels, and for which architectures, as CMake names them.
+py::dict build_info() {
+    py::dict info;
+#ifdef BATCHINFER_GPU_TOOLKIT
+    info["toolkit"] = BATCHINFER_GPU_TOOLKIT;
+    info["architectures"] = py::str(BATCHINFER_GPU_ARCHITECTURES).attr("split")();
+#else
+    info["toolkit"] = "";
+    info["architectures"] = py::list();
+#endif
+    return info;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_gpu, m) {
     m.doc() = "Compiled GPU ops; batchinfer.ops.gpu is the door.";
     m.attr("compiled_for") = BATCHINFER_GPU_VENDOR;
+    m.attr("build_info") = build_info();
     m.def("device_count", &gpu::device_count, "Devices that the driver shows; 0 without a driver.");
     bind_rows(m);
     bind_attention(m);
