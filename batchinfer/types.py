@@ -24,6 +24,7 @@ class ErrorCode(str, Enum):
 
     NULL_PROMPT = "NULL_PROMPT"
     EMPTY_PROMPT = "EMPTY_PROMPT"
+    EMPTY_CONTINUATION = "EMPTY_CONTINUATION"
     INVALID_UTF8 = "INVALID_UTF8"
     PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
     BAD_MESSAGES = "BAD_MESSAGES"
@@ -126,7 +127,8 @@ class Request:
     ``id`` is opaque to the engine and comes back in the Completion. ``prompt`` is int32 [tokens], at least one.
     ``seed`` is a 64-bit hash of (run seed, row identity): sample ``i`` draws from hash(seed, i), so that its
     tokens do not depend on batch, rank or restart. ``so_far``: the samples that an earlier attempt began, none or all n
-    of them; the unfinished ones go on after their tokens.
+    of them; the unfinished ones go on after their tokens. ``scored_from``: nothing is generated; the Completion's one
+    sample is the prompt from this index on (at least 1), with the log-probability of each of its tokens.
     """
 
     id: int
@@ -134,6 +136,7 @@ class Request:
     sampling: SamplingParams
     seed: int = 0
     so_far: tuple[Sample, ...] = ()
+    scored_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +153,9 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One continuation. ``finish_reason`` is "stop" (stop token or stop string) or "length"; "" while it is unfinished,
-    and then there is no text yet.
+    """One continuation. ``finish_reason`` is "stop" (stop token or stop string), "length", or "scored" for one that was
+    given (``logprobs`` then has one alternative, the most likely token); "" while it is unfinished, and then there is
+    no text yet.
 
     ``token_ids`` (int32) ends with the stop token where there was one; ``text`` holds neither that nor the
     stop string.

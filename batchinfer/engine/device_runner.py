@@ -11,16 +11,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from batchinfer.engine.memory import allocate_or_shrink, device_budget
+from batchinfer.engine.runner import StepOutput
 from batchinfer.engine.slots import Rows, SlotTable
 from batchinfer.engine.step_buffer import StepBuffer
-from batchinfer.models.decoder import Decoder, KVCache
+from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores
 from batchinfer.ops import SampleOutput
 from batchinfer.types import ExitCode, JobError
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 SMALLEST_PAGE = 16
 """Tokens of a page: the attention kernels copy 16 positions at a time."""
 
+A = TypeVar("A", SampleOutput, Scores)
+
 UPDATES = 4096
 """Changes of the page table that there is room for at first; the buffers grow when a step has more."""
 
@@ -38,7 +41,7 @@ UPDATES = 4096
 class _Started:
     """A step under way: its tokens on their way to the host, and the events around it."""
 
-    out: SampleOutput
+    out: StepOutput
     begin: torch.cuda.Event
     end: torch.cuda.Event
 
@@ -120,7 +123,8 @@ class DeviceRunner:
     def start(self, step: Step, rows: Rows) -> None:
         start = time.perf_counter()
         extras = self.slots.extras(step.sample_slot, step.sample_count, rows)
-        decoding = step.num_tokens == step.num_samples == step.num_decode and not extras
+        scored = rows.scored()
+        decoding = step.num_tokens == step.num_samples == step.num_decode and not extras and not scored
         tokens = padded(step.num_tokens, self._max_slots) if decoding else step.num_tokens
         samples = tokens if decoding else step.num_samples
         host = self._host[self._parity]
@@ -133,16 +137,18 @@ class DeviceRunner:
             if decoding and self._captured(tokens):
                 graph = self._graphs[tokens]
                 graph.graph.replay()
-                out = SampleOutput(graph.tokens)
+                out = StepOutput(SampleOutput(graph.tokens))
             else:
-                out = self._compute(tokens, samples, decoding, extras)
-            out = _to_host(out, step.num_samples)
+                score = ScoreInput(*(torch.from_numpy(a).to(self._device) for a in scored)) if scored else None
+                out = self._compute(tokens, samples, decoding, extras, score)
+            scores = None if out.scores is None else _to_host(out.scores, len(out.scores.chosen))
+            out = StepOutput(_to_host(out.sample, step.num_samples), scores)
             end.record()
         self._started.append(_Started(out, begin, end))
         self._parity ^= 1
         self.seconds["launch"] += time.perf_counter() - start
 
-    def finish(self) -> SampleOutput:
+    def finish(self) -> StepOutput:
         start = time.perf_counter()
         step = self._started.popleft()
         step.end.synchronize()
@@ -161,20 +167,27 @@ class DeviceRunner:
         del self._decoder, self._ops, self._buffer, self._page_table  # the engine may live on, for its counters
         torch.cuda.empty_cache()
 
-    def _compute(self, tokens: int, samples: int, decoding: bool, extras: dict[str, object]) -> SampleOutput:
+    def _compute(
+        self,
+        tokens: int,
+        samples: int,
+        decoding: bool,
+        extras: dict[str, object],
+        score: ScoreInput | None = None,
+    ) -> StepOutput:
         """The step in the device's buffer: forward, sample, and remember the tokens of the slots."""
         arrays = self._buffer.arrays
         ids, slot = arrays["token_ids"][:tokens], arrays["slot"][:tokens]
         ids = ids[: len(slot)]  # decodes come first, one token a sequence
         torch.where(ids < 0, self._last_token.index_select(0, slot), ids, out=ids)
-        step = self._buffer.step_input(tokens, samples, self._page_table, decoding)
-        logits = self._decoder.forward(step, self._cache)
+        step = replace(self._buffer.step_input(tokens, samples, self._page_table, decoding), score=score)
+        logits, scores = self._decoder.forward(step, self._cache)
         if not samples:
-            return SampleOutput(torch.zeros(0, dtype=torch.int32, device=self._device))
+            return StepOutput(SampleOutput(torch.zeros(0, dtype=torch.int32, device=self._device)), scores)
         on_device = {name: _to_device(name, value, self._device) for name, value in extras.items()}
         out = self._ops.sample(logits, self._buffer.sample_input(samples, **on_device))
         self._last_token.index_copy_(0, arrays["sample_slot"][:samples], out.tokens)
-        return out
+        return StepOutput(out, scores)
 
     def _captured(self, tokens: int) -> bool:
         """Whether there is a graph for decoding ``tokens`` sequences; makes it at the second time of asking."""
@@ -188,7 +201,7 @@ class DeviceRunner:
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         out = self._compute(tokens, tokens, True, {})
         graph.capture_end()
-        self._graphs[tokens] = _Graph(graph, out.tokens)
+        self._graphs[tokens] = _Graph(graph, out.sample.tokens)
         return True
 
     def _update_page_table(self, updates: np.ndarray) -> None:
@@ -234,8 +247,8 @@ def _to_device(name: str, value: object, device: torch.device) -> object:
     return value if name == "num_logprobs" else value.to(device)  # type: ignore[attr-defined]
 
 
-def _to_host(out: SampleOutput, rows: int) -> SampleOutput:
-    """Copies of the first ``rows`` rows, there once the stream has come this far."""
+def _to_host(out: A, rows: int) -> A:
+    """Copies of the first ``rows`` rows of its tensors, there once the stream has come this far."""
 
     def copy(t: Tensor | None) -> Tensor | None:
         if t is None:

@@ -4,62 +4,33 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from batchinfer._engine import Scheduler, Step
 from batchinfer.engine.constrain import Constraint, Constraints
 from batchinfer.engine.lengths import LengthPredictor
+from batchinfer.engine.open_work import (
+    OpenRequest,
+    Sequence,
+    StepRows,
+    no_scores,
+    places_scored,
+    record_scores,
+    stack,
+    unstack,
+)
 from batchinfer.engine.runner import Runner
 from batchinfer.engine.seeds import sample_seed
-from batchinfer.engine.slots import History
 from batchinfer.engine.stopping import completes_stop, cut_text
 from batchinfer.models.tokenizer import Tokenizer
 from batchinfer.ops import SampleOutput
-from batchinfer.types import Completion, EngineStats, ErrorCode, Logprobs, Request, RowError, Sample, SamplingParams
+from batchinfer.types import Completion, EngineStats, ErrorCode, Request, RowError, Sample, SamplingParams
 
-
-@dataclass(slots=True)
-class _OpenRequest:
-    """A request some of whose samples are still being generated."""
-
-    request: Request
-    samples: list[Sample | None]
-    missing: int
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """One sample of a request, as the scheduler knows it."""
-
-    owner: _OpenRequest
-    index: int
-    logprobs: list[tuple[float, np.ndarray, np.ndarray]] = field(default_factory=list)
-    constraint: Constraint | None = None
-    failure: str = ""  # why the constraint can't go on; its request fails with the step
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """The :class:`batchinfer.engine.slots.Rows` of a step."""
-
-    step: Step
-    sequences: dict[int, _Sequence]
-    tokens: Callable[[int], np.ndarray]
-
-    def history(self, row: int) -> History:
-        seq_id = int(self.step.sample_seq[row])
-        return self.sequences[seq_id].owner.request.prompt, self.tokens(seq_id)
-
-    def allow(self, row: int, mask: np.ndarray) -> None:
-        sequence = self.sequences[int(self.step.sample_seq[row])]
-        try:
-            sequence.constraint.allow(mask)
-        except ValueError as error:
-            mask[:] = -1
-            sequence.failure = str(error)
+SCORING = SamplingParams(max_tokens=1, ignore_eos=True)
+"""Of a request of which nothing is wanted but scores: it leaves with the step that ends its prompt."""
 
 
 class Engine:
@@ -84,12 +55,13 @@ class Engine:
         self._max_slots = max_slots
         self._scheduler = scheduler
         self._runner = runner
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, Sequence] = {}
         self._constraints = Constraints(tokenizer, vocab_size)
-        self._watched: dict[int, _Sequence] = {}  # those with stop strings or logprobs: host work for every token
-        self._in_flight: deque[Step] = deque()  # started, tokens not taken yet
+        self._watched: dict[int, Sequence] = {}  # those with stop strings or logprobs: host work for every token
+        self._in_flight: deque[StepRows] = deque()  # the steps that are started and whose tokens are not taken yet
         self._stopped: set[int] = set()  # ended when their next token was already under way
         self._dependent = 0  # open sequences with penalties or a constraint: a token depends on all before it
+        self._scored = 0  # open sequences of which nothing is generated
         self._refused: list[Completion] = []
         self._next_id = 0
         self._open = 0
@@ -110,6 +82,8 @@ class Engine:
     def add(self, request: Request) -> None:
         """Take a request. One that can't run comes back from the next :meth:`step` as a Completion with an error."""
         self._open += 1
+        if request.scored_from is not None:
+            request = replace(request, sampling=SCORING)
         error = self._refusal(request)
         if error is None:
             try:
@@ -126,7 +100,7 @@ class Engine:
 
     def _add_samples(self, request: Request) -> None:
         params = request.sampling
-        owner = _OpenRequest(request, [None] * params.n, params.n)
+        owner = OpenRequest(request, [None] * params.n, params.n)
         for index in range(params.n):
             before = request.so_far[index] if request.so_far else None
             if before is not None and before.finish_reason:
@@ -140,13 +114,17 @@ class Engine:
                 max_new_tokens=params.max_tokens,
                 min_new_tokens=params.min_tokens,
                 expected_new_tokens=self._lengths.expected(params.max_tokens),
+                **({} if request.scored_from is None else {"compute_from": request.scored_from - 1}),
                 stop_token_ids=self._stop_ids(request),
                 generated=() if before is None else before.token_ids,
             )
             self._next_id += 1
             self._dependent += params.penalised or params.constrained
-            sequence = self._sequences[seq_id] = _Sequence(owner, index, _unstack(before))
+            sequence = self._sequences[seq_id] = Sequence(owner, index, unstack(before))
             sequence.constraint = self._constraint(params, before)
+            if request.scored_from is not None:
+                self._scored += 1
+                sequence.scores = no_scores(len(request.prompt) - request.scored_from)
             if params.stop or params.logprobs is not None:
                 self._watched[seq_id] = self._sequences[seq_id]
 
@@ -176,18 +154,23 @@ class Engine:
         for slot, seq_id in zip(step.new_slots.tolist(), step.new_seqs.tolist(), strict=True):
             self._assign(slot, seq_id)
         self._seconds["schedule"] += time.perf_counter() - start
-        self._runner.start(step, _Rows(step, self._sequences, self._scheduler.tokens))
-        self._in_flight.append(step)
+        places = tuple(places_scored(step, self._sequences)) if self._scored else ()
+        rows = StepRows(step, self._sequences, self._scheduler.tokens, places)
+        self._runner.start(step, rows)
+        self._in_flight.append(rows)
         return True
 
     def _finish_step(self) -> list[Completion]:
         """Take the tokens of the oldest step under way; completions of the requests whose last sample ended."""
         out = self._runner.finish()
         start = time.perf_counter()
-        step = self._in_flight.popleft()
+        rows = self._in_flight.popleft()
+        step = rows.step
         wasted = sum(seq_id in self._stopped for seq_id in step.sample_seq.tolist()) if self._stopped else 0
         self._stopped.clear()
-        done = self._take(step, out)
+        if rows.places:
+            record_scores(rows.places, out.scores)
+        done = self._take(step, out.sample)
         self._stats.steps += 1
         self._stats.output_tokens += step.num_samples - wasted
         self._seconds["output"] += time.perf_counter() - start
@@ -201,7 +184,7 @@ class Engine:
             request = sequence.owner.request
             if request.id not in begun:
                 begun[request.id] = request, [sample or _NOTHING for sample in sequence.owner.samples]
-            logprobs = _stack(sequence.logprobs, request.sampling.logprobs)
+            logprobs = stack(sequence.logprobs, request.sampling.logprobs)
             begun[request.id][1][sequence.index] = Sample(self._scheduler.tokens(seq_id), "", "", logprobs)
         states = [Completion(r.id, len(r.prompt), tuple(samples)) for r, samples in begun.values()]
         return [state for state in states if any(len(sample.token_ids) for sample in state.samples)]
@@ -216,7 +199,7 @@ class Engine:
         for seq_id, sequence in mine.items():
             tokens = self._scheduler.tokens(seq_id)
             (text,) = self.tokenizer.decode_batch([tokens])
-            logprobs = _stack(sequence.logprobs, owner.request.sampling.logprobs)
+            logprobs = stack(sequence.logprobs, owner.request.sampling.logprobs)
             samples[sequence.index] = Sample(tokens, text, "", logprobs)
             self._scheduler.finish(seq_id)
             self._forget(seq_id)
@@ -263,6 +246,9 @@ class Engine:
             )
         if int(request.prompt.min()) < 0 or int(request.prompt.max()) >= self.vocab_size:
             return RowError(ErrorCode.BAD_TOKEN_IDS, f"token ids must lie in [0, {self.vocab_size - 1}]")
+        if request.scored_from is not None and not 1 <= request.scored_from < length:
+            reason = f"scored_from={request.scored_from} must lie in [1, {length - 1}]: a token is foretold by others"
+            return RowError(ErrorCode.EMPTY_PROMPT, reason)
         try:
             request.sampling.check()
             self._check_so_far(request)
@@ -391,38 +377,27 @@ class Engine:
         owner = sequence.owner
         if reason == "stop" and self._in_flight:
             self._stopped.add(seq_id)
-        self._lengths.finished(len(tokens), owner.request.sampling.max_tokens)
-        logprobs = _stack(sequence.logprobs, owner.request.sampling.logprobs)
-        owner.samples[sequence.index] = Sample(tokens, text, reason, logprobs)
+        if sequence.scores is not None:
+            given = owner.request.prompt[owner.request.scored_from :]
+            owner.samples[sequence.index] = Sample(given, "", "scored", sequence.scores)
+            self._stats.output_tokens -= 1  # the one that came with it is of no use
+        else:
+            self._lengths.finished(len(tokens), owner.request.sampling.max_tokens)
+            logprobs = stack(sequence.logprobs, owner.request.sampling.logprobs)
+            owner.samples[sequence.index] = Sample(tokens, text, reason, logprobs)
         owner.missing -= 1
         if owner.missing:
             return None
-        return Completion(owner.request.id, len(owner.request.prompt), tuple(s for s in owner.samples if s is not None))
+        prompt_tokens = len(owner.request.prompt) if sequence.scores is None else owner.request.scored_from
+        return Completion(owner.request.id, prompt_tokens, tuple(s for s in owner.samples if s is not None))
 
-    def _forget(self, seq_id: int) -> _Sequence:
+    def _forget(self, seq_id: int) -> Sequence:
         self._watched.pop(seq_id, None)
         sequence = self._sequences.pop(seq_id)
         params = sequence.owner.request.sampling
         self._dependent -= params.penalised or params.constrained
+        self._scored -= sequence.scores is not None
         return sequence
 
 
 _NOTHING = Sample(np.zeros(0, np.int32), "", "")
-
-
-def _unstack(sample: Sample | None) -> list[tuple[float, np.ndarray, np.ndarray]]:
-    """The inverse of :func:`_stack`."""
-    if sample is None or sample.logprobs is None:
-        return []
-    logprobs = sample.logprobs
-    return [(float(c), ids, top) for c, ids, top in zip(logprobs.chosen, logprobs.top_ids, logprobs.top, strict=True)]
-
-
-def _stack(rows: list[tuple[float, np.ndarray, np.ndarray]], wanted: int | None) -> Logprobs | None:
-    if wanted is None:
-        return None
-    return Logprobs(
-        chosen=np.array([chosen for chosen, _, _ in rows], np.float32),
-        top_ids=np.array([ids for _, ids, _ in rows], np.int32).reshape(len(rows), wanted),
-        top=np.array([top for _, _, top in rows], np.float32).reshape(len(rows), wanted),
-    )

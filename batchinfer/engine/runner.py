@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -12,11 +13,19 @@ import torch
 
 from batchinfer.engine.memory import free_memory, host_budget
 from batchinfer.engine.slots import Rows, SlotTable
-from batchinfer.models.decoder import Decoder, KVCache, StepInput
+from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores, StepInput
 from batchinfer.ops import AttentionInput, SampleOutput
 
 if TYPE_CHECKING:
     from batchinfer._engine import Step
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step has computed, on the host: one token for each sampled row, and the scores that were asked for."""
+
+    sample: SampleOutput
+    scores: Scores | None = None
 
 
 class Runner(Protocol):
@@ -40,9 +49,8 @@ class Runner(Protocol):
         """Begin a step; ``rows`` as in :meth:`SlotTable.extras`. A token -1 is the one that the step started
         before sampled for the same slot."""
 
-    def finish(self) -> SampleOutput:
-        """Wait for the oldest step that was started: one token for each of its sampled rows, on the host. Valid until
-        the next call."""
+    def finish(self) -> StepOutput:
+        """Wait for the oldest step that was started. Valid until the next call."""
 
     def peak_device_bytes(self) -> int:
         """Most bytes of device memory taken so far; 0 if the device is the host."""
@@ -69,7 +77,7 @@ class HostRunner:
         self._decoder = decoder
         self._page_size = page_size
         self._cache = KVCache((), ())
-        self._done: deque[SampleOutput] = deque()
+        self._done: deque[StepOutput] = deque()
         self.slots = SlotTable(max_slots, decoder.spec.vocab_size)
         self.seconds = {"forward": 0.0, "sample": 0.0}
 
@@ -82,17 +90,17 @@ class HostRunner:
 
     def start(self, step: Step, rows: Rows) -> None:
         start = time.perf_counter()
-        logits = self._decoder.forward(self._step_input(step), self._cache)
+        logits, scores = self._decoder.forward(self._step_input(step, rows.scored()), self._cache)
         middle = time.perf_counter()
+        sample = SampleOutput(torch.zeros(0, dtype=torch.int32))
         if step.num_samples:
             inputs = self.slots.gather(step.sample_slot, step.sample_count, rows)
-            self._done.append(self._decoder.ops.sample(logits, inputs))
-        else:
-            self._done.append(SampleOutput(torch.zeros(0, dtype=torch.int32)))
+            sample = self._decoder.ops.sample(logits, inputs)
+        self._done.append(StepOutput(sample, scores))
         self.seconds["forward"] += middle - start
         self.seconds["sample"] += time.perf_counter() - middle
 
-    def finish(self) -> SampleOutput:
+    def finish(self) -> StepOutput:
         return self._done.popleft()
 
     def peak_device_bytes(self) -> int:
@@ -103,7 +111,7 @@ class HostRunner:
         del self._decoder
 
     @staticmethod
-    def _step_input(step: Step) -> StepInput:
+    def _step_input(step: Step, scored: tuple[np.ndarray, np.ndarray] | None) -> StepInput:
         tensor: Callable[[np.ndarray], torch.Tensor] = torch.from_numpy
         return StepInput(
             token_ids=tensor(step.token_ids),
@@ -116,4 +124,5 @@ class HostRunner:
                 page_table=tensor(step.page_table),
             ),
             sample_row=tensor(step.sample_row),
+            score=ScoreInput(*map(tensor, scored)) if scored else None,
         )

@@ -35,6 +35,10 @@ class Rows(Protocol):
     def allow(self, row: int, mask: np.ndarray) -> None:
         """Fill ``mask`` int32 [ceil(V / 32)], see ``SampleInput.allowed``; asked for rows with a constraint."""
 
+    def scored(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Tokens of the step, int32 [M], and what the text goes on with after each, int64 [M], where somebody wants
+        the log-probability of that."""
+
 
 class SlotTable:
     """Sampling parameters of the sequences that hold a slot, one numpy array per parameter."""

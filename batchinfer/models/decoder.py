@@ -14,11 +14,29 @@ from batchinfer.ops import AttentionInput, HeadNorm, Ops, Rope
 
 
 @dataclass(frozen=True)
+class ScoreInput:
+    """M tokens of a step, ``row`` int32 [M], and what the text goes on with after each, ``token`` int64 [M]."""
+
+    row: Tensor
+    token: Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities (natural log) after M tokens: ``chosen`` float32 [M] of the token that was given, ``top``
+    float32 [M] of the most likely one, whose id is ``top_id`` int64 [M]."""
+
+    chosen: Tensor
+    top_id: Tensor
+    top: Tensor
+
+
+@dataclass(frozen=True)
 class StepInput:
     """One step: T tokens of S sequences, N of which are sampled from.
 
     ``token_ids``, ``positions`` int32 [T]; ``kv_index`` int64 [T], the token's place in the cache (page * page size +
-    offset); ``sample_row`` int32 [N], which of the T tokens.
+    offset); ``sample_row`` int32 [N], which of the T tokens. ``score`` is None in most steps.
     """
 
     token_ids: Tensor
@@ -26,6 +44,7 @@ class StepInput:
     kv_index: Tensor
     attention: AttentionInput
     sample_row: Tensor
+    score: ScoreInput | None = None
 
 
 @dataclass(frozen=True)
@@ -74,9 +93,9 @@ class Decoder:
         k, v = (tuple(self.ops.zeros(shape, self.dtype) for _ in range(self.spec.layers)) for _ in "kv")
         return KVCache(k, v)
 
-    def forward(self, step: StepInput, cache: KVCache) -> Tensor:
-        """Logits float32 [N, V] of the sampled rows: a view that the next call overwrites. Writes the step's keys and
-        values to ``cache``."""
+    def forward(self, step: StepInput, cache: KVCache) -> tuple[Tensor, Scores | None]:
+        """Logits float32 [N, V] of the sampled rows, a view that the next call overwrites; and the scores that the step
+        asks for. Writes the step's keys and values to ``cache``."""
         ops, spec, w = self.ops, self.spec, self.workspace.first(len(step.token_ids))
         plan = ops.plan_attention(step.attention, spec.heads, cache.k[0])
         attention = Attention(step.positions, step.kv_index, plan, self.rope, spec.head_dim**-0.5)
@@ -85,18 +104,39 @@ class Decoder:
             # Each norm first adds what was left in w.x to the residual; the first one finds the embedding there.
             ops.rms_norm(w.x if i else w.residual, layer.attn_norm, spec.norm_eps, w.x, w.residual if i else None)
             attend(ops, layer, w, attention, cache.k[i], cache.v[i])
-            if i == spec.layers - 1:
+            if i == spec.layers - 1 and step.score is None:
                 # All keys and values are in the cache: from here on only the sampled rows matter.
                 if not len(step.sample_row):
-                    return self.logits[:0]
+                    return self.logits[:0], None
                 w = keep_rows(ops, w, step.sample_row, self.sampled)
             project(ops, layer, w)
             ops.rms_norm(w.x, layer.mlp_norm, spec.norm_eps, w.x, w.residual)
             mlp(ops, layer, w)
         ops.rms_norm(w.x, self.norm, spec.norm_eps, w.x, w.residual)
-        logits = self.logits[: len(step.sample_row)]
-        ops.linear(w.x, self.head, logits)
+        if step.score is None:
+            return self._logits(w.x), None
+        scores = self._score(w.x, step.score)
+        return self._logits_of(w.x, step.sample_row), scores
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = self.logits[: len(x)]
+        self.ops.linear(x, self.head, logits)
         return logits
+
+    def _logits_of(self, x: Tensor, row: Tensor) -> Tensor:
+        kept = self.sampled.first(len(row)).x
+        self.ops.gather_rows(x, row, kept)
+        return self._logits(kept)
+
+    def _score(self, x: Tensor, score: ScoreInput) -> Scores:
+        """Through the LM head slice by slice: memory for [max_samples, V], not for [M, V]."""
+        slices = []
+        for row, token in zip(score.row.split(len(self.logits)), score.token.split(len(self.logits)), strict=True):
+            logits = self._logits_of(x, row)
+            total = logits.logsumexp(1)
+            top, top_id = logits.max(1)
+            slices.append((logits.gather(1, token.unsqueeze(1)).squeeze(1) - total, top_id, top - total))
+        return Scores(*(torch.cat(parts) for parts in zip(*slices, strict=True)))
 
 
 def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops) -> tuple:

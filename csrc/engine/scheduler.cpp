@@ -61,6 +61,7 @@ void Scheduler::add(const NewSequence& request) {
     require(request.max_new_tokens >= 1, "max_new_tokens must be at least 1");
     require(request.min_new_tokens >= 0, "min_new_tokens must not be negative");
     require(request.expected_new_tokens >= 0, "expected_new_tokens must not be negative");
+    require(request.compute_from >= 0, "compute_from must not be negative");
     require(std::ranges::all_of(request.prompt, [](int32_t id) { return id >= 0; }), "the prompt has a negative token");
     require(std::ssize(request.prompt) < config_.max_seq_len,
             "its prompt of " + std::to_string(request.prompt.size()) +
@@ -87,6 +88,7 @@ void Scheduler::add(const NewSequence& request) {
     sequence->id = request.id;
     sequence->arrival = num_arrived_++;
     sequence->min_new_tokens = request.min_new_tokens;
+    sequence->compute_from = request.compute_from;
     sequence->expected_new_tokens =
         request.expected_new_tokens == 0 ? max_new : std::min(request.expected_new_tokens, max_new);
     if (stop_token_ids_ == nullptr || !std::ranges::equal(*stop_token_ids_, request.stop_token_ids)) {
@@ -205,7 +207,8 @@ bool Scheduler::admit(Sequence& sequence) {
 void Scheduler::match_prefix(const Sequence& sequence) {
     prefix_.clear();
     if (!config_.prefix_cache) return;
-    const int32_t limit = (sequence.known() - 1) / config_.page_size;  // the last token gives the logits: compute it
+    // The last token gives the logits: compute it.
+    const int32_t limit = std::min(sequence.known() - 1, sequence.compute_from) / config_.page_size;
     PageId page = PrefixTree::kRoot;
     while (static_cast<int32_t>(prefix_.size()) < limit) {
         page = pool_.find(page, page_tokens(sequence, static_cast<int32_t>(prefix_.size())));

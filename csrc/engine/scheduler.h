@@ -3,6 +3,7 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <queue>
@@ -30,12 +31,15 @@ struct SchedulerConfig {
     void check() const;
 };
 
+inline constexpr int32_t kComputeLast = std::numeric_limits<int32_t>::max();
+
 struct NewSequence {
     int64_t id = 0;
     std::span<const int32_t> prompt;
     int32_t max_new_tokens = 0;
-    int32_t min_new_tokens = 0;       // stop tokens before so many generated ones do not stop
-    int32_t expected_new_tokens = 0;  // 0: max_new_tokens
+    int32_t min_new_tokens = 0;           // stop tokens before so many generated ones do not stop
+    int32_t expected_new_tokens = 0;      // 0: max_new_tokens
+    int32_t compute_from = kComputeLast;  // prompt positions from here on are computed, whatever the cache has
     std::span<const int32_t> stop_token_ids = {};
     std::span<const int32_t> generated = {};  // of an earlier life: it goes on from there, and they count as its own
 };

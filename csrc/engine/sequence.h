@@ -43,6 +43,7 @@ struct alignas(64) Sequence {
 
     int64_t arrival = 0;
     int32_t expected_new_tokens = 0;
+    int32_t compute_from = 0;
     size_t position = 0;  // in the scheduler's list of running sequences
 
     /// Asks for the lines that every step touches, some sequences ahead of their use. Without, update() of 2,000

@@ -11,10 +11,10 @@ import torch
 from engine.tiny_engine import VOCAB, make_decoder, make_engine, random_prompts, run
 
 from batchinfer._engine import Step
-from batchinfer.engine.runner import HostRunner
+from batchinfer.engine.runner import HostRunner, StepOutput
 from batchinfer.engine.slots import Rows
 from batchinfer.engine.step_buffer import StepBuffer
-from batchinfer.models.decoder import Decoder
+from batchinfer.models.decoder import Decoder, ScoreInput
 from batchinfer.ops import SampleOutput
 from batchinfer.types import Completion, Request, SamplingParams
 
@@ -46,13 +46,15 @@ class LaggingRunner(HostRunner):
         given = buffer.step_input(step.num_tokens, step.num_samples, self._table)
         a, count = given.attention, step.num_seqs  # the CPU's attention takes no empty sequences
         attention = replace(a, q_start=a.q_start[: count + 1], kv_len=a.kv_len[:count], slot=a.slot[:count])
-        logits = self._decoder.forward(replace(given, attention=attention), self._cache)
+        scored = rows.scored()
+        score = ScoreInput(*map(torch.from_numpy, scored)) if scored else None
+        logits, scores = self._decoder.forward(replace(given, attention=attention, score=score), self._cache)
         out = SampleOutput(torch.zeros(0, dtype=torch.int32))
         if step.num_samples:
             extras = self.slots.extras(step.sample_slot, step.sample_count, rows)
             out = self._decoder.ops.sample(logits, buffer.sample_input(step.num_samples, **extras))
             self._last_token[step.sample_slot] = out.tokens.numpy()
-        self._done.append(out)
+        self._done.append(StepOutput(out, scores))
         self.most_ahead = max(self.most_ahead, len(self._done))
 
 

@@ -35,7 +35,7 @@ def all_logits(decoder: Decoder, tokens: list[int]) -> np.ndarray:
         step = StepInput(
             torch.tensor(tokens, dtype=torch.int32), index, index.long(), attention, index[start : start + 32]
         )
-        rows.append(decoder.forward(step, decoder.new_cache(1, 128)).numpy().copy())
+        rows.append(decoder.forward(step, decoder.new_cache(1, 128))[0].numpy().copy())
     return np.concatenate(rows)
 
 

@@ -396,6 +396,7 @@ def test_arrays_live_as_long_as_someone_holds_them() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"min_new_tokens": -1}, "min_new_tokens must not be negative"),
         ({"expected_new_tokens": -1}, "expected_new_tokens must not be negative"),
+        ({"compute_from": -1}, "compute_from must not be negative"),
         ({"seq_id": 7}, "sequence 7: this id is open already"),
         ({"generated": [1, 2, 3, 4]}, "4 generated tokens already, and may have 4"),
         ({"generated": [-1]}, "generated token is negative"),
@@ -448,3 +449,16 @@ def test_calls_out_of_order_are_refused() -> None:
         with pytest.raises(KeyError, match="no open sequence 3"):
             call(3)
     assert s.update([1]) == []
+
+
+@pytest.mark.parametrize(("compute_from", "first"), [(2**31 - 1, 12), (13, 12), (11, 8), (3, 0), (0, 0)])
+def test_what_must_be_computed_does_not_come_from_the_cache(compute_from: int, first: int) -> None:
+    s = Scheduler(num_pages=20, page_size=4, max_slots=4, max_step_tokens=32, max_seq_len=64)
+    prompt = list(range(15))
+    s.add(0, prompt, max_new_tokens=1)
+    assert s.schedule() is not None
+    s.update([5])
+    s.add(1, prompt, max_new_tokens=1, compute_from=compute_from)
+    step = s.schedule()
+    assert step is not None
+    assert step.positions.tolist() == list(range(first, 15))

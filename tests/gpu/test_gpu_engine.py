@@ -127,7 +127,7 @@ def step_logits(decoder: Decoder) -> torch.Tensor:
             ),
             sample_row=torch.arange(int(start[-1]), dtype=torch.int32, device=device),
         )
-        rows.append(decoder.forward(step, cache).cpu().clone())
+        rows.append(decoder.forward(step, cache)[0].cpu().clone())
     return torch.cat(rows)
 
 
@@ -206,7 +206,7 @@ def test_greedy_in_bfloat16_stays_near_float32(gpu) -> None:
         step = StepInput(
             ids, places, places.long(), AttentionInput(one, one[1:], one[:1], table), places[len(prompt) - 1 : -1]
         )
-        logits = truth.forward(step, truth.new_cache(32, 16))
+        logits, _ = truth.forward(step, truth.new_cache(32, 16))
         best = logits.max(dim=1)
         gap = best.values - logits.gather(1, torch.from_numpy(chosen).long()[:, None])[:, 0]
         worst = max(worst, float((gap / logits.std(dim=1)).max()))

@@ -67,7 +67,7 @@ def run_steps(decoder: Decoder, model: TinyModel) -> tuple[torch.Tensor, torch.T
             ),
             sample_row=ends[1:] - 1,
         )
-        ours.append(decoder.forward(step, cache).clone())
+        ours.append(decoder.forward(step, cache)[0].clone())
         theirs.append(torch.stack([model.logits[i, last - 1] for i, _, last in pieces]))
     return torch.cat(ours), torch.cat(theirs)
 
@@ -115,7 +115,7 @@ def test_a_step_without_samples_gives_no_logits(tiny: Callable[[str], TinyModel]
         sample_row=torch.empty(0, dtype=torch.int32),
     )
     cache = decoder.new_cache(1, PAGE_SIZE)
-    assert decoder.forward(step, cache).shape == (0, 97)
+    assert decoder.forward(step, cache)[0].shape == (0, 97)
     assert cache.k[1][0, :, :2].abs().min() > 0
     assert cache.k[1][0, :, 2:].abs().max() == 0
 

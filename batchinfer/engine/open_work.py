@@ -1,0 +1,127 @@
+"""What the engine knows of its open requests, and tells a runner of the rows of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from batchinfer._engine import Step
+from batchinfer.engine.constrain import Constraint
+from batchinfer.engine.slots import History
+from batchinfer.models.decoder import Scores
+from batchinfer.types import Logprobs, Request, Sample
+
+
+@dataclass(slots=True)
+class OpenRequest:
+    """A request some of whose samples are still being generated."""
+
+    request: Request
+    samples: list[Sample | None]
+    missing: int
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One sample of a request, as the scheduler knows it."""
+
+    owner: OpenRequest
+    index: int
+    logprobs: list[tuple[float, np.ndarray, np.ndarray]] = field(default_factory=list)
+    scores: Logprobs | None = None  # of a scored request, filled as its prompt is computed
+    constraint: Constraint | None = None
+    failure: str = ""  # why the constraint can't go on; its request fails with the step
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Consecutive prompt tokens of one sequence, the first at index ``first``, and the rows int32 of a step that have
+    their log-probabilities."""
+
+    sequence: Sequence
+    first: int
+    rows: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The :class:`batchinfer.engine.slots.Rows` of a step."""
+
+    step: Step
+    sequences: dict[int, Sequence]
+    tokens: Callable[[int], np.ndarray]
+    places: tuple[Scored, ...] = ()
+
+    def history(self, row: int) -> History:
+        seq_id = int(self.step.sample_seq[row])
+        return self.sequences[seq_id].owner.request.prompt, self.tokens(seq_id)
+
+    def allow(self, row: int, mask: np.ndarray) -> None:
+        sequence = self.sequences[int(self.step.sample_seq[row])]
+        try:
+            sequence.constraint.allow(mask)
+        except ValueError as error:
+            mask[:] = -1
+            sequence.failure = str(error)
+
+    def scored(self) -> tuple[np.ndarray, np.ndarray] | None:
+        if not self.places:
+            return None
+        tokens = [p.sequence.owner.request.prompt[p.first : p.first + len(p.rows)] for p in self.places]
+        return np.concatenate([p.rows for p in self.places]), np.concatenate(tokens).astype(np.int64)
+
+
+def places_scored(step: Step, sequences: dict[int, Sequence]) -> Iterator[Scored]:
+    """What the step foretells of the prompts of scored requests."""
+    for i, seq_id in enumerate(step.seq_ids.tolist()):
+        sequence = sequences[seq_id]
+        request = sequence.owner.request
+        if request.scored_from is None:
+            continue
+        begin, end = int(step.q_start[i]), int(step.q_start[i + 1])
+        position = int(step.positions[begin])  # the row of a token foretells the one after it
+        first = max(position + 1, request.scored_from)
+        last = min(position + end - begin, len(request.prompt) - 1)
+        if first <= last:
+            rows = np.arange(begin + first - position - 1, begin + last - position, dtype=np.int32)
+            yield Scored(sequence, first, rows)
+
+
+def no_scores(tokens: int) -> Logprobs:
+    """Of so many tokens, to be filled in."""
+    chosen, top = np.full(tokens, np.nan, np.float32), np.full((tokens, 1), np.nan, np.float32)
+    return Logprobs(chosen, np.full((tokens, 1), -1, np.int32), top)
+
+
+def record_scores(places: Iterable[Scored], scores: Scores) -> None:
+    """Put a step's scores, on the host and in the order of ``places``, where they belong."""
+    start = 0
+    for place in places:
+        end = start + len(place.rows)
+        to = place.first - place.sequence.owner.request.scored_from
+        into, target = place.sequence.scores, slice(to, to + len(place.rows))
+        into.chosen[target] = scores.chosen[start:end].numpy()
+        into.top_ids[target, 0] = scores.top_id[start:end].numpy()
+        into.top[target, 0] = scores.top[start:end].numpy()
+        start = end
+
+
+def unstack(sample: Sample | None) -> list[tuple[float, np.ndarray, np.ndarray]]:
+    """The inverse of :func:`stack`."""
+    if sample is None or sample.logprobs is None:
+        return []
+    logprobs = sample.logprobs
+    return [(float(c), ids, top) for c, ids, top in zip(logprobs.chosen, logprobs.top_ids, logprobs.top, strict=True)]
+
+
+def stack(rows: list[tuple[float, np.ndarray, np.ndarray]], wanted: int | None) -> Logprobs | None:
+    """One token's after the other's as arrays; None if no log-probabilities are ``wanted``."""
+    if wanted is None:
+        return None
+    return Logprobs(
+        chosen=np.array([chosen for chosen, _, _ in rows], np.float32),
+        top_ids=np.array([ids for _, ids, _ in rows], np.int32).reshape(len(rows), wanted),
+        top=np.array([top for _, _, top in rows], np.float32).reshape(len(rows), wanted),
+    )
