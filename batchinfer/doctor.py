@@ -53,13 +53,23 @@ def _extension(findings: list[str]) -> dict[str, Any]:
 
 
 def _gpu(findings: list[str]) -> dict[str, Any]:
-    """A build for GPUs on a node without one is a finding: engine.device=auto refuses to run there."""
-    from batchinfer.ops.choice import find_gpus
+    """A build for GPUs on a node without one, or a GPU without kernels, is a finding: engine.device=auto refuses to run
+    there."""
+    from batchinfer.ops.choice import choose, find_gpus
 
     gpus = find_gpus()
-    if gpus.built and not gpus.count:
-        findings.append(f"this build is for CUDA, but no GPU can be used here ({gpus.reason}): engine.device=cpu runs")
-    return {"compiled_for": ["cuda"] if gpus.built else [], "usable": gpus.count}
+    try:
+        choice = choose("auto", "auto", lambda: gpus)
+    except RuntimeError as error:
+        findings.append(str(error))
+        choice = None
+    return {
+        "compiled_for": [gpus.compiled] if gpus.compiled else [],
+        "torch_for": gpus.torch or None,
+        "triton": gpus.triton,
+        "usable": gpus.count,
+        "chosen": choice and {"backend": choice.backend, "device": choice.device},
+    }
 
 
 def _node() -> dict[str, Any]:

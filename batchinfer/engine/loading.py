@@ -46,7 +46,7 @@ def load_engine(
     the node lacks, or memory for not even one page (69).
     """
     try:
-        ops = op_list.load(engine.device, threads, rank=rank_on_node)
+        ops = op_list.load(engine.device, threads, rank=rank_on_node, ops=engine.ops)
     except RuntimeError as error:
         raise JobError(f"engine.device={engine.device}: {error}", ExitCode.UNFIT) from None
     spec = load_spec(model.path)

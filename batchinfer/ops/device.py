@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from batchinfer.ops import AttentionInput, HeadNorm, Rope, SampleInput, SampleOutput
+from batchinfer.ops import Activation, AttentionInput, HeadNorm, Rope, SampleInput, SampleOutput
 from batchinfer.ops.fields import SAMPLE_FIELDS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,11 +95,49 @@ class DeviceOps(ABC):
             self._check("residual", residual, x.dtype, (tokens, width))
         self._rms_norm(x, weight, eps, out, residual)
 
+    def layer_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        out: Tensor,
+        residual: Tensor | None = None,
+    ) -> None:
+        tokens, width = shape_of("x", x, 2)
+        self._check("x", x, None, (tokens, width))
+        self._check("weight", weight, torch.float32, (width,))
+        if bias is not None:
+            self._check("bias", bias, torch.float32, (width,))
+        self._check("out", out, x.dtype, (tokens, width))
+        if residual is not None:
+            self._check("residual", residual, x.dtype, (tokens, width))
+        self._layer_norm(x, weight, bias, eps, out, residual)
+
+    def add(self, x: Tensor, residual: Tensor) -> None:
+        self._check("x", x, None, residual.shape)
+        self._check("residual", residual, x.dtype, residual.shape)
+        residual += x
+
+    def softcap(self, x: Tensor, softcap: float) -> None:
+        self._check("x", x, torch.float32, shape_of("x", x, 2))
+        x.div_(softcap).tanh_().mul_(softcap)
+
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
-        tokens, width = shape_of("out", out, 2)
-        self._check("gate_up", gate_up, None, (tokens, 2 * width))
-        self._check("out", out, gate_up.dtype, (tokens, width))
+        self._check_gate(gate_up, out)
         self._silu_mul(gate_up, out)
+
+    def gelu_mul(self, gate_up: Tensor, out: Tensor) -> None:
+        self._check_gate(gate_up, out)
+        self._gelu_mul(gate_up, out)
+
+    def activate(self, kind: Activation, x: Tensor, out: Tensor) -> None:
+        self._check("x", x, None, shape_of("x", x, 2))
+        self._check("out", out, x.dtype, x.shape)
+        if kind == "relu":
+            torch.clamp(x, min=0, out=out)
+        else:
+            torch.ops.aten.gelu.out(x, approximate="none" if kind == "gelu" else "tanh", out=out)
 
     def rope_and_cache(
         self,
@@ -124,8 +162,9 @@ class DeviceOps(ABC):
             table_positions, rotary = shape_of("rope.cos_sin", rope.cos_sin, 2)
             self._check("rope.cos_sin", rope.cos_sin, torch.float32, (table_positions, rotary))
         if norm is not None:
-            self._check("norm.q", norm.q, torch.float32, (width,))
-            self._check("norm.k", norm.k, torch.float32, (width,))
+            whole = norm.q.numel() != width  # of all heads together
+            self._check("norm.q", norm.q, torch.float32, (heads * width if whole else width,))
+            self._check("norm.k", norm.k, torch.float32, (kv_heads * width if whole else width,))
         self._rope_and_cache(qkv, positions, kv_index, rope, k_cache, v_cache, q_out, norm)
 
     def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0) -> Any:
@@ -205,6 +244,20 @@ class DeviceOps(ABC):
     @abstractmethod
     def _silu_mul(self, gate_up: Tensor, out: Tensor) -> None: ...
 
+    def _layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor, residual: Tensor | None
+    ) -> None:
+        """By torch, where a backend has no kernel of its own."""
+        if residual is not None:
+            residual += x
+            x = residual
+        out.copy_(torch.nn.functional.layer_norm(x.float(), weight.shape, weight, bias, eps))
+
+    def _gelu_mul(self, gate_up: Tensor, out: Tensor) -> None:
+        """By torch, where a backend has no kernel of its own."""
+        gate, up = gate_up.float().chunk(2, dim=1)
+        out.copy_(torch.nn.functional.gelu(gate, approximate="tanh") * up)
+
     @abstractmethod
     def _rope_and_cache(
         self,
@@ -262,6 +315,11 @@ class DeviceOps(ABC):
             raise ValueError(f"{name} has shape {tuple(t.shape)}: {tuple(shape)} is needed")
         if not t.is_contiguous() or t.device != self.device:
             raise ValueError(f"{name} must be contiguous and on {self.device}")
+
+    def _check_gate(self, gate_up: Tensor, out: Tensor) -> None:
+        tokens, width = shape_of("out", out, 2)
+        self._check("gate_up", gate_up, None, (tokens, 2 * width))
+        self._check("out", out, gate_up.dtype, (tokens, width))
 
     def _check_lookup(self, ids_name: str, ids: Tensor, table_name: str, table: Tensor, out: Tensor) -> None:
         rows, width = shape_of("out", out, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,21 +39,12 @@ class Plan:
 
 
 class GpuOps(DeviceOps):
-    """The ops on the CUDA device ``device``, on torch's current stream.
+    """The ops on ``device``, on torch's current stream, by ``extension``: see :func:`open_gpu`. Raises ValueError on
+    shapes and dtypes."""
 
-    Raises RuntimeError where the extension or the device is missing, ValueError on shapes and dtypes.
-    """
-
-    def __init__(self, device: str = "cuda"):
-        self._gpu = _extension()
-        if not torch.cuda.is_available() or self._gpu.device_count() == 0:
-            raise RuntimeError(
-                f"device {device}: no usable GPU (driver, CUDA_VISIBLE_DEVICES, or a torch without CUDA)"
-            )
-        super().__init__(torch.device(device))
-        if self.device.index is None:
-            self.device = torch.device(self.device.type, torch.cuda.current_device())
-        torch.cuda.set_device(self.device)
+    def __init__(self, device: torch.device, extension: ModuleType):
+        super().__init__(device)
+        self._gpu = extension
         self._workspaces: dict[tuple, tuple[int, tuple[Tensor, ...]]] = {}
 
     def _lookup(self, ids: Tensor, table: Tensor, out: Tensor, scale: float) -> None:
@@ -100,6 +92,8 @@ class GpuOps(DeviceOps):
     ) -> None:
         tokens, heads, width = q_out.shape
         pages, kv_heads, page_size, _ = k_cache.shape
+        if norm is not None and norm.q.numel() != width:
+            raise ValueError("norm: the compiled GPU kernels normalise head by head; use engine.ops=triton")
         table_positions, rotary = (0, 0) if rope is None else rope.cos_sin.shape
         self._gpu.rope_and_cache(
             qkv.data_ptr(),
@@ -224,7 +218,20 @@ class GpuOps(DeviceOps):
         return torch.cuda.current_stream(self.device).cuda_stream
 
 
-def _extension():
+def open_gpu(device: str = "cuda") -> GpuOps:
+    """The ops on the CUDA device ``device``, which becomes torch's current one. Raises RuntimeError where the extension
+    or the device is missing."""
+    extension = _extension()
+    if not torch.cuda.is_available() or extension.device_count() == 0:
+        raise RuntimeError(f"device {device}: no usable GPU (driver, CUDA_VISIBLE_DEVICES, or a torch without CUDA)")
+    chosen = torch.device(device)
+    if chosen.index is None:
+        chosen = torch.device(chosen.type, torch.cuda.current_device())
+    torch.cuda.set_device(chosen)
+    return GpuOps(chosen, extension)
+
+
+def _extension() -> ModuleType:
     try:
         return importlib.import_module("batchinfer._gpu")
     except ImportError as e:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from batchinfer.ops.gpu import GpuOps
+from batchinfer.ops.gpu import GpuOps, open_gpu
 
 
 @pytest.fixture(scope="session")
 def gpu() -> GpuOps:
     try:
-        return GpuOps()
+        return open_gpu()
     except RuntimeError as e:
         pytest.skip(str(e))

@@ -81,7 +81,8 @@ def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
     x, ids = torch.zeros(3, 4096, dtype=dtype), torch.zeros(3, dtype=torch.int32)
     ops.embed(ids, x, torch.zeros_like(x), 2.0)
     ops.rms_norm(x, torch.zeros(4096), 1e-5, torch.zeros_like(x), torch.zeros_like(x))
-    ops.silu_mul(torch.zeros(3, 8192, dtype=dtype), torch.zeros_like(x))
+    ops.layer_norm(x, torch.zeros(4096), torch.zeros(4096), 1e-5, torch.zeros_like(x), torch.zeros_like(x))
+    ops.gelu_mul(torch.zeros(3, 8192, dtype=dtype), torch.zeros_like(x))
     rows, vocab = 2, 128_256
     numbers, words = torch.zeros(rows), torch.zeros(rows, dtype=torch.int32)
     start = torch.zeros(rows + 1, dtype=torch.int32)

@@ -78,16 +78,23 @@ class TritonOps(DeviceOps):
         self._launch(rows.lookup, (count, cdiv(width, block)), ids, table, out, scale, len(table), width, BLOCK=block)
 
     def _rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor, residual: Tensor | None) -> None:
-        count, width = x.shape
-        if width > norms.WIDEST:
-            raise ValueError(f"x has rows of {width} elements: at most {norms.WIDEST} are possible")
-        constants = {"BLOCK": power_of_2(width), "num_warps": norm_warps(width)}
-        self._launch(norms.rms_norm, (count,), x, weight, residual, out, width, eps, **constants)
+        self._launch(norms.rms_norm, (len(x),), x, weight, residual, out, x.shape[1], eps, **_row_options(x))
+
+    def _layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor, residual: Tensor | None
+    ) -> None:
+        self._launch(norms.layer_norm, (len(x),), x, weight, bias, residual, out, x.shape[1], eps, **_row_options(x))
 
     def _silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
+        self._gate_mul(gate_up, out, gelu=False)
+
+    def _gelu_mul(self, gate_up: Tensor, out: Tensor) -> None:
+        self._gate_mul(gate_up, out, gelu=True)
+
+    def _gate_mul(self, gate_up: Tensor, out: Tensor, gelu: bool) -> None:
         count, width = out.shape
         block = row_block(width)
-        self._launch(rows.silu_mul, (count, cdiv(width, block)), gate_up, out, width, BLOCK=block)
+        self._launch(rows.gate_mul, (count, cdiv(width, block)), gate_up, out, width, GELU=gelu, BLOCK=block)
 
     def _rope_and_cache(
         self,
@@ -123,6 +130,7 @@ class TritonOps(DeviceOps):
             WIDTH=width,
             ROTARY=0 if turn is None else turn.cos_sin.shape[1],
             PAGE=page_size,
+            WHOLE=norm is not None and norm.q.numel() != width,
             BLOCK_HEADS=together,
             BLOCK=power_of_2(width),
             num_warps=4,
@@ -260,3 +268,10 @@ class TritonOps(DeviceOps):
         if vocab not in self._counts:
             self._counts[vocab] = self.zeros((self._multiprocessors, vocab), torch.int32)
         return self._counts[vocab]
+
+
+def _row_options(x: Tensor) -> dict[str, int]:
+    width = x.shape[1]
+    if width > norms.WIDEST:
+        raise ValueError(f"x has rows of {width} elements: at most {norms.WIDEST} are possible")
+    return {"BLOCK": power_of_2(width), "num_warps": norm_warps(width)}

@@ -38,6 +38,7 @@ def penalise(
     """Grid: any; programs stride through the rows. Without fused products: see ``exact.py``."""
     counts += tl.program_id(0).to(tl.int64) * vocab
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row_logits = logits + (tl.zeros([], tl.int64) + row) * vocab
         begin, end = segment(history_start, row, history_size)
         output = begin + tl.load(history_prompt + row)
         for base in range(begin, end, BLOCK):
@@ -52,7 +53,7 @@ def penalise(
             ids = tl.load(history_ids + at, at < end, other=-1)
             known = (ids >= 0) & (ids < vocab)
             taken = tl.where(known, tl.atomic_xchg(counts + ids, 0, known, sem="relaxed"), 0)
-            place = logits + row.to(tl.int64) * vocab + ids
+            place = row_logits + ids
             x = tl.load(place, taken != 0, other=0.0)
             x = tl.where(x != x, float("-inf"), x)
             factor = tl.load(repetition + row)

@@ -12,7 +12,7 @@ def rope_and_cache(
     positions,
     kv_index,
     cos_sin,  # [table_positions, ROTARY] or None
-    q_norm,  # [WIDTH] or None
+    q_norm,  # [WIDTH], [HEADS * WIDTH] if WHOLE, or None
     k_norm,
     k_cache,  # [pages, KV_HEADS, PAGE, WIDTH]
     v_cache,
@@ -25,6 +25,7 @@ def rope_and_cache(
     WIDTH: tl.constexpr,
     ROTARY: tl.constexpr,
     PAGE: tl.constexpr,
+    WHOLE: tl.constexpr,  # one norm over all heads of a kind
     BLOCK_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -35,19 +36,30 @@ def rope_and_cache(
     e = tl.arange(0, BLOCK)[None, :]
     inside = (head < HEADS + 2 * KV_HEADS) & (e < WIDTH)
     is_query = head < HEADS
+    is_key = (head >= HEADS) & (head < HEADS + KV_HEADS)
     is_value = head >= HEADS + KV_HEADS
+    turned = (head < HEADS + KV_HEADS) & inside  # also: normalised
     heads = qkv + (token * (HEADS + 2 * KV_HEADS) + head) * WIDTH
     x = tl.load(heads + e, inside, other=0.0).to(tl.float32)
 
     half: tl.constexpr = ROTARY // 2
     partner = tl.where(e < half, e + half, e - half)
-    turns = inside & (e < ROTARY) & ~is_value
+    turns = turned & (e < ROTARY)
     other = tl.load(heads + partner, turns, other=0.0).to(tl.float32)
 
     if q_norm is not None:
-        scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / WIDTH + eps)
-        x *= tl.where(is_value, 1.0, scale * head_weight(q_norm, k_norm, e, is_query, inside))
-        other *= scale * head_weight(q_norm, k_norm, partner, is_query, turns)
+        weight = tl.where(is_query, q_norm, k_norm)
+        if WHOLE:
+            first = qkv + token * (HEADS + 2 * KV_HEADS) * WIDTH
+            q_mean = mean_square(first, HEADS * WIDTH, BLOCK_HEADS * BLOCK)
+            k_mean = mean_square(first + HEADS * WIDTH, KV_HEADS * WIDTH, BLOCK_HEADS * BLOCK)
+            mean = tl.where(is_query, q_mean, k_mean)
+            weight += tl.where(is_query, head, head - HEADS) * WIDTH
+        else:
+            mean = tl.sum(x * x, axis=1, keep_dims=True) / WIDTH
+        scale = tl.where(is_value, 1.0, tl.rsqrt(mean + eps))
+        x *= scale * tl.load(weight + e, turned, other=1.0)
+        other *= scale * tl.load(weight + partner, turns, other=1.0)
 
     if cos_sin is not None:
         position = tl.minimum(tl.maximum(tl.load(positions + token), 0), table_positions - 1)
@@ -58,16 +70,19 @@ def rope_and_cache(
 
     tl.store(q_out + (token * HEADS + head) * WIDTH + e, x, inside & is_query)
     index = tl.load(kv_index + token)
-    written = inside & (index >= 0) & (index < cache_tokens)
-    page, offset = index // PAGE, index % PAGE
-    k_head, v_head = head - HEADS, head - HEADS - KV_HEADS
-    k_place = ((page * KV_HEADS + k_head) * PAGE + offset) * WIDTH + e
-    v_place = ((page * KV_HEADS + v_head) * PAGE + offset) * WIDTH + e
-    tl.store(k_cache + k_place, x, written & ~is_query & ~is_value)
-    tl.store(v_cache + v_place, x, written & is_value)
+    if (index >= 0) & (index < cache_tokens):
+        page, offset = index // PAGE, index % PAGE
+        k_place = ((page * KV_HEADS + head - HEADS) * PAGE + offset) * WIDTH + e
+        v_place = ((page * KV_HEADS + head - HEADS - KV_HEADS) * PAGE + offset) * WIDTH + e
+        tl.store(k_cache + k_place, x, inside & is_key)
+        tl.store(v_cache + v_place, x, inside & is_value)
 
 
 @triton.jit
-def head_weight(q_norm, k_norm, e, is_query, wanted):
-    q = tl.load(q_norm + e, wanted & is_query, other=0.0)
-    return tl.where(is_query, q, tl.load(k_norm + e, wanted & ~is_query, other=0.0))
+def mean_square(x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, WIDTH, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        value = tl.load(x + at, at < WIDTH, other=0.0).to(tl.float32)
+        total += value * value
+    return tl.sum(total, axis=0) / WIDTH

@@ -21,11 +21,15 @@ def lookup(ids, table, out, scale, table_rows, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def silu_mul(gate_up, out, width, BLOCK: tl.constexpr):
-    """out [rows, width] = silu(gate) * up; gate_up [rows, 2 * width] holds the gates first."""
+def gate_mul(gate_up, out, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    """out [rows, width] = f(gate) * up; gate_up [rows, 2 * width] holds the gates first. f is SiLU, x * sigmoid(x), or
+    GELU in its tanh form, which is x * sigmoid(2 * u) with u the argument of tanh."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     gate = tl.load(gate_up + row * 2 * width + column, inside).to(tl.float32)
     up = tl.load(gate_up + row * 2 * width + width + column, inside).to(tl.float32)
-    tl.store(out + row * width + column, gate / (1 + tl.exp(-gate)) * up, inside)
+    slope = gate
+    if GELU:
+        slope = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    tl.store(out + row * width + column, gate / (1 + tl.exp(-slope)) * up, inside)
