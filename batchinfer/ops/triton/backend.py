@@ -54,13 +54,14 @@ class TritonOps(DeviceOps):
 
     def __init__(self, device: str = "cuda"):
         super().__init__(torch.device(device))
-        self._multiprocessors = 1
+        self._multiprocessors, self._rdna = 1, False
         if self.device.type != "cpu":
             module = torch.get_device_module(self.device)
             self.device = torch.device(self.device.type, self.device.index or 0)
             module.set_device(self.device)
             properties = module.get_device_properties(self.device)
             self._multiprocessors = getattr(properties, "multi_processor_count", 0) or properties.max_compute_units
+            self._rdna = getattr(properties, "gcnArchName", "").startswith("gfx1")
         self._workspaces: dict[tuple, tuple[int, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
         self._counts: dict[int, Tensor] = {}
 
@@ -161,8 +162,8 @@ class TritonOps(DeviceOps):
             window,
             GROUP=num_heads // kv_heads,
             SPLIT=split,
-            DECODE_ROWS=attention_blocks(True, width, itemsize).rows,
-            PREFILL_ROWS=attention_blocks(False, width, itemsize).rows,
+            DECODE_ROWS=attention_blocks(True, width, itemsize, self._rdna).rows,
+            PREFILL_ROWS=attention_blocks(False, width, itemsize, self._rdna).rows,
         )
         return Plan(inputs, num_heads, tuple(k_cache.shape), window, split, ends, partials)
 
@@ -184,7 +185,7 @@ class TritonOps(DeviceOps):
         slots, slot_pages = inputs.page_table.shape
         most_parts = parts(slot_pages * page_size, plan.split)
         for decode in (True,) if inputs.decode_only else (False, True):
-            blocks = attention_blocks(decode, width, q.element_size())
+            blocks = attention_blocks(decode, width, q.element_size(), self._rdna)
             tiles = cdiv(heads // kv_heads * (1 if decode else tokens), blocks.rows)
             most_items = kv_heads * (sequences * tiles * most_parts if decode else tiles + sequences)
             self._launch(

@@ -1,7 +1,7 @@
 """How large the kernels' blocks are. Pure: no torch, no device.
 
-Bounds: 64 KiB of shared memory on AMD GPUs (99 on NVIDIA's smallest), and no spills; tests/ops/triton_targets.py compiles
-every choice and holds it to both.
+Bounds: 64 KiB of shared memory on AMD GPUs (99 on NVIDIA's smallest), and no spills; tests/ops/triton_targets.py
+compiles the choices and holds them to both.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ def head_block(width: int) -> int:
     return max(16, power_of_2(width))
 
 
-def attention_blocks(decode: bool, width: int, itemsize: int) -> Blocks:
+def attention_blocks(decode: bool, width: int, itemsize: int, rdna: bool = False) -> Blocks:
     """For heads of ``width`` elements of ``itemsize`` bytes. A decoding sequence has few rows, so that 16, the least
-    that a matrix unit takes, are enough. float32 has no matrix unit here: its tiles live in registers."""
+    that a matrix unit takes, are enough. float32 has no matrix unit here: its tiles live in registers. On AMD's RDNA
+    GPUs (waves of 32) a second pipeline stage spills up to 560 bytes a thread, where CDNA and NVIDIA spill none."""
     wide = head_block(width)
     if itemsize == 4:
         return Blocks(16, 32 if wide <= 128 else 16, 4, 1)
     if decode:
-        return Blocks(16, 64 if wide <= 128 else 32, 4, 2)
-    return Blocks(64, 64 if wide <= 64 else 32, 4, 2)
+        return Blocks(16, 64 if wide <= 128 and not rdna else 32, 4, 1 if rdna else 2)
+    return Blocks(64, 64 if wide <= 64 and not rdna else 32, 8 if rdna else 4, 1 if rdna else 2)
 
 
 def row_block(width: int) -> int:
