@@ -1,8 +1,8 @@
 """The op list: every computation on a device, with its contract.
 
 ``reference.py`` is the plain torch truth of each op, ``native.py`` the compiled one for CPUs, ``gpu.py`` the one for
-GPUs, ``triton/`` the portable one for GPUs. The backend is chosen once, by :func:`load`, and handed to the model as an argument; nothing above this package
-but the engine's runner asks which device it runs on.
+GPUs, ``triton/`` the portable one for GPUs. The backend is chosen once, by :func:`load`, and handed to the model as an
+argument; nothing above this package but the engine's runner asks which device it runs on.
 
 Notation: T tokens of the step, S sequences of the step, N rows that sample, D model width, H query heads, G key/value
 heads (H is a multiple of G), E head width, V vocabulary, P pages, B tokens per page. Weights and the KV cache have the

@@ -120,7 +120,9 @@ class GpuOps(DeviceOps):
 
     def _plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int) -> Plan:
         if window:
-            raise ValueError(f"window={window}: the compiled GPU kernels attend to all positions; use engine.ops=triton")
+            raise ValueError(
+                f"window={window}: the compiled GPU kernels attend to all positions; use engine.ops=triton"
+            )
         pages, kv_heads, page_size, width = k_cache.shape
         slots, slot_pages = inputs.page_table.shape
         key = (slots, slot_pages, num_heads, kv_heads, page_size, width)

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from batchinfer.ops.triton.backend import TritonOps
 
 @dataclass(frozen=True)
 class Target:
-    """``shared``: bytes of shared memory that a program may take, on NVIDIA that of compute capability 8.6, the least of
-    the 8s. ``spills``: bytes of registers that a thread of a kernel may spill; of what is not listed, none. Counted with
-    Triton 3.9.0."""
+    """``shared``: bytes of shared memory that a program may take, for sm_80 those of compute capability 8.6, which has
+    the least of the 8s. ``spills``: bytes of registers that a thread of a kernel may spill; of one that is not listed,
+    none. Counted with Triton 3.9.0."""
 
     gpu: GPUTarget
     shared: int
@@ -52,7 +52,6 @@ IN_CI = ("sm_80", "sm_90", "gfx90a", "gfx942", "gfx1100")
 class Need:
     """What a compiled kernel takes: bytes that a thread spills, bytes of shared memory of a program."""
 
-    kernel: str
     spilled: int
     shared: int
 
@@ -125,13 +124,16 @@ def attend(ops: CompiledOps, heads: int, kv_heads: int, width: int, dtype: torch
     ops.attention(q, cache, cache, plan, 0.1, out, torch.zeros(3, heads), softcap)
 
 
-def needs(target: Target, dtype: torch.dtype = torch.bfloat16) -> Iterator[Need]:
-    """Of every kernel. Triton keeps what it compiles in $TRITON_CACHE_DIR."""
+def compiled(target: Target, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """Every kernel. Triton keeps what it compiles in $TRITON_CACHE_DIR."""
     driver.set_active(Driver(target.gpu))
     ops = CompiledOps(target.gpu)
     call_all(ops, dtype)
-    for name, kernel in ops.kernels.items():
-        yield Need(name, spilled(kernel.asm), kernel.metadata.shared)
+    return ops.kernels
+
+
+def need(kernel: Any) -> Need:
+    return Need(spilled(kernel.asm), kernel.metadata.shared)
 
 
 def spilled(asm: dict[str, Any]) -> int:
@@ -152,10 +154,10 @@ def main() -> int:
         os.environ["TRITON_CACHE_DIR"] = folder
         for name in sys.argv[1:] or IN_CI:
             target = TARGETS[name]
-            for need in needs(target):
-                limit = target.spills.get(need.kernel, 0)
-                bad += need.spilled > limit or need.shared > target.shared
-                print(f"{name} {need.kernel}: {need.spilled} of {limit} bytes spilled, {need.shared} shared", flush=True)
+            for kernel, result in compiled(target).items():
+                it, limit = need(result), target.spills.get(kernel, 0)
+                bad += it.spilled > limit or it.shared > target.shared
+                print(f"{name} {kernel}: {it.spilled} of {limit} bytes spilled, {it.shared} shared", flush=True)
     return 1 if bad else 0
 
 

@@ -177,17 +177,18 @@ def attend(
         some = tl.where(total == 0, 1.0, total)
         result = weighted / some[:, None]
         row_lse = tl.where(total == 0, float("-inf"), (highest + tl.log2(some)) * LN2)
+        to, lse_to = out + place[:, None] * WIDTH, lse + place
         if SPLIT > 0:
             if parts > 1:
                 part_place = (s.to(tl.int64) * HEADS + head) * most_parts + part
                 tl.store(part_out + part_place[:, None] * WIDTH + e[None, :], result, wanted)
                 tl.store(part_lse + part_place, row_lse, inside)
             else:
-                tl.store(out + place[:, None] * WIDTH + e[None, :], result, wanted)
-                tl.store(lse + place, row_lse, inside)
+                tl.store(to + e[None, :], result, wanted)
+                tl.store(lse_to, row_lse, inside)
         else:
-            tl.store(out + place[:, None] * WIDTH + e[None, :], result, wanted)
-            tl.store(lse + place, row_lse, inside)
+            tl.store(to + e[None, :], result, wanted)
+            tl.store(lse_to, row_lse, inside)
 
 
 @triton.jit

@@ -62,7 +62,8 @@ class TritonOps(DeviceOps):
             properties = module.get_device_properties(self.device)
             self._multiprocessors = getattr(properties, "multi_processor_count", 0) or properties.max_compute_units
             self._rdna = getattr(properties, "gcnArchName", "").startswith("gfx1")
-        self._workspaces: dict[tuple, tuple[int, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
+        self._partials: dict[tuple[int, ...], tuple[int, tuple[Tensor, Tensor]]] = {}
+        self._ends: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._counts: dict[int, Tensor] = {}
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -142,14 +143,15 @@ class TritonOps(DeviceOps):
         slots, slot_pages = inputs.page_table.shape
         capacity = slot_pages * page_size
         window = window or 2**31 - 1
-        key = (slots, capacity, num_heads, width, window)
-        if key not in self._workspaces:
+        key = (slots, capacity, num_heads, width)
+        if key not in self._partials:
             split = fitting_split(SPLIT, slots, capacity, num_heads, width)
             most = slots * num_heads * parts(capacity, split)
-            partials = self._empty(torch.float32, most, width), self._empty(torch.float32, most)
-            ends = self._empty(torch.int32, slots), self._empty(torch.int32, slots)
-            self._workspaces[key] = split, ends, partials
-        split, ends, partials = self._workspaces[key]
+            self._partials[key] = split, (self._empty(torch.float32, most, width), self._empty(torch.float32, most))
+        split, partials = self._partials[key]
+        if (*key, window) not in self._ends:  # layers with and without a window alternate
+            self._ends[(*key, window)] = self._empty(torch.int32, slots), self._empty(torch.int32, slots)
+        ends = self._ends[(*key, window)]
         itemsize = k_cache.element_size()
         self._launch(
             attention.plan,

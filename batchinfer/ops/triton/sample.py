@@ -67,10 +67,7 @@ def last_kept(logits, vocab, highest, inverse, target, last, MASS: tl.constexpr,
             x = scaled(logits, ids, vocab, highest, inverse)
             key = key_of(x)
             digit = tl.where((ids < vocab) & (key <= last), (key - found) >> shift, -1)
-            if MASS:
-                one = exact.mass(x)
-            else:
-                one = tl.full([BLOCK], 1, tl.int64)
+            one = exact.mass(x) if MASS else tl.full([BLOCK], 1, tl.int64)
             weight += tl.sum(tl.where(digit[:, None] == digits[None, :], one[:, None], 0), axis=0)
         if step == 0:
             if MASS:

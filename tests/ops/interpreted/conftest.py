@@ -1,5 +1,5 @@
-"""Tests of the Triton kernels in Triton's interpreter, on the CPU; ../test_triton.py runs them in a process of their own,
-because Triton looks at the variable when a kernel is defined."""
+"""Tests of the Triton kernels in Triton's interpreter, on the CPU; ../test_triton.py runs them in a process of their
+own, because Triton looks at the variable when a kernel is defined."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ TRUTH = ReferenceOps(torch.float64)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}
 
 dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-AREA = "Triton kernels (interpreted)"
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -31,7 +30,9 @@ def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
     assert error <= limit, f"{error} > {limit}"  # false for NaN
 
 
-@pytest.mark.feature(AREA, "RMSNorm and LayerNorm with residual, SiLU-mul, GELU-mul, embedding, rope and cache write")
+@pytest.mark.feature(
+    "Triton kernels (interpreted)", "RMSNorm and LayerNorm with residual, gates, embedding, rope and cache write"
+)
 @dtypes
 @pytest.mark.parametrize(("tokens", "width"), [(1, 64), (7, 576), (3, 100), (2, 4100)])
 @pytest.mark.parametrize("with_residual", [False, True])
