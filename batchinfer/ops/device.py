@@ -32,7 +32,8 @@ PARTIAL_BYTES = 512 << 20
 
 
 class Plan(Protocol):
-    """A step's work lists. Valid until the next ``plan_attention`` on the stream with the same page table shape."""
+    """A step's work lists. Valid until the next ``plan_attention`` on the stream with the same page table shape and
+    window."""
 
     num_heads: int
     cache_shape: tuple[int, ...]
@@ -244,6 +245,9 @@ class DeviceOps(ABC):
     @abstractmethod
     def _silu_mul(self, gate_up: Tensor, out: Tensor) -> None: ...
 
+    @abstractmethod
+    def _gelu_mul(self, gate_up: Tensor, out: Tensor) -> None: ...
+
     def _layer_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor, residual: Tensor | None
     ) -> None:
@@ -252,11 +256,6 @@ class DeviceOps(ABC):
             residual += x
             x = residual
         out.copy_(torch.nn.functional.layer_norm(x.float(), weight.shape, weight, bias, eps))
-
-    def _gelu_mul(self, gate_up: Tensor, out: Tensor) -> None:
-        """By torch, where a backend has no kernel of its own."""
-        gate, up = gate_up.float().chunk(2, dim=1)
-        out.copy_(torch.nn.functional.gelu(gate, approximate="tanh") * up)
 
     @abstractmethod
     def _rope_and_cache(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -46,6 +47,7 @@ class GpuOps(DeviceOps):
         super().__init__(device)
         self._gpu = extension
         self._workspaces: dict[tuple, tuple[int, tuple[Tensor, ...]]] = {}
+        self._lists: dict[tuple[tuple, int], tuple[Tensor, ...]] = {}
 
     def _lookup(self, ids: Tensor, table: Tensor, out: Tensor, scale: float) -> None:
         rows, width = out.shape
@@ -76,8 +78,13 @@ class GpuOps(DeviceOps):
         )
 
     def _silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
-        tokens, width = out.shape
-        self._gpu.silu_mul(gate_up.data_ptr(), out.data_ptr(), NUMBERS[out.dtype], tokens, width, self._stream())
+        self._gate(self._gpu.silu_mul, gate_up, out)
+
+    def _gelu_mul(self, gate_up: Tensor, out: Tensor) -> None:
+        self._gate(self._gpu.gelu_mul, gate_up, out)
+
+    def _gate(self, launch: Callable[..., None], gate_up: Tensor, out: Tensor) -> None:
+        launch(gate_up.data_ptr(), out.data_ptr(), NUMBERS[out.dtype], *out.shape, self._stream())
 
     def _rope_and_cache(
         self,
@@ -119,16 +126,15 @@ class GpuOps(DeviceOps):
         )
 
     def _plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int) -> Plan:
-        if window:
-            raise ValueError(
-                f"window={window}: the compiled GPU kernels attend to all positions; use engine.ops=triton"
-            )
         pages, kv_heads, page_size, width = k_cache.shape
         slots, slot_pages = inputs.page_table.shape
         key = (slots, slot_pages, num_heads, kv_heads, page_size, width)
         if key not in self._workspaces:
             self._workspaces[key] = self._workspace(slots, slot_pages * page_size, num_heads, kv_heads, width)
+        if (key, window) not in self._lists:
+            self._lists[key, window] = tuple(self._empty(torch.int32, slots + 1) for _ in range(4))
         split, workspace = self._workspaces[key]
+        workspace = self._lists[key, window] + workspace
         lists = (inputs.q_start, inputs.kv_len, inputs.slot, inputs.page_table)
         handle = self._gpu.AttentionPlan(
             *(t.data_ptr() for t in lists),
@@ -142,6 +148,7 @@ class GpuOps(DeviceOps):
             page_size,
             split,
             inputs.decode_only,
+            window,
             *(t.data_ptr() for t in workspace),
         )
         self._gpu.plan_attention(handle, self._stream())
@@ -158,8 +165,6 @@ class GpuOps(DeviceOps):
         lse: Tensor,
         softcap: float,
     ) -> None:
-        if softcap:
-            raise ValueError(f"softcap={softcap}: the compiled GPU kernels cap no scores; use engine.ops=triton")
         self._gpu.attention(
             plan.handle,
             q.data_ptr(),
@@ -170,6 +175,7 @@ class GpuOps(DeviceOps):
             NUMBERS[q.dtype],
             len(q),
             scale,
+            softcap,
             self._stream(),
         )
 
@@ -204,12 +210,11 @@ class GpuOps(DeviceOps):
     def _workspace(
         self, slots: int, longest: int, heads: int, kv_heads: int, width: int
     ) -> tuple[int, tuple[Tensor, ...]]:
-        """The split, and the plan's arrays from decode_start on. Both follow from the page table's shape alone."""
+        """The split, and the plan's arrays from queues on. Both follow from the page table's shape alone."""
         split = fitting_split(SPLIT, slots, longest, heads, width)
         partial_rows = slots * heads * parts(longest, split)
         row_tiles = -(-heads // kv_heads // DECODE_ROWS)
         return split, (
-            *(self._empty(torch.int32, slots + 1) for _ in range(4)),
             torch.zeros(4, dtype=torch.int32, device=self.device),
             torch.zeros(slots * kv_heads * row_tiles, dtype=torch.int32, device=self.device),
             self._empty(torch.float32, partial_rows, width),
