@@ -76,6 +76,7 @@ class EngineConfig:
     max_model_len: the model's own limit)."""
 
     device: str = "auto"
+    ops: str = "auto"
     dtype: str = "auto"
     threads: int = 0
     page_size: int = 16
@@ -171,7 +172,8 @@ class Config:
 CHOICES: dict[str, tuple[str, ...]] = {
     "task.name": ("generate", "score"),
     "output.compression": ("zstd", "snappy", "lz4", "gzip", "none"),
-    "engine.device": ("auto", "cpu", "cuda", "reference"),
+    "engine.device": ("auto", "cpu", "cuda", "rocm", "xpu", "reference"),
+    "engine.ops": ("auto", "native", "triton"),
     "engine.dtype": ("auto", "bf16", "fp32"),
     "cluster.mpi": ("auto", "on", "off"),
     "export.format": ("rows", "openai"),
@@ -328,6 +330,9 @@ def _check_task(value: dict[str, Any]) -> None:
 
 def _check_engine(value: dict[str, Any]) -> None:
     page_size, length = value["engine.page_size"], value["engine.max_model_len"]
+    device, ops = value["engine.device"], value["engine.ops"]
+    if ops != "auto" and device in ("cpu", "reference"):
+        raise _refused("engine.ops", ops, f"it chooses among the kernels of a GPU, and engine.device is {device}")
     if page_size & (page_size - 1):
         raise _refused("engine.page_size", page_size, "it must be a power of two")
     if value["engine.num_pages"] and value["engine.kv_cache_gb"]:

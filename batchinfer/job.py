@@ -133,7 +133,7 @@ def run(
 def _work(config: Config, world: World, opening: Opening, load_engine: EngineLoader) -> tuple[int, bool]:
     """Compute and close the job; the exit code, and whether all ranks have come to the end."""
     ledger = Ledger(opening.path, opening.plan, config.output.compression)
-    gpus = config.engine.device not in ("cpu", "reference") and importlib.util.find_spec("batchinfer._gpu") is not None
+    gpus = _wants_gpus(config.engine)
     places = world.bcast(world.gather(place(world.hostname, world.local_rank, gpus)))
     check_places(places)
     if world.rank == 0 and world.size > 1:
@@ -426,7 +426,16 @@ def fingerprint(config: Config, model: Mapping[str, str], retried: str | None = 
 
 def numeric(config: Config) -> dict[str, Any]:
     """What may change the last bits of a logit, and so a token here and there: noted in the plan and in every part."""
-    return {"engine": {"device": config.engine.device, "dtype": config.engine.dtype}, "batchinfer": __version__}
+    engine = {"device": config.engine.device, "ops": config.engine.ops, "dtype": config.engine.dtype}
+    return {"engine": engine, "batchinfer": __version__}
+
+
+def _wants_gpus(engine: EngineConfig) -> bool:
+    """Whether the ranks' GPUs are to be told apart before the engine finds its device: all but a run that may end on
+    the CPU."""
+    if engine.device == "auto":
+        return engine.ops != "auto" or importlib.util.find_spec("batchinfer._gpu") is not None
+    return engine.device not in ("cpu", "reference")
 
 
 def _close(config: Config, opening: Opening, ledger: Ledger, counters: Counters, attempt: dict[str, Any]) -> int:

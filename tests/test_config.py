@@ -71,6 +71,7 @@ def test_missing_paths_are_named_together() -> None:
     [
         ({"engine.dtype": "fp16"}, "engine.dtype='fp16' is not allowed: it must be one of auto, bf16, fp32"),
         ({"engine.device": "gpu0"}, "engine.device='gpu0' is not allowed: it must be one of auto, cpu"),
+        ({"engine.device": "cpu", "engine.ops": "triton"}, "of a GPU, and engine.device is cpu"),
         ({"output.compression": "brotli"}, "one of zstd, snappy, lz4, gzip, none"),
         ({"cluster.mpi": "True"}, 'in a YAML file write "on" and "off" in quotes'),
         ({"output.rows_per_chunk": 0}, "output.rows_per_chunk=0 is not allowed: it must be a whole number in [1, "),

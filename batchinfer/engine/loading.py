@@ -50,7 +50,7 @@ def load_engine(
     page (69).
     """
     try:
-        ops = op_list.load(engine.device, threads, rank=rank_on_node)
+        ops = op_list.load(engine.device, threads, rank=rank_on_node, ops=engine.ops)
     except RuntimeError as error:
         raise JobError(f"engine.device={engine.device}: {error}", ExitCode.UNFIT) from None
     trace = Trace(engine.profile) if engine.profile else None

@@ -15,6 +15,7 @@ from batchinfer.engine.memory import free_memory, host_budget
 from batchinfer.engine.slots import Rows, SlotTable
 from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores, StepInput
 from batchinfer.ops import AttentionInput, SampleOutput
+from batchinfer.types import ExitCode, JobError
 
 if TYPE_CHECKING:
     from batchinfer._engine import Step
@@ -63,9 +64,16 @@ class Runner(Protocol):
 
 
 def make_runner(decoder: Decoder, page_size: int, max_slots: int) -> Runner:
-    """The runner for the decoder's device. Raises JobError (64) for a page size that the device can't work with."""
-    if decoder.ops.device.type == "cpu":
+    """The runner for the decoder's device. Raises JobError: a page size that the device can't work with (64), a device
+    that has ops and no runner (69)."""
+    device = decoder.ops.device.type
+    if device == "cpu":
         return HostRunner(decoder, page_size, max_slots)
+    if device != "cuda":
+        raise JobError(
+            f"engine.device={device}: there are kernels for it, but no step loop yet; cuda, rocm and cpu have one",
+            ExitCode.UNFIT,
+        )
     from batchinfer.engine.device_runner import DeviceRunner
 
     return DeviceRunner(decoder, page_size, max_slots)

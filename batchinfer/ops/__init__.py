@@ -1,8 +1,8 @@
 """The op list: every computation on a device, with its contract.
 
 ``reference.py`` is the plain torch truth of each op, ``native.py`` the compiled one for CPUs, ``gpu.py`` the one for
-GPUs. The backend is chosen once, by :func:`load`, and handed to the model as an argument; nothing above this package
-but the engine's runner asks which device it runs on.
+GPUs, ``triton/`` the portable one for GPUs. The backend is chosen once, by :func:`load`, and handed to the model as an
+argument; nothing above this package but the engine's runner asks which device it runs on.
 
 Notation: T tokens of the step, S sequences of the step, N rows that sample, D model width, H query heads, G key/value
 heads (H is a multiple of G), E head width, V vocabulary, P pages, B tokens per page. Weights and the KV cache have the
@@ -202,17 +202,24 @@ class Ops(Protocol):
         id. Temperature 0 is the arg max after penalties and bans."""
 
 
-def load(device: str, threads: int = 0, *, rank: int = 0) -> Ops:
-    """The ops for ``device``, a value of ``engine.device``, in the process that is number ``rank`` of its node.
-    ``threads`` (of the CPU backend) 0: the CPUs that this process may use.
+def load(device: str, threads: int = 0, *, rank: int = 0, ops: str = "auto") -> Ops:
+    """The ops for ``device`` and ``ops``, values of ``engine.device`` and ``engine.ops``, in the process that is number
+    ``rank`` of its node. ``threads`` (of the CPU backend) 0: the CPUs that this process may use.
 
     Raises RuntimeError, saying what to do, where the build or the node lacks the device.
     """
-    choice = choose(device, find_gpus, rank)
-    if choice.backend == "cuda":
+    choice = choose(device, ops, find_gpus, rank)
+    if choice.backend == "native":
         from batchinfer.ops.gpu import open_gpu
 
-        return open_gpu(f"cuda:{choice.index}")
+        return open_gpu(choice.device)
+    if choice.backend == "triton":
+        from batchinfer.ops.triton.cache import use_local_cache
+
+        use_local_cache(rank)
+        from batchinfer.ops.triton.backend import TritonOps
+
+        return TritonOps(choice.device)
     if choice.backend == "reference":
         from batchinfer.ops.reference import ReferenceOps
 

@@ -1,0 +1,56 @@
+"""How large the kernels' blocks are. Pure: no torch, no device.
+
+Bounds: 64 KiB of shared memory on AMD GPUs (99 on NVIDIA's smallest), and no spills; tests/ops/triton_targets.py
+compiles the choices and holds them to both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """``rows`` of queries and ``keys`` taken at a time; ``warps`` and pipeline ``stages`` of a program."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is not less than ``n`` >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def head_block(width: int) -> int:
+    """A head's width as the matrix units take it."""
+    return max(16, power_of_2(width))
+
+
+def attention_blocks(decode: bool, width: int, itemsize: int, rdna: bool = False) -> Blocks:
+    """For heads of ``width`` elements of ``itemsize`` bytes. A decoding sequence has few rows, so that 16, the least
+    that a matrix unit takes, are enough. float32 has no matrix unit here: its tiles live in registers. On AMD's RDNA
+    GPUs (waves of 32) a second pipeline stage spills up to 560 bytes a thread, where CDNA and NVIDIA spill none."""
+    wide = head_block(width)
+    if itemsize == 4:
+        return Blocks(16, 32 if wide <= 128 else 16, 4, 1)
+    if decode:
+        return Blocks(16, 64 if wide <= 128 and not rdna else 32, 4, 1 if rdna else 2)
+    return Blocks(64, 64 if wide <= 64 and not rdna else 32, 8 if rdna else 4, 1 if rdna else 2)
+
+
+def row_block(width: int) -> int:
+    """Elements of a row that a program takes, where rows can be cut anywhere."""
+    return min(1024, power_of_2(width))
+
+
+def norm_warps(width: int) -> int:
+    """Warps for a row in registers: up to 64 elements a thread of 32."""
+    return min(16, max(1, power_of_2(width) // 1024))
+
+
+def heads_together(width: int) -> int:
+    """Heads of a token that one program rotates: 1,024 elements or so."""
+    return max(1, 1024 // power_of_2(width))

@@ -1,0 +1,165 @@
+"""Compile the Triton kernels for GPUs that are not here, as the ops would launch them, and hold what they need of a
+multiprocessor against what is known.
+
+python tests/ops/triton_targets.py [TARGET ...]      needs neither a GPU nor a driver; prints what each kernel needs
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from batchinfer.ops import AttentionInput, HeadNorm, Rope, SampleInput
+from batchinfer.ops.triton.backend import TritonOps
+
+
+@dataclass(frozen=True)
+class Target:
+    """``shared``: bytes of shared memory that a program may take, for sm_80 those of compute capability 8.6, which has
+    the least of the 8s. ``spills``: bytes of registers that a thread of a kernel may spill; of one that is not listed,
+    none. Counted with Triton 3.9.0."""
+
+    gpu: GPUTarget
+    shared: int
+    spills: Mapping[str, int] = field(default_factory=dict)
+
+
+TARGETS = {
+    "sm_75": Target(GPUTarget("cuda", 75, 32), 64 << 10),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 99 << 10, {"attend prefill 64": 8}),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 << 10, {"choose": 32}),
+    "gfx90a": Target(GPUTarget("hip", "gfx90a", 64), 64 << 10),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10),
+    "gfx1100": Target(GPUTarget("hip", "gfx1100", 32), 64 << 10),
+}
+
+IN_CI = ("sm_80", "sm_90", "gfx90a", "gfx942", "gfx1100")
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a compiled kernel takes: bytes that a thread spills, bytes of shared memory of a program."""
+
+    spilled: int
+    shared: int
+
+
+class Driver:
+    """Stands where Triton asks which device is current."""
+
+    def __init__(self, target: GPUTarget):
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> str:
+        return str(self._target)
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+class CompiledOps(TritonOps):
+    """Compiles what it should launch. ``kernels``: name, and what Triton made of it."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        super().__init__("cpu")
+        self._rdna = str(target.arch).startswith("gfx1")
+        self.kernels: dict[str, Any] = {}
+
+    def _run(self, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
+        name = kernel.__name__
+        if name == "attend":
+            name = f"attend {'decode' if options['SPLIT'] else 'prefill'} {options['WIDTH']}"
+        if name not in self.kernels:
+            self.kernels[name] = kernel.warmup(*args, grid=grid, **options)
+
+
+def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Every op at the sizes of a model, attention for two widths, one of them with a soft cap."""
+    attend(ops, 9, 3, 64, dtype, softcap=50.0)
+    attend(ops, 32, 8, 128, dtype, softcap=0.0)
+    words, x = torch.zeros(3, dtype=torch.int32), torch.zeros(3, 4096, dtype=dtype)
+    qkv, q = torch.zeros(3, (32 + 2 * 8) * 128, dtype=dtype), torch.zeros(3, 32, 128, dtype=dtype)
+    cache = torch.zeros(4, 8, 16, 128, dtype=dtype)
+    norm = HeadNorm(torch.zeros(128), torch.zeros(128), 1e-6)
+    ops.rope_and_cache(qkv, words, words.long(), Rope(torch.zeros(50, 128)), cache, cache, q, norm)
+    ops.embed(words, x, torch.zeros_like(x), 2.0)
+    ops.rms_norm(x, torch.zeros(4096), 1e-5, torch.zeros_like(x), torch.zeros_like(x))
+    ops.layer_norm(x, torch.zeros(4096), torch.zeros(4096), 1e-5, torch.zeros_like(x), torch.zeros_like(x))
+    ops.gelu_mul(torch.zeros(3, 8192, dtype=dtype), torch.zeros_like(x))
+    numbers, start = torch.zeros(3), torch.zeros(4, dtype=torch.int32)
+    inputs = SampleInput(
+        *(numbers, words, numbers, numbers, words.long(), words),
+        penalties=(numbers,) * 3,
+        history_ids=words,
+        history_start=start,
+        history_prompt=words,
+        banned_ids=words,
+        banned_start=start,
+        num_logprobs=words + 3,
+    )
+    ops.sample(torch.zeros(3, 128_256), inputs)
+
+
+def attend(ops: CompiledOps, heads: int, kv_heads: int, width: int, dtype: torch.dtype, softcap: float) -> None:
+    words = torch.zeros(3, dtype=torch.int32)
+    cache = torch.zeros(4, kv_heads, 16, width, dtype=dtype)
+    q, out = torch.zeros(2, 3, heads, width, dtype=dtype)
+    inputs = AttentionInput(torch.zeros(4, dtype=torch.int32), words, words, torch.zeros(3, 200, dtype=torch.int32))
+    plan = ops.plan_attention(inputs, heads, cache)
+    ops.attention(q, cache, cache, plan, 0.1, out, torch.zeros(3, heads), softcap)
+
+
+def compiled(target: Target, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """Every kernel. Triton keeps what it compiles in $TRITON_CACHE_DIR."""
+    driver.set_active(Driver(target.gpu))
+    ops = CompiledOps(target.gpu)
+    call_all(ops, dtype)
+    return ops.kernels
+
+
+def need(kernel: Any) -> Need:
+    return Need(spilled(kernel.asm), kernel.metadata.shared)
+
+
+def spilled(asm: dict[str, Any]) -> int:
+    """Bytes of a thread's private memory, where nothing but spilled registers is."""
+    if "amdgcn" in asm:
+        return int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", asm["amdgcn"])[1])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+def main() -> int:
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        for name in sys.argv[1:] or IN_CI:
+            target = TARGETS[name]
+            for kernel, result in compiled(target).items():
+                it, limit = need(result), target.spills.get(kernel, 0)
+                bad += it.spilled > limit or it.shared > target.shared
+                print(f"{name} {kernel}: {it.spilled} of {limit} bytes spilled, {it.shared} shared", flush=True)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
