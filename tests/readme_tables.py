@@ -12,8 +12,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from batchinfer.models.architectures import ARCHITECTURES, GGUF_ARCHITECTURES
 from batchinfer.models.rope import ROPE_TYPES
-from batchinfer.models.spec import ARCHITECTURES, GGUF_ARCHITECTURES
 
 TESTS = Path(__file__).parent
 README = TESTS.parent / "README.md"
