@@ -338,12 +338,14 @@ def fingerprint(config: Config, model: Mapping[str, str], retried: str | None = 
     source = prompt_source(config.input)
     prompt = template_text(source.name) if source.kind == "template" else source.name
     return {
+        **({"task": config.task.name} if config.task.name != "generate" else {}),
         "model": dict(model),
         "input": {
             source.kind: prompt,
             "columns": config.input.columns,
             "sampling_columns": config.input.sampling_columns,
             **({"retry_errors_of": retried} if retried else {}),
+            **({"continuation": config.input.continuation_column} if config.input.continuation_column else {}),
         },
         "output": {"prefix": config.output.prefix, "token_ids": config.output.token_ids},
         "sampling": to_dict(config)["sampling"],

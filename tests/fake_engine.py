@@ -8,7 +8,7 @@ from collections import deque
 import numpy as np
 
 from batchinfer.config import EngineConfig, ModelConfig
-from batchinfer.types import Completion, EngineStats, ErrorCode, Request, RowError, Sample
+from batchinfer.types import Completion, EngineStats, ErrorCode, Logprobs, Request, RowError, Sample
 
 POISON = "poison"
 """A prompt with this word is refused by the engine."""
@@ -121,6 +121,10 @@ class FakeEngine:
         if POISON.encode() in bytes(request.prompt.astype(np.uint8)):
             error = RowError(ErrorCode.KV_CAPACITY, "no page for this one")
             return Completion(request.id, len(request.prompt), error=error)
+        if request.scored_from is not None:
+            tokens = request.prompt[request.scored_from :]
+            logprobs = Logprobs(-tokens.astype(np.float32) / 100, tokens[:, None], -tokens[:, None].astype(np.float32))
+            return Completion(request.id, request.scored_from, (Sample(tokens, "", "scored", logprobs),))
         samples = []
         for index in range(request.sampling.n):
             tokens = answer(request.prompt, request.seed, index, request.sampling.max_tokens)

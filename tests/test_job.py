@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import threading
 import time
@@ -410,3 +411,24 @@ def test_openai_requests_in_and_results_out(tmp_path: Path) -> None:
         assert all(choice["text"] for choice in choices)
         assert result["response"]["body"]["usage"]["completion_tokens"] <= (3 + i) * len(choices)
     assert (failed["custom_id"], failed["response"], failed["error"]["code"]) == ("r5", None, "EMPTY_PROMPT")
+
+
+def test_scores_of_continuations(inputs: Path, tmp_path: Path) -> None:
+    """Drained in the middle and gone on with, like every other job."""
+    changes = {"task__name": "score", "input__continuation_column": "prompt", "input__template": "{{ id }}:"}
+    output = tmp_path / "out"
+    config = configure(inputs, output, output__token_ids=True, **changes)
+    assert job.run(config, World(), load_fake, identify_fake) == 0
+    assert verify(str(output)).ok
+    table = pa.concat_tables([pq.read_table(part) for part in sorted(output.glob("part-*.parquet"))])
+    generated = ["logprob", "perplexity", "is_greedy", "prompt_tokens", "completion_tokens", "token_ids"]
+    assert table.column_names == ["id", "prompt", *generated, "token_logprobs", "status", "error_code", "error"]
+    for row in table.to_pylist():
+        tokens = row["prompt"].encode()
+        assert row["token_ids"] == list(tokens)
+        assert (row["prompt_tokens"], row["completion_tokens"]) == (len(f"{row['id']}:"), len(tokens))
+        assert row["logprob"] == pytest.approx(-sum(tokens) / 100, rel=1e-6)
+        assert row["perplexity"] == pytest.approx(math.exp(sum(tokens) / 100 / len(tokens)), rel=1e-6)
+        assert row["is_greedy"] is True
+    with pytest.raises(JobError, match="task"):
+        job.run(configure(inputs, output), World(), load_fake, identify_fake)
