@@ -169,6 +169,8 @@ def _from_parameters(
         # Qwen's configs keep the trained length in max_position_embeddings; rope_scaling alone says how far it reaches.
         max_positions = max(max_positions, int(factor * trained))
     if kind == "longrope":
+        if trained < 2:
+            raise ModelError(f"{inner.where}: original_max_position_embeddings={trained} must be above 1")
         given["factor"] = factor = inner.number("factor", max_positions / trained)
         given |= {name: inner.numbers(f"{name}_factor", width // 2) for name in ("short", "long")}
         given["magnitude"] = inner.number("attention_factor", longrope_magnitude(factor, trained))
