@@ -107,9 +107,11 @@ class JobConfig:
 @dataclass(frozen=True)
 class ClusterConfig:
     """``mpi``: "auto" uses MPI where a launcher (srun, mpiexec ...) started several ranks, "on" always, "off" never.
-    ``srun``: options that slurm/run.sh gives to srun; the program itself does not use them."""
+    ``hosts_per_reader``: of so many hosts one rank reads the weights for all, 0: every rank reads. ``srun``: options
+    that slurm/run.sh gives to srun; the program itself does not use them."""
 
     mpi: str = "auto"
+    hosts_per_reader: int = 64
     srun: str = ""
 
 
@@ -190,6 +192,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "job.journal_seconds": (0.0, 86400.0),
     "job.margin_seconds": (0.0, 86400.0),
     "job.row_seconds": (0.0, 1e9),
+    "cluster.hosts_per_reader": (0, 2**20),
     "bench.rows": (0, 2**40),
     "bench.repeat": (1, 1000),
     "compact.rows_per_file": (1, 2**40),

@@ -133,7 +133,7 @@ class FakeEngine:
 
 
 def load_fake(
-    model: ModelConfig, engine: EngineConfig, *, threads: int, rank_on_node: int, ranks_on_node: int
+    model: ModelConfig, engine: EngineConfig, *, threads: int, rank_on_node: int, ranks_on_node: int, source: object
 ) -> FakeEngine:
     return FakeEngine(slots=engine.max_slots)
 

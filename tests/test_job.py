@@ -28,6 +28,7 @@ from batchinfer.data.convert import convert
 from batchinfer.data.export import export
 from batchinfer.data.prompts import row_seed
 from batchinfer.inquire import show_plan, show_status, show_verify
+from batchinfer.models.files import Block
 from batchinfer.types import ROW_BITS, ExitCode, JobError
 
 
@@ -385,6 +386,68 @@ def test_an_interrupt_leaves_only_complete_parts(inputs: Path, tmp_path: Path) -
     assert 0 < len(parts(tmp_path / "out")) < 9
     assert show_verify(config) == ExitCode.INCOMPLETE
     assert run(config) == 0
+
+
+def loading(data: bytes, between: Callable[[], object] = lambda: None) -> Callable[..., FakeEngine]:
+    """A load_engine that gets ``data`` as weights, in blocks of ten bytes; ``between`` is called after each."""
+
+    def load(*_: Any, source: Any, **__: Any) -> FakeEngine:
+        blocks = [Block("weights", at, 10) for at in range(0, len(data), 10)]
+        read = lambda block, out: out.__setitem__(slice(None), data[block.offset : block.offset + 10])  # noqa: E731
+        assert source.value(lambda: "header") == "header"
+        got = b""
+        for view in source.stream(blocks, read):
+            got += view
+            between()
+        assert got == data
+        return FakeEngine()
+
+    return load
+
+
+@pytest.mark.feature(
+    "job", "the bytes of the weights are hashed as they are read: a change between two attempts is said"
+)
+def test_weights_that_changed_between_two_attempts(
+    inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = configure(inputs, tmp_path / "out")
+
+    def crash(*_: Any, **options: Any) -> FakeEngine:
+        loading(b"a" * 50)(**options)
+        return FakeEngine(fail_at_step=60)
+
+    with pytest.raises(JobError):
+        run(config, crash)
+    assert "batchinfer: weights 0.00 GB in 0.0 s" in capfd.readouterr().err
+    with pytest.raises(JobError, match=r"are not those that attempt 1 loaded .*; job\.strict_resume=false goes on"):
+        run(configure(inputs, tmp_path / "out", job__strict_resume=True), loading(b"b" * 50))
+    assert run(config, loading(b"b" * 50)) == ExitCode.COMPLETE
+    assert "the weights in fake are not those that attempt" in capfd.readouterr().err
+    ended = json.loads((tmp_path / "out" / "_batchinfer" / "attempts" / "000003.end.json").read_text())
+    assert (ended["weights"]["bytes"], ended["weights"]["read"], ended["weights"]["ranks"]) == (50, 50, 1)
+    provenance = [
+        json.loads(pq.read_metadata(part).metadata[b"batchinfer"])["provenance"]
+        for part in sorted((tmp_path / "out").glob("part-*.parquet"))
+    ]
+    assert provenance[-1]["weights"] == ended["weights"]["digest"]
+    assert len({entry["weights"] for entry in provenance}) == 2
+
+
+def test_a_signal_ends_the_loading(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    come: list[str] = []
+    monkeypatch.setattr(job.signals, "received", lambda: come[0] if come else None)
+    calls: list[None] = []
+
+    def between() -> None:
+        calls.append(None)
+        come.append("SIGUSR1")
+
+    config = configure(inputs, tmp_path / "out")
+    assert run(config, loading(b"a" * 500, between)) == ExitCode.INCOMPLETE
+    assert len(calls) == 1
+    come.clear()
+    assert run(config, loading(b"a" * 500)) == ExitCode.COMPLETE
 
 
 def test_openai_requests_in_and_results_out(tmp_path: Path) -> None:

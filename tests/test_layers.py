@@ -17,7 +17,7 @@ PACKAGE = ROOT / "batchinfer"
 ALLOWED = {
     "__init__": {"llm"},
     "__main__": {"job", "inquire", "bench", "doctor", "cluster"},
-    "job": {"data", "cluster", "engine", "models.identity", "loop", "pipeline", "report"},
+    "job": {"data", "cluster", "engine", "models.identity", "models.files", "loop", "pipeline", "report"},
     "inquire": {"data", "estimate", "engine", "models", "report"},
     "estimate": {"data", "feed", "models"},
     "feed": set(),

@@ -22,6 +22,7 @@ from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.memory import num_pages
 from batchinfer.engine.runner import make_runner
 from batchinfer.models.decoder import Decoder, KVCache
+from batchinfer.models.files import Source
 from batchinfer.models.spec import load_spec
 from batchinfer.models.tokenizer import Tokenizer, load_tokenizer
 from batchinfer.models.weights import dummy_weights, load_weights
@@ -37,13 +38,15 @@ def load_engine(
     rank_on_node: int = 0,
     ranks_on_node: int = 1,
     tokenizer: Tokenizer | None = None,
+    source: Source | None = None,
 ) -> Engine:
     """An engine with its weights in memory.
 
     ``threads`` 0: the CPUs that this process may use. On GPUs, rank i of a node takes its i-th visible device. The
     automatic KV pool is this rank's share of the node's free memory, or what is free on its device. ``tokenizer``: in
-    place of the model's own. Raises JobError: a model or a setting that can't be used (64), a device that the build or
-    the node lacks, or memory for not even one page (69).
+    place of the model's own. ``source``: whence the weights come, None for this rank's own reading. Raises JobError: a
+    model or a setting that can't be used (64), a device that the build or the node lacks, or memory for not even one
+    page (69).
     """
     try:
         ops = op_list.load(engine.device, threads, rank=rank_on_node)
@@ -52,7 +55,10 @@ def load_engine(
     spec = load_spec(model.path)
     dtype = DTYPES[engine.dtype]
     max_len = spec.resolve_length(engine.max_model_len)
-    weights = dummy_weights(spec, dtype, ops.device) if model.dummy_weights else load_weights(model.path, spec, dtype)
+    if model.dummy_weights:
+        weights = dummy_weights(spec, dtype, ops.device)
+    else:
+        weights = load_weights(model.path, spec, dtype, source)
     decoder = Decoder(
         spec,
         weights,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from batchinfer.models.files import ModelError
 from batchinfer.models.layers import (
     Attention,
     Layer,
@@ -94,6 +95,7 @@ class Decoder:
         max_step_tokens: int,
         max_samples: int,
     ):
+        _check_ops(spec, ops)
         self.spec, self.ops, self.dtype = spec, ops, dtype
         self.layers, self.embed, self.positions, self.norm, self.head = _assemble(spec, weights, ops)
         self.kinds = spec.layer_kinds(max_positions)
@@ -186,6 +188,24 @@ class Decoder:
             top, top_id = logits.max(1)
             slices.append((logits.gather(1, token.unsqueeze(1)).squeeze(1) - total, top_id, top - total))
         return Scores(*(torch.cat(parts) for parts in zip(*slices, strict=True)))
+
+
+def _check_ops(spec: ModelSpec, ops: Ops) -> None:
+    """Raises ModelError where a backend is not so far as to have all ops of the model."""
+    needs = {
+        "layer_norm": spec.layer_norm,
+        "add": spec.parallel or not spec.pre_norm,
+        "softcap": spec.logit_softcap > 0,
+        "gelu_mul": spec.gated and spec.activation != "silu",
+        "activate": not spec.gated,
+        "mix_experts": spec.experts is not None,
+    }
+    lacking = [op for op, needed in needs.items() if needed and not hasattr(ops, op)]
+    if lacking:
+        raise ModelError(
+            f"{spec.architecture} needs {', '.join(lacking)}, which is not there for {ops.device.type}: "
+            "set engine.device=cpu"
+        )
 
 
 def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops) -> tuple:

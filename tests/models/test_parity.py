@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engine.tiny_engine import LetterTokenizer
-from models.drawn_models import FAMILIES, POSITIONS, VOCAB, draw_config
+from models.drawn_models import CONFIGS, FAMILIES, POSITIONS, VOCAB, draw_config
 
 from batchinfer.config import EngineConfig, ModelConfig
 from batchinfer.engine.loading import load_engine
@@ -16,7 +16,7 @@ from batchinfer.feed import steps
 from batchinfer.models.architectures import ARCHITECTURES
 from batchinfer.types import Request, SamplingParams
 
-CONFIGS, NEW_TOKENS = 20, 16
+NEW_TOKENS = 16
 
 
 def prompts(seed: int) -> list[np.ndarray]:

@@ -112,7 +112,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
-    "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "no_rope_layer_interval": 2}),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
     "starcoder2": ("Starcoder2", {"sliding_window": 21, "norm_epsilon": 1e-5}),
     "gpt2": ("GPT2", {**MHA, "intermediate_size": None, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "gpt-neox": ("GPTNeoX", {**MHA, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}),
@@ -120,6 +120,14 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPT", {**MHA, "ffn_dim": 80, "word_embed_proj_dim": 64}),
 }
 """Name: (transformers' family, what differs from COMMON)."""
+
+BF16 = ["llama", "llama-biased-tied", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "granite", "starcoder2"]
+BF16 += ["gpt2", "gpt-neox", "opt", "smollm3"]
+"""Those compared in bfloat16 too. A mixture may choose another expert there, which is a jump."""
+
+GGUF = ["llama", "llama-biased-tied", "qwen2", "qwen3-biased", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "granite"]
+GGUF += ["starcoder2"]
+"""Those also written as GGUF."""
 
 
 @dataclass(frozen=True)
