@@ -86,6 +86,8 @@ class EngineConfig:
     max_model_len: int = 0
     prefix_cache: bool = True
     expected_share: float = 0.0
+    reorder: bool = True
+    profile: str | None = None
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from batchinfer.data.retry import EarlierOutput
 from batchinfer.data.suspects import SuspectLog, Suspicion, condemn, read_suspicion
 from batchinfer.data.tables import InputFile, input_schema, list_inputs
 from batchinfer.data.template import template_text
+from batchinfer.engine.trace import path_of_rank
 from batchinfer.loop import Engine, Loop, must_stop
 from batchinfer.models.files import Source
 from batchinfer.pipeline import Feeder, OpenChunk, Writer
@@ -238,13 +239,14 @@ def _load(
     def stop() -> bool:
         return dispatcher.finished or must_stop(dispatcher, deadline)
 
+    profile = path_of_rank(config.engine.profile, world.rank) if config.engine.profile else None
     engine = None
     with meanwhile(dispatcher, world.threads), WeightStream(mine, world.channel, stop) as source:
         with contextlib.suppress(LoadingStopped):
             if not stop():
                 engine = load_engine(
                     config.model,
-                    config.engine,
+                    dataclasses.replace(config.engine, profile=profile),
                     threads=_threads(config, world, places),
                     rank_on_node=world.local_rank,
                     ranks_on_node=world.local_size,
@@ -320,7 +322,7 @@ def _compute(
     crashed = False
     try:
         stages = (engine, dispatcher, feeder, writer, journal, deadline, opening.suspicion, log, show)
-        Loop(*stages, row_seconds=config.job.row_seconds).run()
+        Loop(*stages, row_seconds=config.job.row_seconds, reorder=config.engine.reorder).run()
     except BaseException as error:
         crashed = isinstance(error, JobError) and error.exit_code == ExitCode.LOST_RANK
         writer.record(journal.take())

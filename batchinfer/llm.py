@@ -28,6 +28,7 @@ class LLM:
 
     def __init__(self, model: str, **options: Any):
         config = EngineConfig(**options)
+        self._reorder = config.reorder
         self._engine = load_engine(ModelConfig(path=model), config, threads=config.threads)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams | None = None) -> list[Completion]:
@@ -47,7 +48,9 @@ class LLM:
         )
 
     def _run(self, requests: Iterable[Request]) -> list[Completion]:
-        done = {completion.id: completion for step in steps(self._engine, requests) for completion in step}
+        done = {
+            completion.id: completion for step in steps(self._engine, requests, self._reorder) for completion in step
+        }
         return [done[index] for index in range(len(done))]
 
     def stats(self) -> EngineStats:

@@ -42,6 +42,7 @@ class FakeEngine:
     def __init__(self, slots: int = 8, max_seq_len: int = 256, fail_at_step: int | None = None):
         self.tokenizer = ByteTokenizer()
         self.max_seq_len = max_seq_len
+        self.max_slots, self.kv_tokens = slots, slots * max_seq_len
         self.closed = False
         self._slots, self._fail_at_step = slots, fail_at_step
         self._waiting: deque[Request] = deque()
@@ -58,6 +59,9 @@ class FakeEngine:
     @property
     def wants_more(self) -> bool:
         return self.num_open < 2 * self._slots
+
+    def expected_tokens(self, request: Request) -> int:
+        return request.sampling.max_tokens
 
     def add(self, request: Request) -> None:
         self._waiting.append(request)

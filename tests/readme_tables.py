@@ -29,12 +29,21 @@ def feature_matrix() -> str:
     """A line for each ``@pytest.mark.feature("area", "feature")``: what no test proves is not listed."""
     found: dict[tuple[str, str], set[str]] = defaultdict(set)
     for path in sorted(TESTS.rglob("test_*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "feature":
-                area, feature = (ast.literal_eval(argument) for argument in node.args)
-                found[area, feature].add(f"`{path.relative_to(TESTS).as_posix()}`")
+        for test in ast.walk(ast.parse(path.read_text())):
+            for node in test.decorator_list if isinstance(test, ast.FunctionDef) else []:
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "feature":
+                    area, feature = (ast.literal_eval(argument) for argument in node.args)
+                    found[area, feature].add(f"`{path.relative_to(TESTS).as_posix()}`{_device_of(test)}")
     lines = [f"| {area} | {feature} | {', '.join(sorted(files))} |" for (area, feature), files in sorted(found.items())]
     return "\n".join(["| area | feature | proved by, in tests/ |", "|---|---|---|", *lines])
+
+
+def _device_of(test: ast.FunctionDef) -> str:
+    """What the fixtures of tests/gpu/conftest.py say. What has run on a GPU is in tests/gpu/RESULTS.md."""
+    fixtures = {argument.arg for argument in test.args.args}
+    if "real_gpu" in fixtures:
+        return " (needs a GPU: not in CI)"
+    return " (emulated in CI)" if "gpu" in fixtures else ""
 
 
 def configuration() -> str:

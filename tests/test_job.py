@@ -9,9 +9,11 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -29,7 +31,7 @@ from batchinfer.data.export import export
 from batchinfer.data.prompts import row_seed
 from batchinfer.inquire import show_plan, show_status, show_verify
 from batchinfer.models.files import Block
-from batchinfer.types import ROW_BITS, ExitCode, JobError
+from batchinfer.types import ROW_BITS, ExitCode, JobError, Request
 
 
 def prompts(rows: int, offset: int = 0) -> list[str]:
@@ -119,6 +121,8 @@ def test_one_output_row_per_input_row_in_order(inputs: Path, tmp_path: Path, cap
     printed = capfd.readouterr().err
     assert "87 rows in 2 files, 87 to do in 9 chunks" in printed
     assert "rows       87: 87 ok, 0 failed" in printed
+    assert re.search(r"^waited     no chunk [\d.]+%, reading [\d.]+%, tokenising .* backlog [\d.]+%$", printed, re.M)
+    assert re.search(r"^worked     read [\d.]+%, tokenise [\d.]+%, commit [\d.]+%; engine: ", printed, re.M)
     folder = tmp_path / "out" / "_batchinfer" / "attempts"
     assert {path.name for path in folder.iterdir()} == {"000001.begin.json", "000001.end.json"}
     began, ended = (json.loads((folder / f"000001.{name}.json").read_text()) for name in ("begin", "end"))
@@ -141,6 +145,67 @@ def test_rows_of_several_chunks_are_in_the_engine_together(inputs: Path, tmp_pat
     assert engines[0].most_open > 4
     assert engines[0].closed
     assert len(parts(tmp_path / "out")) == 44
+
+
+class NotedEngine(FakeEngine):
+    """Keeps the prompts in the order in which they came."""
+
+    def __init__(self) -> None:
+        super().__init__(slots=2)
+        self.seen: list[bytes] = []
+
+    def add(self, request: Request) -> None:
+        self.seen.append(bytes(request.prompt.astype(np.uint8)))
+        super().add(request)
+
+
+@pytest.mark.feature("job", "rows that begin alike are computed together, over chunks; the output keeps its order")
+def test_rows_that_begin_alike_go_in_together_and_come_out_where_they_were(tmp_path: Path) -> None:
+    """Four beginnings in turn: in the order of the rows, another one each time."""
+    table = pa.table({"prompt": [f"{'abcd'[i % 4] * 40} {i}" for i in range(120)]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    results, turns = {}, {}
+    for reorder in (False, True):
+        engine, output = NotedEngine(), tmp_path / f"out{reorder}"
+        config = configure(tmp_path / "in.parquet", output, engine__reorder=reorder, sampling__temperature=1.0)
+        assert run(config, lambda *_, engine=engine, **__: engine) == 0
+        results[reorder] = rows_of(output)
+        turns[reorder] = sum(a[:1] != b[:1] for a, b in pairwise(engine.seen))
+        assert len(engine.seen) == 120
+    assert results[True] == results[False]
+    assert turns[False] == 119
+    assert turns[True] <= 4 * 12  # no more than one turn for each beginning in each chunk
+
+
+def test_the_record_tells_what_the_engine_waited_for(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine chunks, each read in 20 ms, of which the engine computes none in a tenth of that."""
+    read = job.ChunkReader.read
+
+    def slow(self: Any, chunk: Any) -> Any:
+        time.sleep(0.02)
+        return read(self, chunk)
+
+    monkeypatch.setattr(job.ChunkReader, "read", slow)
+    assert run(configure(inputs, tmp_path / "out")) == 0
+    record = tmp_path / "out" / "_batchinfer" / "attempts" / "000001.end.json"
+    seconds = json.loads(record.read_text())["this_attempt"]["seconds"]
+    assert seconds["read"] >= 9 * 0.02
+    assert seconds["reading"] >= 9 * 0.01
+    assert seconds["idle"] >= 0.02
+    assert seconds["commit"] > 0
+
+
+def test_every_rank_has_a_timeline_of_its_own(inputs: Path, tmp_path: Path) -> None:
+    paths = []
+
+    def load(model: Any, engine: Any, **_: object) -> FakeEngine:
+        paths.append(engine.profile)
+        return FakeEngine()
+
+    assert run(configure(inputs, tmp_path / "out", engine__profile="/scratch/trace.json"), load) == 0
+    assert paths == ["/scratch/trace.0.json"]
 
 
 def test_a_finished_job_ends_at_once_without_an_engine(inputs: Path, tmp_path: Path) -> None:

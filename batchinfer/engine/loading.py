@@ -21,6 +21,7 @@ from batchinfer.engine.engine import Engine
 from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.memory import num_pages
 from batchinfer.engine.runner import make_runner
+from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
 from batchinfer.models.files import Source
 from batchinfer.models.spec import load_spec
@@ -52,6 +53,7 @@ def load_engine(
         ops = op_list.load(engine.device, threads, rank=rank_on_node)
     except RuntimeError as error:
         raise JobError(f"engine.device={engine.device}: {error}", ExitCode.UNFIT) from None
+    trace = Trace(engine.profile) if engine.profile else None
     spec = load_spec(model.path)
     dtype = DTYPES[engine.dtype]
     max_len = spec.resolve_length(engine.max_model_len)
@@ -94,5 +96,7 @@ def load_engine(
         max_seq_len=max_len,
         max_slots=engine.max_slots,
         num_pages=pages,
+        page_size=engine.page_size,
         vocab_size=spec.vocab_size,
+        trace=trace,
     )

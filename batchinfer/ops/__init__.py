@@ -232,9 +232,9 @@ def load(device: str, threads: int = 0, *, rank: int = 0) -> Ops:
     """
     choice = choose(device, find_gpus, rank)
     if choice.backend == "cuda":
-        from batchinfer.ops.gpu import GpuOps
+        from batchinfer.ops.gpu import open_gpu
 
-        return GpuOps(f"cuda:{choice.index}")
+        return open_gpu(f"cuda:{choice.index}")
     if choice.backend == "reference":
         from batchinfer.ops.reference import ReferenceOps
 
