@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from batchinfer.models.spec import ModelSpec
+from batchinfer.models.model_spec import ModelSpec
 from batchinfer.types import StepWork
 
 
@@ -33,9 +33,10 @@ class Costs:
 
     @classmethod
     def of(cls, spec: ModelSpec, itemsize: int) -> Costs:
-        """``itemsize``: bytes of a weight, and of an entry of the cache."""
+        """``itemsize``: bytes of a weight, and of an entry of the cache. Of a mixture of experts, what one token goes
+        through. Sliding windows are left out: beyond them, models that have some can be faster than this."""
         attention = spec.width * spec.head_dim * 2 * (spec.heads + spec.kv_heads)
-        layers = spec.layers * (attention + 3 * spec.width * spec.mlp_width)
+        layers = spec.layers * attention + sum(_mlp_weights(spec, i) for i in range(spec.layers))
         output = spec.vocab_size * spec.width
         return cls(
             token_flops=2 * layers,
@@ -44,6 +45,14 @@ class Costs:
             weight_bytes=itemsize * (layers + output),
             kv_bytes=2 * itemsize * spec.layers * spec.kv_heads * spec.head_dim,
         )
+
+
+def _mlp_weights(spec: ModelSpec, layer: int) -> int:
+    """Weights of a layer's MLP that a token meets."""
+    experts = spec.experts
+    if experts is None or not spec.mixed(layer):
+        return (2 + spec.gated) * spec.width * spec.mlp_width
+    return spec.width * (3 * (experts.per_token * experts.width + experts.shared_width) + len(experts.widths))
 
 
 def least_seconds(work: StepWork, costs: Costs, ceilings: Ceilings) -> float:

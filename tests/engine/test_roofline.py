@@ -10,6 +10,8 @@ from engine.tiny_engine import SPEC, VOCAB, make_decoder, make_engine, run
 from batchinfer.config import EngineConfig
 from batchinfer.engine.probe import measure
 from batchinfer.engine.roofline import Ceilings, Costs, least_seconds
+from batchinfer.models.layout import num_parameters
+from batchinfer.models.model_spec import ExpertSpec
 from batchinfer.types import Request, SamplingParams, StepWork
 
 
@@ -18,11 +20,19 @@ def test_the_costs_of_llama_3_8b() -> None:
     spec = replace(SPEC, layers=32, width=4096, heads=32, kv_heads=8, head_dim=128, mlp_width=14336, vocab_size=128256)
     costs = Costs.of(spec, 2)
     norms = (2 * 32 + 1) * 4096
-    untied = replace(spec, tied_embeddings=False).num_parameters
+    untied = num_parameters(replace(spec, tied_embeddings=False))
     assert costs.weight_bytes == 2 * (untied - norms - 128256 * 4096)
     assert costs.token_flops + costs.sample_flops == costs.weight_bytes  # two operations for two bytes
     assert costs.kv_bytes == 131072
     assert costs.pair_flops == 4 * 32 * 4096
+
+
+def test_of_a_mixture_what_a_token_goes_through() -> None:
+    experts = ExpertSpec(count=60, per_token=4, width=10, renormalise=True, shared_width=30, layers=(True, False))
+    plain, mixed = Costs.of(SPEC, 2), Costs.of(replace(SPEC, experts=experts), 2)
+    one = 32 * (3 * (4 * 10 + 30) + 61) - 32 * 3 * 48
+    assert mixed.token_flops - plain.token_flops == mixed.weight_bytes - plain.weight_bytes == 2 * one
+    assert plain.token_flops - Costs.of(replace(SPEC, gated=False), 2).token_flops == 2 * 2 * 32 * 48
 
 
 def test_the_scarcer_of_the_two_decides() -> None:

@@ -19,9 +19,9 @@ from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.loading import load_engine
 from batchinfer.engine.runner import make_runner
 from batchinfer.models.decoder import Decoder, StepInput
+from batchinfer.models.layout import layout
+from batchinfer.models.model_spec import ModelSpec
 from batchinfer.models.rope import RopeSpec
-from batchinfer.models.spec import ModelSpec
-from batchinfer.models.weights import layout
 from batchinfer.ops import AttentionInput, Ops
 from batchinfer.ops.reference import ReferenceOps
 from batchinfer.types import Completion, JobError, Request, SamplingParams
