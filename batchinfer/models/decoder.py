@@ -81,10 +81,9 @@ class Decoder:
         self.spec, self.ops, self.dtype = spec, ops, dtype
         self.layers, self.embed, self.norm, self.head = _assemble(spec, weights, ops)
         self.rope = Rope(torch.from_numpy(spec.rope.table(max_positions)).to(ops.device))
-        activations = ops.activations(dtype)
         self.max_positions, self.max_step_tokens = max_positions, max_step_tokens
-        self.workspace = Workspace.allocate(spec, max_step_tokens, activations, ops.device)
-        self.sampled = Workspace.allocate(spec, max_samples, activations, ops.device)
+        self.workspace = Workspace.allocate(spec, max_step_tokens, ops, dtype)
+        self.sampled = Workspace.allocate(spec, max_samples, ops, dtype)
         self.logits = torch.empty(max_samples, spec.vocab_size, dtype=torch.float32, device=ops.device)
 
     def new_cache(self, num_pages: int, page_size: int) -> KVCache:
@@ -101,8 +100,8 @@ class Decoder:
         attention = Attention(step.positions, step.kv_index, plan, self.rope, spec.head_dim**-0.5)
         ops.embed(step.token_ids, self.embed, w.residual)
         for i, layer in enumerate(self.layers):
-            # Each norm first adds what was left in w.x to the residual; the first one finds the embedding there.
-            ops.rms_norm(w.x if i else w.residual, layer.attn_norm, spec.norm_eps, w.x, w.residual if i else None)
+            # Each norm first adds w.delta to the residual; the first one finds the embedding there.
+            ops.rms_norm(w.delta if i else w.residual, layer.attn_norm, spec.norm_eps, w.x, w.residual if i else None)
             attend(ops, layer, w, attention, cache.k[i], cache.v[i])
             if i == spec.layers - 1 and step.score is None:
                 # All keys and values are in the cache: from here on only the sampled rows matter.
@@ -110,9 +109,9 @@ class Decoder:
                     return self.logits[:0], None
                 w = keep_rows(ops, w, step.sample_row, self.sampled)
             project(ops, layer, w)
-            ops.rms_norm(w.x, layer.mlp_norm, spec.norm_eps, w.x, w.residual)
+            ops.rms_norm(w.delta, layer.mlp_norm, spec.norm_eps, w.x, w.residual)
             mlp(ops, layer, w)
-        ops.rms_norm(w.x, self.norm, spec.norm_eps, w.x, w.residual)
+        ops.rms_norm(w.delta, self.norm, spec.norm_eps, w.x, w.residual)
         if step.score is None:
             return self._logits(w.x), None
         scores = self._score(w.x, step.score)
@@ -141,7 +140,10 @@ class Decoder:
 
 def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops) -> tuple:
     """(layers, embedding [V, D], final norm, packed LM head). A matrix is packed as it comes."""
-    got = {name: ops.pack_weight(t) if t.ndim == 2 and name != "embed" else t.to(ops.device) for name, t in weights}
+    got = {
+        name: ops.pack_weight(t, gated=name.endswith(".gate_up")) if t.ndim == 2 and name != "embed" else t.to(ops.device)
+        for name, t in weights
+    }
     head = got.get("lm_head") if not spec.tied_embeddings else ops.pack_weight(got["embed"])
 
     def linear(name: str) -> Linear:

@@ -37,38 +37,40 @@ class Layer:
 class Workspace:
     """Activations of a step, shared by all layers: for T tokens the first T rows of each.
 
-    ``residual`` [T, D] is the running sum; ``x`` what attention and MLP read (normalised) and then what they add to it.
+    ``residual`` [T, D] is the running sum, ``x`` what attention and MLP read (normalised), ``delta`` what they add to it.
     """
 
     residual: Tensor
     x: Tensor
+    delta: Tensor  # the memory of x where both have the same dtype
     qkv: Tensor  # [T, (H+2G)*E]
     q: Tensor  # [T, H, E]
     attn: Tensor  # [T, H, E]
     lse: Tensor  # [T, H]
-    gate_up: Tensor  # [T, 2*I]
+    gate_up: Tensor  # [T, 2*I], for gated_linear
     gated: Tensor  # [T, I]
 
     @staticmethod
-    def allocate(spec: ModelSpec, tokens: int, dtype: torch.dtype, device: torch.device) -> Workspace:
-        """Buffers for ``tokens`` tokens; ``lse`` is float32 whatever ``dtype`` the activations have."""
+    def allocate(spec: ModelSpec, tokens: int, ops: Ops, weights: torch.dtype) -> Workspace:
+        """Buffers for ``tokens`` tokens of a model whose weights have the dtype ``weights``."""
         h, g, e = spec.heads, spec.kv_heads, spec.head_dim
-        shapes = {
-            "residual": (spec.width,),
-            "x": (spec.width,),
-            "qkv": ((h + 2 * g) * e,),
-            "q": (h, e),
-            "attn": (h, e),
-            "lse": (h,),
-            "gate_up": (2 * spec.mlp_width,),
-            "gated": (spec.mlp_width,),
-        }
+        kept, read = ops.activations(weights), ops.linear_inputs(weights)
 
-        def buffer(name: str) -> Tensor:
-            kind = torch.float32 if name == "lse" else dtype
-            return torch.empty(tokens, *shapes[name], dtype=kind, device=device)
+        def buffer(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty(tokens, *shape, dtype=dtype, device=ops.device)
 
-        return Workspace(**{name: buffer(name) for name in shapes})
+        x = buffer(read, spec.width)
+        return Workspace(
+            residual=buffer(kept, spec.width),
+            x=x,
+            delta=x if kept == read else buffer(kept, spec.width),
+            qkv=buffer(kept, (h + 2 * g) * e),
+            q=buffer(kept, h, e),
+            attn=buffer(read, h, e),
+            lse=buffer(torch.float32, h),
+            gate_up=buffer(kept, 2 * spec.mlp_width),
+            gated=buffer(read, spec.mlp_width),
+        )
 
     def first(self, tokens: int) -> Workspace:
         """The same buffers, for a step of ``tokens`` tokens."""
@@ -94,15 +96,14 @@ def attend(ops: Ops, layer: Layer, w: Workspace, step: Attention, k_cache: Tenso
 
 
 def project(ops: Ops, layer: Layer, w: Workspace) -> None:
-    """w.x = what attention adds to the residual."""
-    ops.linear(w.attn.flatten(1), layer.o.weight, w.x, layer.o.bias)
+    """w.delta = what attention adds to the residual."""
+    ops.linear(w.attn.flatten(1), layer.o.weight, w.delta, layer.o.bias)
 
 
 def mlp(ops: Ops, layer: Layer, w: Workspace) -> None:
-    """w.x = down(silu(gate(w.x)) * up(w.x)), which is what the MLP adds to the residual."""
-    ops.linear(w.x, layer.gate_up.weight, w.gate_up, layer.gate_up.bias)
-    ops.silu_mul(w.gate_up, w.gated)
-    ops.linear(w.gated, layer.down.weight, w.x, layer.down.bias)
+    """w.delta = down(silu(gate(w.x)) * up(w.x)), which is what the MLP adds to the residual."""
+    ops.gated_linear(w.x, layer.gate_up.weight, w.gated, w.gate_up, layer.gate_up.bias)
+    ops.linear(w.gated, layer.down.weight, w.delta, layer.down.bias)
 
 
 def keep_rows(ops: Ops, w: Workspace, index: Tensor, into: Workspace) -> Workspace:

@@ -243,12 +243,15 @@ void finish(const AttentionArgs& a, const QueryRange& queries, int64_t kv_head, 
     const int64_t group = a.heads / a.kv_heads;
     const int64_t row = (queries.token + index / group) * a.heads + kv_head * group + index % group;
     const Vec sum = Vec::broadcast(state.sum());
-    float* out = a.out + row * a.head_width;
+    const int64_t at = row * a.head_width;
     for (int64_t e = 0; e < a.head_width; e += 2 * Vec::W) {
         Vec pair[2] = {Vec::load(state.values + e) / sum, Vec::load(state.values + e + Vec::W) / sum};
         if (a.cache_dtype == Dtype::bfloat16) interleave(pair);  // as Bf16Columns left them
         for (int64_t i = 0; i < 2 && e + i * Vec::W < a.head_width; ++i) {
-            pair[i].store(out + e + i * Vec::W, static_cast<int>(min(a.head_width - e - i * Vec::W, Vec::W)));
+            const int count = static_cast<int>(min(a.head_width - e - i * Vec::W, Vec::W));
+            const int64_t first = at + e + i * Vec::W;
+            a.out_dtype == Dtype::bfloat16 ? pair[i].store(static_cast<bf16*>(a.out) + first, count)
+                                           : pair[i].store(static_cast<float*>(a.out) + first, count);
         }
     }
     a.lse[row] = state.maximum() + __builtin_logf(state.sum());
