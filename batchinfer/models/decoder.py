@@ -141,7 +141,9 @@ class Decoder:
 def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops) -> tuple:
     """(layers, embedding [V, D], final norm, packed LM head). A matrix is packed as it comes."""
     got = {
-        name: ops.pack_weight(t, gated=name.endswith(".gate_up")) if t.ndim == 2 and name != "embed" else t.to(ops.device)
+        name: ops.pack_weight(t, gated=name.endswith(".gate_up"))
+        if t.ndim == 2 and name != "embed"
+        else t.to(ops.device)
         for name, t in weights
     }
     head = got.get("lm_head") if not spec.tied_embeddings else ops.pack_weight(got["embed"])

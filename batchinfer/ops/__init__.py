@@ -14,13 +14,16 @@ Every op writes into the ``out`` it is given, which is contiguous and may not al
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from batchinfer.ops.choice import choose, find_gpus
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+Activation = Literal["gelu", "gelu_tanh", "relu"]
+"""Functions of an MLP without a gate."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Rope:
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """RMSNorm of each query and key head before rope (Qwen3): weights [E] in float32."""
+    """RMSNorm of the queries and keys before rope: weights float32 [E] of each head (Qwen3), or [H*E] and [G*E] of
+    all heads together (OLMo 2)."""
 
     q: Tensor
     k: Tensor
@@ -134,6 +138,24 @@ class Ops(Protocol):
         With ``residual`` [T, D]: residual += x first, in place, and the sum is normalised. out may be x, where both have
         the same dtype."""
 
+    def layer_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        out: Tensor,
+        residual: Tensor | None = None,
+    ) -> None:
+        """LayerNorm (Ba et al. 2016, arXiv:1607.06450). x, out [T, D], weight and bias float32 [D]. ``residual`` as in
+        ``rms_norm``. out may be x."""
+
+    def add(self, x: Tensor, residual: Tensor) -> None:
+        """residual [T, D] += x, in place."""
+
+    def softcap(self, x: Tensor, softcap: float) -> None:
+        """x [N, V] float32 = softcap * tanh(x / softcap), in place (Gemma 2, arXiv:2408.00118); softcap > 0."""
+
     def rope_and_cache(
         self,
         qkv: Tensor,
@@ -148,18 +170,35 @@ class Ops(Protocol):
         """Split qkv [T, (H+2G)*E] into q, k, v; normalise heads; rotate q and k by positions int32 [T]; write q to
         q_out [T, H, E] and k, v to token kv_index int64 [T] (= page*B + offset) of the caches [P, G, B, E]."""
 
-    def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor) -> Any:
-        """Host work of the step's attention (work list), done once and used by every layer."""
+    def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0) -> Any:
+        """Host work of the step's attention (work list), done once and used by every layer with this ``window``: a
+        token at position p sees the positions above p - window only (0: all up to its own)."""
 
     def attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Any, scale: float, out: Tensor, lse: Tensor
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: Any,
+        scale: float,
+        out: Tensor,
+        lse: Tensor,
+        softcap: float = 0.0,
     ) -> None:
         """Causal attention over pages: out [T, H, E], lse float32 [T, H] (natural log of the sum of exponentials of
-        the scaled scores). Query head h reads key/value head h // (H // G). The order of additions depends on the
-        sequence alone. K/V of this step's tokens are already in the caches."""
+        the scores). A score is s = scale * q.k, or softcap * tanh(s / softcap) with a ``softcap`` above 0. Query head
+        h reads key/value head h // (H // G). The order of additions depends on the sequence alone. K/V of this step's
+        tokens are already in the caches."""
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         """out [T, I] = silu(gate_up[:, :I]) * gate_up[:, I:]."""
+
+    def gelu_mul(self, gate_up: Tensor, out: Tensor) -> None:
+        """out [T, I] = gelu(gate_up[:, :I]) * gate_up[:, I:], the GELU in its tanh form (``activate``)."""
+
+    def activate(self, kind: Activation, x: Tensor, out: Tensor) -> None:
+        """out [T, I] = f(x), where f is "relu", "gelu" or "gelu_tanh", its approximation by tanh (Hendrycks & Gimpel
+        2016, arXiv:1606.08415). out may be x."""
 
     def gather_rows(self, x: Tensor, index: Tensor, out: Tensor) -> None:
         """out [N, D] = x[index]; index int32 [N]."""

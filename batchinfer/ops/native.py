@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchinfer.ops import AttentionInput, HeadNorm, Rope, SampleInput, SampleOutput
+from batchinfer.ops import Activation, AttentionInput, HeadNorm, Rope, SampleInput, SampleOutput
 from batchinfer.ops.fields import SAMPLE_FIELDS
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Of weights, caches and what linear reads, with their number in csrc/include/batchinfer/ops.h."""
+ACTIVATIONS: dict[Activation, int] = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
+"""With their number there."""
 
 
 class NativeOps:
@@ -84,7 +86,7 @@ class NativeOps:
             x.data_ptr(), DTYPES[x.dtype], weight, _address(bias), out.data_ptr(), DTYPES[out.dtype], len(x)
         )
 
-    def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor) -> AttentionPlan:
+    def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0) -> AttentionPlan:
         pages, kv_heads, page_size, width = _shape("k_cache", k_cache, 4)
         slots, slot_pages = _shape("page_table", inputs.page_table, 2)
         (sequences,) = _shape("kv_len", inputs.kv_len, 1)
@@ -99,6 +101,8 @@ class NativeOps:
                 f"k_cache has shape {tuple(k_cache.shape)}: pages must hold at least one token, and the head width "
                 "must be a multiple of 8 up to 256"
             )
+        if window < 0:
+            raise ValueError(f"window={window} must be 0 (all positions) or a number of positions")
         return self._cpu.plan_attention(
             inputs.q_start.data_ptr(),
             inputs.kv_len.data_ptr(),
@@ -112,10 +116,19 @@ class NativeOps:
             width,
             pages,
             page_size,
+            window,
         )
 
     def attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float, out: Tensor, lse: Tensor
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: AttentionPlan,
+        scale: float,
+        out: Tensor,
+        lse: Tensor,
+        softcap: float = 0.0,
     ) -> None:
         _check("q", q, torch.float32, plan.query_shape)
         _check("k_cache", k_cache, None, plan.cache_shape)
@@ -129,6 +142,7 @@ class NativeOps:
             v_cache.data_ptr(),
             DTYPES[k_cache.dtype],
             scale,
+            softcap,
             out.data_ptr(),
             DTYPES[out.dtype],
             lse.data_ptr(),
@@ -162,6 +176,48 @@ class NativeOps:
             eps,
         )
 
+    def layer_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        out: Tensor,
+        residual: Tensor | None = None,
+    ) -> None:
+        tokens, width = _shape("x", x, 2)
+        _check("x", x, torch.float32, (tokens, width))
+        _check("weight", weight, torch.float32, (width,))
+        _check("out", out, None, (tokens, width))
+        if bias is not None:
+            _check("bias", bias, torch.float32, (width,))
+        if residual is not None:
+            _check("residual", residual, torch.float32, (tokens, width))
+        self._cpu.layer_norm(
+            x.data_ptr(),
+            weight.data_ptr(),
+            _address(bias),
+            _address(residual),
+            out.data_ptr(),
+            DTYPES[out.dtype],
+            tokens,
+            width,
+            eps,
+        )
+
+    def add(self, x: Tensor, residual: Tensor) -> None:
+        tokens, width = _shape("x", x, 2)
+        _check("x", x, torch.float32, (tokens, width))
+        _check("residual", residual, torch.float32, (tokens, width))
+        self._cpu.add(x.data_ptr(), residual.data_ptr(), tokens, width)
+
+    def softcap(self, x: Tensor, softcap: float) -> None:
+        rows, width = _shape("x", x, 2)
+        _check("x", x, torch.float32, (rows, width))
+        if softcap <= 0:
+            raise ValueError(f"softcap={softcap} must be above 0")
+        self._cpu.softcap(x.data_ptr(), rows, width, softcap)
+
     def rope_and_cache(
         self,
         qkv: Tensor,
@@ -190,11 +246,12 @@ class NativeOps:
                 raise ValueError(
                     f"rope.cos_sin has width {rotary}: it must be even and at most the head width, {width}"
                 )
-        q_norm = k_norm = None
+        q_norm, k_norm, norm_all = None, None, False
         if norm is not None:
             q_norm, k_norm = norm.q, norm.k
-            _check("norm.q", q_norm, torch.float32, (width,))
-            _check("norm.k", k_norm, torch.float32, (width,))
+            norm_all = heads > 1 and q_norm.shape == (heads * width,)
+            _check("norm.q", q_norm, torch.float32, (heads * width if norm_all else width,))
+            _check("norm.k", k_norm, torch.float32, (kv_heads * width if norm_all else width,))
         self._cpu.rope_and_cache(
             qkv.data_ptr(),
             positions.data_ptr(),
@@ -215,6 +272,7 @@ class NativeOps:
             pages,
             page_size,
             0.0 if norm is None else norm.eps,
+            norm_all,
         )
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
@@ -222,6 +280,20 @@ class NativeOps:
         _check("gate_up", gate_up, torch.float32, (tokens, 2 * width))
         _check("out", out, None, (tokens, width))
         self._cpu.silu_mul(gate_up.data_ptr(), out.data_ptr(), DTYPES[out.dtype], tokens, width)
+
+    def gelu_mul(self, gate_up: Tensor, out: Tensor) -> None:
+        tokens, width = _shape("out", out, 2)
+        _check("gate_up", gate_up, torch.float32, (tokens, 2 * width))
+        _check("out", out, None, (tokens, width))
+        self._cpu.gelu_mul(gate_up.data_ptr(), out.data_ptr(), DTYPES[out.dtype], tokens, width)
+
+    def activate(self, kind: Activation, x: Tensor, out: Tensor) -> None:
+        tokens, width = _shape("x", x, 2)
+        _check("x", x, torch.float32, (tokens, width))
+        _check("out", out, None, (tokens, width))
+        if kind not in ACTIVATIONS:
+            raise ValueError(f"kind={kind!r} must be one of {', '.join(ACTIVATIONS)}")
+        self._cpu.activate(ACTIVATIONS[kind], x.data_ptr(), out.data_ptr(), DTYPES[out.dtype], tokens, width)
 
     def gather_rows(self, x: Tensor, index: Tensor, out: Tensor) -> None:
         x_rows, width = _shape("x", x, 2)

@@ -7,10 +7,12 @@ matrix product promises no order.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from batchinfer.ops import AttentionInput, HeadNorm, Rope, SampleInput, SampleOutput
+from batchinfer.ops import Activation, AttentionInput, HeadNorm, Rope, SampleInput, SampleOutput
 from batchinfer.ops.reference_sampler import sample
 
 
@@ -51,6 +53,29 @@ class ReferenceOps:
             x = residual
         out.copy_(self._rms_norm(x.to(self.dtype), weight, eps))
 
+    def layer_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        out: Tensor,
+        residual: Tensor | None = None,
+    ) -> None:
+        if residual is not None:
+            residual += x
+            x = residual
+        x = x.to(self.dtype)
+        x = x - x.mean(dim=-1, keepdim=True)
+        y = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
+        out.copy_(y if bias is None else y + bias)
+
+    def add(self, x: Tensor, residual: Tensor) -> None:
+        residual += x
+
+    def softcap(self, x: Tensor, softcap: float) -> None:
+        x.copy_(_softcap(x.to(self.dtype), softcap))
+
     def rope_and_cache(
         self,
         qkv: Tensor,
@@ -67,8 +92,10 @@ class ReferenceOps:
         _check_range("kv_index", kv_index, pages * page_size)
         q, k, v = qkv.view(tokens, heads + 2 * kv_heads, width).to(self.dtype).split([heads, kv_heads, kv_heads], dim=1)
         if norm is not None:
-            q = self._rms_norm(q, norm.q, norm.eps)
-            k = self._rms_norm(k, norm.k, norm.eps)
+            # One head at a time, or the whole width where the weights are as wide.
+            groups = [x.flatten(1).unflatten(1, (-1, len(w))) for x, w in ((q, norm.q), (k, norm.k))]
+            q = self._rms_norm(groups[0], norm.q, norm.eps).view(q.shape)
+            k = self._rms_norm(groups[1], norm.k, norm.eps).view(k.shape)
         if rope is not None:
             _check_range("positions", positions, len(rope.cos_sin))
             cos, sin = rope.cos_sin[positions.long()].to(self.dtype)[:, None, :].chunk(2, dim=-1)
@@ -78,32 +105,59 @@ class ReferenceOps:
         k_cache[page, :, offset] = k.to(k_cache.dtype)
         v_cache[page, :, offset] = v.to(v_cache.dtype)
 
-    def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor) -> AttentionInput:
-        return inputs
+    def plan_attention(
+        self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0
+    ) -> tuple[AttentionInput, int]:
+        return inputs, window
 
     def attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionInput, scale: float, out: Tensor, lse: Tensor
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: tuple[AttentionInput, int],
+        scale: float,
+        out: Tensor,
+        lse: Tensor,
+        softcap: float = 0.0,
     ) -> None:
+        inputs, window = plan
         _, heads, width = q.shape
         _, kv_heads, page_size, _ = k_cache.shape
-        start = plan.q_start.tolist()
-        for i, (kv_len, slot) in enumerate(zip(plan.kv_len.tolist(), plan.slot.tolist(), strict=True)):
+        start = inputs.q_start.tolist()
+        for i, (kv_len, slot) in enumerate(zip(inputs.kv_len.tolist(), inputs.slot.tolist(), strict=True)):
             tokens = slice(start[i], start[i + 1])
-            pages = plan.page_table[slot, : -(-kv_len // page_size)].long()
+            pages = inputs.page_table[slot, : -(-kv_len // page_size)].long()
 
             def read(cache: Tensor, pages: Tensor = pages, kv_len: int = kv_len) -> Tensor:  # [kv_len, heads, width]
                 rows = cache[pages].transpose(1, 2).reshape(-1, kv_heads, width)[:kv_len]
                 return rows.to(self.dtype).repeat_interleave(heads // kv_heads, dim=1)
 
             scores = torch.einsum("qhe,khe->hqk", q[tokens].to(self.dtype), read(k_cache)) * scale
-            position = torch.arange(kv_len - (tokens.stop - tokens.start), kv_len)
-            scores.masked_fill_(torch.arange(kv_len) > position[:, None], -torch.inf)
+            if softcap:
+                scores = _softcap(scores, softcap)
+            key, query = torch.arange(kv_len), torch.arange(kv_len - (tokens.stop - tokens.start), kv_len)[:, None]
+            hidden = (key > query) | (key <= query - window) if window else key > query
+            scores.masked_fill_(hidden, -torch.inf)
             out[tokens] = torch.einsum("hqk,khe->qhe", scores.softmax(dim=-1), read(v_cache)).to(out.dtype)
             lse[tokens] = scores.logsumexp(dim=-1).T.to(lse.dtype)
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         gate, up = gate_up.to(self.dtype).chunk(2, dim=-1)
         out.copy_(gate / (1 + torch.exp(-gate)) * up)
+
+    def gelu_mul(self, gate_up: Tensor, out: Tensor) -> None:
+        gate, up = gate_up.to(self.dtype).chunk(2, dim=-1)
+        out.copy_(_gelu_tanh(gate) * up)
+
+    def activate(self, kind: Activation, x: Tensor, out: Tensor) -> None:
+        x = x.to(self.dtype)
+        if kind == "relu":
+            out.copy_(x.clamp(min=0))
+        elif kind == "gelu":
+            out.copy_(0.5 * x * torch.erfc(-x / math.sqrt(2)))
+        else:
+            out.copy_(_gelu_tanh(x))
 
     def gather_rows(self, x: Tensor, index: Tensor, out: Tensor) -> None:
         _check_range("index", index, len(x))
@@ -121,6 +175,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+def _softcap(x: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(x / softcap)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def _check_range(name: str, index: Tensor, limit: int) -> None:

@@ -36,21 +36,59 @@ void bind_elementwise(py::class_<Cpu>& cls) {
                rms_norm(cpu, {at<float>(x), at<float>(weight), at<float>(residual), at<void>(out), Dtype(out_dtype),
                               tokens, width, eps});
            });
+    def_op(cls, "layer_norm",
+           [](Cpu& cpu, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t out, int out_dtype,
+              int64_t tokens, int64_t width, float eps) {
+               layer_norm(cpu, {at<float>(x), at<float>(weight), at<float>(bias), at<float>(residual), at<void>(out),
+                                Dtype(out_dtype), tokens, width, eps});
+           });
+    def_op(cls, "add", [](Cpu& cpu, uintptr_t x, uintptr_t residual, int64_t tokens, int64_t width) {
+        add(cpu, {at<float>(x), at<float>(residual), tokens, width});
+    });
+    def_op(cls, "softcap", [](Cpu& cpu, uintptr_t x, int64_t rows, int64_t width, float cap) {
+        softcap(cpu, {at<float>(x), rows, width, cap});
+    });
     def_op(cls, "rope_and_cache",
            [](Cpu& cpu, uintptr_t qkv, uintptr_t positions, uintptr_t kv_index, uintptr_t cos_sin, uintptr_t q_norm,
               uintptr_t k_norm, uintptr_t k_cache, uintptr_t v_cache, int cache_dtype, uintptr_t q_out, int64_t tokens,
               int64_t heads, int64_t kv_heads, int64_t head_width, int64_t max_positions, int64_t rotary_width,
-              int64_t pages, int64_t page_size, float norm_eps) {
-               rope_and_cache(cpu, {at<float>(qkv), at<int32_t>(positions), at<int64_t>(kv_index), at<float>(cos_sin),
-                                    at<float>(q_norm), at<float>(k_norm), at<void>(k_cache), at<void>(v_cache),
-                                    Dtype(cache_dtype), at<float>(q_out), tokens, heads, kv_heads, head_width,
-                                    max_positions, rotary_width, pages, page_size, norm_eps});
+              int64_t pages, int64_t page_size, float norm_eps, bool norm_all) {
+               rope_and_cache(cpu, {at<float>(qkv),
+                                    at<int32_t>(positions),
+                                    at<int64_t>(kv_index),
+                                    at<float>(cos_sin),
+                                    at<float>(q_norm),
+                                    at<float>(k_norm),
+                                    at<void>(k_cache),
+                                    at<void>(v_cache),
+                                    Dtype(cache_dtype),
+                                    at<float>(q_out),
+                                    tokens,
+                                    heads,
+                                    kv_heads,
+                                    head_width,
+                                    max_positions,
+                                    rotary_width,
+                                    pages,
+                                    page_size,
+                                    norm_eps,
+                                    norm_all});
            });
-    def_op(cls, "silu_mul", [](Cpu& cpu, uintptr_t gate_up, uintptr_t out, int out_dtype, int64_t tokens, int64_t width) {
-        silu_mul(cpu, {at<float>(gate_up), at<void>(out), Dtype(out_dtype), tokens, width});
-    });
+    def_op(cls, "silu_mul",
+           [](Cpu& cpu, uintptr_t gate_up, uintptr_t out, int out_dtype, int64_t tokens, int64_t width) {
+               silu_mul(cpu, {at<float>(gate_up), at<void>(out), Dtype(out_dtype), tokens, width});
+           });
+    def_op(cls, "gelu_mul",
+           [](Cpu& cpu, uintptr_t gate_up, uintptr_t out, int out_dtype, int64_t tokens, int64_t width) {
+               gelu_mul(cpu, {at<float>(gate_up), at<void>(out), Dtype(out_dtype), tokens, width});
+           });
+    def_op(cls, "activate",
+           [](Cpu& cpu, int kind, uintptr_t x, uintptr_t out, int out_dtype, int64_t tokens, int64_t width) {
+               activate(cpu, {Activation(kind), at<float>(x), at<void>(out), Dtype(out_dtype), tokens, width});
+           });
     def_op(cls, "gather_rows",
-           [](Cpu& cpu, uintptr_t x, uintptr_t index, uintptr_t out, int dtype, int64_t x_rows, int64_t rows, int64_t width) {
+           [](Cpu& cpu, uintptr_t x, uintptr_t index, uintptr_t out, int dtype, int64_t x_rows, int64_t rows,
+              int64_t width) {
                gather_rows(cpu, {at<void>(x), at<int32_t>(index), at<void>(out), Dtype(dtype), x_rows, rows, width});
            });
 }
@@ -89,7 +127,7 @@ void bind_attention(py::module_& m, py::class_<Cpu>& cls) {
     def_op(cls, "plan_attention",
            [](Cpu& cpu, uintptr_t q_start, uintptr_t kv_len, uintptr_t slot, uintptr_t page_table, int64_t sequences,
               int64_t slots, int64_t slot_pages, int64_t heads, int64_t kv_heads, int64_t head_width, int64_t pages,
-              int64_t page_size) {
+              int64_t page_size, int64_t window) {
                const AttentionPlanArgs args = {at<int32_t>(q_start),
                                                at<int32_t>(kv_len),
                                                at<int32_t>(slot),
@@ -101,15 +139,17 @@ void bind_attention(py::module_& m, py::class_<Cpu>& cls) {
                                                kv_heads,
                                                head_width,
                                                pages,
-                                               page_size};
+                                               page_size,
+                                               window};
                return std::make_unique<AttentionPlan>(args, *cpu.kernels.attention, cpu.pool.size());
            });
     def_op(cls, "attention",
            [](Cpu& cpu, AttentionPlan& plan, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, int cache_dtype,
-              float scale, uintptr_t out, int out_dtype, uintptr_t lse) {
+              float scale, float softcap, uintptr_t out, int out_dtype, uintptr_t lse) {
                const AttentionPlanArgs& a = plan.shape();
                plan.run({at<float>(q), at<void>(k_cache), at<void>(v_cache), Dtype(cache_dtype), at<void>(out),
-                         Dtype(out_dtype), at<float>(lse), a.heads, a.kv_heads, a.head_width, a.page_size, scale},
+                         Dtype(out_dtype), at<float>(lse), a.heads, a.kv_heads, a.head_width, a.page_size, a.window,
+                         scale, softcap},
                         *cpu.kernels.attention, cpu.pool);
            });
 }

@@ -111,7 +111,9 @@ void AttentionPlan::cut(const std::vector<QueryRange>& sequences, int threads) {
             item_cost += cost(small[end], now_shared);
             // Blocks saved: (members - 1) * shared.
             const int64_t members = end - begin, saved = (members - 1) * shared;
-            if (now_shared == 0 || members * now_shared < saved || item_rows > rows || item_cost > limit) break;
+            if (now_shared <= first_block(small[end]) || members * now_shared < saved || item_rows > rows ||
+                item_cost > limit)
+                break;
             shared = now_shared;
         }
         queries_.insert(queries_.end(), small.begin() + begin, small.begin() + end);
@@ -119,9 +121,15 @@ void AttentionPlan::cut(const std::vector<QueryRange>& sequences, int threads) {
     }
 }
 
-// Work of one key/value head on a range, without bringing in its first `shared` blocks.
+// The first key block that any token of a range sees.
+int64_t AttentionPlan::first_block(const QueryRange& q) const {
+    return window_start(q.position, shape_.window) / kKeyBlock;
+}
+
+// Work of one key/value head on a range, without bringing in its sequence's first `shared` blocks.
 double AttentionPlan::cost(const QueryRange& q, int64_t shared) const {
-    return key_blocks(q) * static_cast<double>(q.tokens * group_) + (key_blocks(q) - shared) * kStageCost;
+    const int64_t first = first_block(q), staged = key_blocks(q) - std::max(first, shared);
+    return (key_blocks(q) - first) * static_cast<double>(q.tokens * group_) + staged * kStageCost;
 }
 
 // Leading key blocks that lie in the same pages.
@@ -134,13 +142,15 @@ int64_t AttentionPlan::common_blocks(const QueryRange& a, const QueryRange& b) c
 // Items of queries_[first, first + count), one for each key/value head; a very long one is cut into its splits.
 void AttentionPlan::add_items(int64_t first, int64_t count, int64_t shared, double limit) {
     int64_t rows = 0;
-    double item_cost = shared * kStageCost;
+    const int64_t first_seen = first_block(queries_[first]);
+    double item_cost = std::max<int64_t>(0, shared - first_seen) * kStageCost;
     for (int64_t i = first; i < first + count; ++i) {
         rows += queries_[i].tokens * group_;
         item_cost += cost(queries_[i], shared);
     }
     max_rows_ = std::max(max_rows_, rows);
-    const int64_t splits = ceil_div(length(queries_[first]), kSplit);
+    const int64_t first_split = first_seen * kKeyBlock / kSplit;
+    const int64_t splits = ceil_div(length(queries_[first]), kSplit) - first_split;
     const bool split = count == 1 && splits > 1 && rows <= kMaxSplitRows && item_cost > limit;
     for (int64_t head = 0; head < shape_.kv_heads; ++head) {
         if (!split) {
@@ -149,7 +159,8 @@ void AttentionPlan::add_items(int64_t first, int64_t count, int64_t shared, doub
         }
         merges_.push_back({first, head, static_cast<int64_t>(partial_.size()), splits});
         for (int64_t s = 0; s < splits; ++s) {
-            items_.push_back({first, 1, head, 0, s, static_cast<int64_t>(partial_.size()), item_cost / splits});
+            items_.push_back(
+                {first, 1, head, 0, first_split + s, static_cast<int64_t>(partial_.size()), item_cost / splits});
             partial_.resize(partial_.size() + rows * state_floats_);
         }
     }

@@ -39,6 +39,7 @@ class AttentionPlan {
 
     std::vector<QueryRange> copy_sequences();
     void cut(const std::vector<QueryRange>& sequences, int threads);
+    int64_t first_block(const QueryRange&) const;
     double cost(const QueryRange&, int64_t shared) const;
     int64_t common_blocks(const QueryRange&, const QueryRange&) const;
     AttentionItem item(int64_t index);

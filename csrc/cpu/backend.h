@@ -22,8 +22,13 @@ struct Cpu {
 
 void embed(Cpu&, const EmbedArgs&);
 void rms_norm(Cpu&, const RmsNormArgs&);
+void layer_norm(Cpu&, const LayerNormArgs&);
+void add(Cpu&, const AddArgs&);
+void softcap(Cpu&, const SoftcapArgs&);
 void rope_and_cache(Cpu&, const RopeAndCacheArgs&);
-void silu_mul(Cpu&, const SiluMulArgs&);
+void silu_mul(Cpu&, const GateArgs&);
+void gelu_mul(Cpu&, const GateArgs&);
+void activate(Cpu&, const ActivateArgs&);
 void gather_rows(Cpu&, const GatherRowsArgs&);
 void sample(Cpu&, const SampleArgs&);
 

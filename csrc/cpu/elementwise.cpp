@@ -38,14 +38,34 @@ void rms_norm(Cpu& cpu, const RmsNormArgs& a) {
     by_rows(cpu, cpu.kernels.rms_norm, a, a.tokens, a.width);
 }
 
+void layer_norm(Cpu& cpu, const LayerNormArgs& a) {
+    by_rows(cpu, cpu.kernels.layer_norm, a, a.tokens, a.width);
+}
+
+void add(Cpu& cpu, const AddArgs& a) {
+    by_rows(cpu, cpu.kernels.add, a, a.tokens, a.width);
+}
+
+void softcap(Cpu& cpu, const SoftcapArgs& a) {
+    by_rows(cpu, cpu.kernels.softcap, a, a.rows, a.width);
+}
+
 void rope_and_cache(Cpu& cpu, const RopeAndCacheArgs& a) {
     if (a.cos_sin) check_indices("rope_and_cache", "positions", a.positions, a.tokens, a.max_positions);
     check_indices("rope_and_cache", "kv_index", a.kv_index, a.tokens, a.pages * a.page_size);
     by_rows(cpu, cpu.kernels.rope_and_cache, a, a.tokens, (a.heads + 2 * a.kv_heads) * a.head_width);
 }
 
-void silu_mul(Cpu& cpu, const SiluMulArgs& a) {
+void silu_mul(Cpu& cpu, const GateArgs& a) {
     by_rows(cpu, cpu.kernels.silu_mul, a, a.tokens, 2 * a.width);
+}
+
+void gelu_mul(Cpu& cpu, const GateArgs& a) {
+    by_rows(cpu, cpu.kernels.gelu_mul, a, a.tokens, 2 * a.width);
+}
+
+void activate(Cpu& cpu, const ActivateArgs& a) {
+    by_rows(cpu, cpu.kernels.activate, a, a.tokens, a.width);
 }
 
 void gather_rows(Cpu& cpu, const GatherRowsArgs& a) {

@@ -36,6 +36,8 @@ class Case:
     q: Tensor
     k_cache: Tensor
     v_cache: Tensor
+    window: int = 0
+    softcap: float = 0.0
 
     @property
     def scale(self) -> float:
@@ -53,6 +55,8 @@ def make_case(
     dtype: torch.dtype = torch.bfloat16,
     shared: int = 0,
     seed: int = 0,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> Case:
     """``sequences``: (tokens in the step, length). The first ``shared`` pages are the same for all that are so long.
     Pages and slots are in random order; unused page table entries are invalid, unused cache memory is NaN."""
@@ -74,14 +78,15 @@ def make_case(
     q_start = torch.tensor([0] + [n for n, _ in sequences]).cumsum(0).int()
     kv_len = torch.tensor([length for _, length in sequences], dtype=torch.int32)
     q = torch.randn(int(q_start[-1]), heads, width, generator=g)
-    return Case(AttentionInput(q_start, kv_len, slots, table), q, caches[0].to(dtype), caches[1].to(dtype))
+    inputs = AttentionInput(q_start, kv_len, slots, table)
+    return Case(inputs, q, caches[0].to(dtype), caches[1].to(dtype), window, softcap)
 
 
 def attend(ops: NativeOps | ReferenceOps, case: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     out = torch.full(case.q.shape, torch.nan, dtype=dtype)
     lse = torch.full(case.q.shape[:2], torch.nan, dtype=dtype)
-    plan = ops.plan_attention(case.inputs, case.q.shape[1], case.k_cache)
-    ops.attention(case.q, case.k_cache, case.v_cache, plan, case.scale, out, lse)
+    plan = ops.plan_attention(case.inputs, case.q.shape[1], case.k_cache, case.window)
+    ops.attention(case.q, case.k_cache, case.v_cache, plan, case.scale, out, lse, case.softcap)
     return out, lse
 
 
@@ -103,7 +108,7 @@ def only(case: Case, sequence: int, first: int = 0, last: int | None = None) -> 
         kv_len=case.inputs.kv_len[sequence : sequence + 1] - (end - start - last),
         slot=case.inputs.slot[sequence : sequence + 1].clone(),
     )
-    return Case(inputs, case.q[rows].clone(), case.k_cache, case.v_cache), rows
+    return dataclasses.replace(case, inputs=inputs, q=case.q[rows].clone()), rows
 
 
 @st.composite
@@ -124,10 +129,13 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "dtype": draw(st.sampled_from(DTYPES)),
         "shared": draw(st.integers(0, 4)),
         "seed": draw(st.integers(0, 2**31)),
+        "window": draw(st.just(0) | st.integers(1, 150)),
+        "softcap": draw(st.sampled_from([0.0, 2.0, 50.0])),
     }
 
 
 @pytest.mark.feature("CPU kernels", "paged attention with log-sum-exp: GQA, prefill and decode, bf16 and fp32")
+@pytest.mark.feature("CPU kernels", "sliding windows and soft caps of attention scores")
 @isas
 @settings(max_examples=25, deadline=None)
 @given(case=cases(), threads=st.integers(1, 3))
@@ -138,9 +146,10 @@ def test_against_float64(isa: str, case: dict[str, Any], threads: int) -> None:
 @isas
 @dtypes
 def test_more_than_one_split(isa: str, dtype: torch.dtype) -> None:
-    case = make_case([(1, 2500), (40, 1030), (1, 1024), (1, 1025)], page_size=32, dtype=dtype)
-    check(native(isa, 1), case)
-    check(native(isa, 3), case)
+    for window in (0, 1100):
+        case = make_case([(1, 2500), (40, 1030), (1, 1024), (1, 1025)], page_size=32, dtype=dtype, window=window)
+        check(native(isa, 1), case)
+        check(native(isa, 3), case)
 
 
 MIX = [(1, 700), (1, 650), (90, 1100), (1, 1), (1, 640), (64, 64), (1, 700), (3, 65), (17, 300)]
@@ -149,9 +158,11 @@ MIX = [(1, 700), (1, 650), (90, 1100), (1, 1), (1, 640), (64, 64), (1, 700), (3,
 @pytest.mark.feature("CPU kernels", "results independent of batch and threads")
 @isas
 @dtypes
-@pytest.mark.parametrize("shared", [0, 40])
-def test_a_sequence_does_not_depend_on_batch_or_threads(isa: str, dtype: torch.dtype, shared: int) -> None:
-    case = make_case(MIX, dtype=dtype, shared=shared)
+@pytest.mark.parametrize(("shared", "window", "softcap"), [(0, 0, 0.0), (40, 0, 0.0), (40, 200, 5.0)])
+def test_a_sequence_does_not_depend_on_batch_or_threads(
+    isa: str, dtype: torch.dtype, shared: int, window: int, softcap: float
+) -> None:
+    case = make_case(MIX, dtype=dtype, shared=shared, window=window, softcap=softcap)
     together = [attend(native(isa, threads), case) for threads in (1, 2, 3)]
     for out, lse in together[1:]:
         assert torch.equal(out, together[0][0])
@@ -166,8 +177,9 @@ def test_a_sequence_does_not_depend_on_batch_or_threads(isa: str, dtype: torch.d
 
 @isas
 @dtypes
-def test_a_token_does_not_depend_on_how_its_prompt_is_chunked(isa: str, dtype: torch.dtype) -> None:
-    case = make_case([(1200, 1200)], heads=3, kv_heads=1, dtype=dtype)
+@pytest.mark.parametrize("window", [0, 300])
+def test_a_token_does_not_depend_on_how_its_prompt_is_chunked(isa: str, dtype: torch.dtype, window: int) -> None:
+    case = make_case([(1200, 1200)], heads=3, kv_heads=1, dtype=dtype, window=window)
     whole, whole_lse = attend(native(isa), case)
     for first, last in [(0, 1), (0, 130), (130, 131), (131, 700), (700, 1023), (1023, 1025), (1025, 1200)]:
         chunk, rows = only(case, 0, first, last)
@@ -185,6 +197,17 @@ def test_a_shared_prefix_becomes_one_item(dtype: torch.dtype) -> None:
     items = [ops.plan_attention(c.inputs, 6, c.k_cache).num_items for c in (case, other)]
     assert items[0] < items[1] == 20
     check(ops, case)
+
+
+@dtypes
+def test_keys_before_the_window_are_not_read(dtype: torch.dtype) -> None:
+    """As far as whole blocks of 64 lie before it."""
+    case = make_case([(1, 700), (10, 640)], dtype=dtype, window=100)
+    clean, _ = attend(native(ISAS[0]), case)
+    for slot, unseen in zip(case.inputs.slot.tolist(), (600, 531), strict=True):
+        for page in case.inputs.page_table[slot, : unseen // 64 * 4].tolist():
+            case.k_cache[page] = case.v_cache[page] = torch.nan
+    assert torch.equal(attend(native(ISAS[0]), case)[0], clean)
 
 
 @isas
@@ -270,6 +293,8 @@ def test_wrong_shapes_are_named() -> None:
     out, lse = torch.empty(case.q.shape), torch.empty(case.q.shape[:2])
     with pytest.raises(ValueError, match="num_heads=5 must be a positive multiple"):
         ops.plan_attention(case.inputs, 5, case.k_cache)
+    with pytest.raises(ValueError, match="window=-1 must be 0"):
+        ops.plan_attention(case.inputs, 6, case.k_cache, -1)
     with pytest.raises(ValueError, match="multiple of 8 up to 256"):
         ops.plan_attention(case.inputs, 6, case.k_cache[..., :12].contiguous())
     with pytest.raises(ValueError, match="q has shape"):

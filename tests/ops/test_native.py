@@ -29,12 +29,20 @@ GOOD = {
     "rms_norm": {
         "x": floats(3, 4), "weight": floats(4), "eps": 1e-5, "out": floats(3, 4), "residual": floats(3, 4)
     },
+    "layer_norm": {
+        "x": floats(3, 4), "weight": floats(4), "bias": floats(4), "eps": 1e-5, "out": floats(3, 4),
+        "residual": floats(3, 4),
+    },
+    "add": {"x": floats(3, 4), "residual": floats(3, 4)},
+    "softcap": {"x": floats(3, 4), "softcap": 30.0},
     "rope_and_cache": {
         "qkv": floats(3, 4 * 6), "positions": ints(3), "kv_index": torch.arange(3), "rope": Rope(floats(9, 6)),
         "k_cache": floats(2, 1, 4, 6), "v_cache": floats(2, 1, 4, 6), "q_out": floats(3, 2, 6),
         "norm": HeadNorm(floats(6), floats(6), 1e-5),
     },
     "silu_mul": {"gate_up": floats(3, 8), "out": floats(3, 4)},
+    "gelu_mul": {"gate_up": floats(3, 8), "out": floats(3, 4)},
+    "activate": {"kind": "relu", "x": floats(3, 4), "out": floats(3, 4)},
     "gather_rows": {"x": floats(3, 4), "index": ints(2), "out": floats(2, 4)},
 }  # fmt: skip
 
@@ -60,6 +68,12 @@ BAD = [
     ("rope_and_cache", "v_cache", floats(2, 1, 4, 6).bfloat16(), "v_cache has dtype torch.bfloat16: torch.float32"),
     ("rope_and_cache", "v_cache", floats(2, 1, 3, 6), "v_cache has shape"),
     ("rope_and_cache", "norm", HeadNorm(floats(6), floats(5), 1e-5), "norm.k has shape"),
+    ("layer_norm", "bias", floats(3), r"bias has shape \(3,\): \(4,\) is needed"),
+    ("layer_norm", "residual", floats(2, 4), "residual has shape"),
+    ("add", "residual", floats(2, 4), "residual has shape"),
+    ("softcap", "softcap", 0.0, "softcap=0.0 must be above 0"),
+    ("activate", "kind", "tanh", "kind='tanh' must be one of gelu, gelu_tanh, relu"),
+    ("gelu_mul", "gate_up", floats(3, 7), r"gate_up has shape \(3, 7\): \(3, 8\) is needed"),
     ("silu_mul", "gate_up", floats(3, 7), r"gate_up has shape \(3, 7\): \(3, 8\) is needed"),
     ("gather_rows", "index", ints(2) + 3, r"index\[0\]=3 is not in \[0, 3\)"),
     ("gather_rows", "out", floats(3, 4), r"out has shape \(3, 4\): \(2, 4\) is needed"),

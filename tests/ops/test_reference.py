@@ -59,6 +59,36 @@ def test_silu_mul() -> None:
     torch.testing.assert_close(out, F.silu(gate_up[:, :5]) * gate_up[:, 5:])
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm(bias: bool) -> None:
+    x, stream, weight, out = random(4, 6), random(6, 4).T.contiguous(), random(6), empty(4, 6)
+    shift = random(6) + 1 if bias else None
+    total = x + stream
+    OPS.layer_norm(x, weight, shift, 1e-3, out, stream)
+    torch.testing.assert_close(out, F.layer_norm(total, (6,), weight, shift, eps=1e-3))
+    torch.testing.assert_close(stream, total)
+
+
+def test_activations() -> None:
+    x, gate_up, out = 3 * random(4, 5), random(3, 10), empty(3, 5)
+    OPS.gelu_mul(gate_up, out)
+    torch.testing.assert_close(out, F.gelu(gate_up[:, :5], approximate="tanh") * gate_up[:, 5:])
+    for kind, want in {"relu": F.relu(x), "gelu": F.gelu(x), "gelu_tanh": F.gelu(x, approximate="tanh")}.items():
+        got = empty(4, 5)
+        OPS.activate(kind, x, got)
+        torch.testing.assert_close(got, want)
+
+
+def test_softcap_and_add() -> None:
+    x = 9 * random(4, 5)
+    want, total = 7 * torch.tanh(x / 7), 2 * x
+    OPS.add(x.clone(), x)
+    torch.testing.assert_close(x, total)
+    x /= 2
+    OPS.softcap(x, 7.0)
+    torch.testing.assert_close(x, want)
+
+
 def test_rope_and_cache() -> None:
     tokens, heads, kv_heads, width, page_size = 4, 6, 2, 8, 3
     qkv, angles = random(tokens, (heads + 2 * kv_heads) * width), random(20, width // 2)
@@ -89,8 +119,17 @@ def test_partial_rope_copies_the_rest() -> None:
     torch.testing.assert_close(q_out[0, 0], torch.cat([-q[2:4], q[:2], q[4:]]))
 
 
-@pytest.mark.parametrize("heads", [2, 6])
-def test_attention(heads: int) -> None:
+def test_a_norm_of_all_heads_together() -> None:
+    qkv, q_out, k_cache, v_cache = random(1, 8 * 4), empty(1, 4, 4), empty(1, 2, 1, 4), empty(1, 2, 1, 4)
+    norm, zero = HeadNorm(random(16), random(8) + 1, 1e-6), torch.zeros(1, dtype=torch.int32)
+    OPS.rope_and_cache(qkv, zero, zero.long(), None, k_cache, v_cache, q_out, norm)
+    torch.testing.assert_close(q_out.flatten(), F.rms_norm(qkv[0, :16], (16,), norm.q, 1e-6))
+    torch.testing.assert_close(k_cache.flatten(), F.rms_norm(qkv[0, 16:24], (8,), norm.k, 1e-6))
+    torch.testing.assert_close(v_cache.flatten(), qkv[0, 24:])
+
+
+@pytest.mark.parametrize(("heads", "window"), [(2, 0), (6, 0), (6, 1), (2, 4), (2, 100)])
+def test_attention(heads: int, window: int) -> None:
     """Two sequences, the first half cached already, against torch's dense attention."""
     kv_heads, width, page_size, scale = 2, 5, 4, 0.37
     k, v = [random(n, kv_heads, width) for n in (6, 9)], [random(n, kv_heads, width) + 1 for n in (6, 9)]
@@ -106,9 +145,12 @@ def test_attention(heads: int) -> None:
     ints = {"q_start": [0, 6, 9], "kv_len": [6, 9], "slot": [2, 0]}
     inputs = AttentionInput(**{n: torch.tensor(t, dtype=torch.int32) for n, t in ints.items()}, page_table=table)
     q, out, lse = random(9, heads, width), empty(9, heads, width), empty(9, heads)
-    OPS.attention(q, k_cache, v_cache, OPS.plan_attention(inputs, heads, k_cache), scale, out, lse)
+    OPS.attention(q, k_cache, v_cache, OPS.plan_attention(inputs, heads, k_cache, window), scale, out, lse)
     for i, rows in enumerate((slice(0, 6), slice(6, 9))):
-        mask = torch.ones(new[i], len(k[i]), dtype=torch.bool).tril(len(k[i]) - new[i])
+        last = len(k[i]) - new[i]  # what the first new token sees last
+        mask = torch.ones(new[i], len(k[i]), dtype=torch.bool).tril(last)
+        if window:
+            mask = mask.triu(last - window + 1)
         heads_first = [x.transpose(0, 1) for x in (q[rows], k[i], v[i])]
         want = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale, enable_gqa=True)
         torch.testing.assert_close(out[rows], want.transpose(0, 1))

@@ -13,6 +13,9 @@ constexpr int64_t kSplitBlocks = kSplit / kKeyBlock;
 int64_t min(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
+int64_t max(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
 int64_t round_up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
@@ -139,8 +142,11 @@ void attend_tile(const Work& w, int64_t row, int64_t start, int64_t count, Ahead
     ahead.ask();
     float factor[R];
     for (int r = 0; r < R; ++r) {
-        const int64_t seen = w.position[row + r] - start + 1;
-        factor[r] = softmax(w.scores + r * kDepthBlock, seen, count, w.running_of(row + r));
+        float* scores = w.scores + r * kDepthBlock;
+        const int64_t position = w.position[row + r];
+        if (w.a.softcap > 0.0f) softcap({scores, 1, round_up(count, Vec::W), w.a.softcap}, 0, 1);
+        factor[r] = softmax(scores, window_start(position, w.a.window) - start, position - start + 1, count,
+                            w.running_of(row + r));
     }
     ahead.ask();
     const int64_t stride = state_floats(w.a.head_width);
@@ -201,12 +207,21 @@ int64_t furthest(const Work& w, int64_t begin, int64_t end) {
     return position;
 }
 
+// The first position that any of the rows [begin, end) sees.
+int64_t earliest(const Work& w, int64_t begin, int64_t end) {
+    int64_t position = INT64_MAX;
+    for (int64_t r = begin; r < end; ++r)
+        position = min(position, window_start(w.position[r], w.a.window));
+    return position;
+}
+
 // Rows [begin, end) against key blocks [first, last) of one sequence, as far as they see. `after`: what comes next.
 void attend_blocks(const Work& w, const int32_t* pages, int64_t kv_head, int64_t begin, int64_t end, int64_t first,
                    int64_t last, const Positions& after, Ahead& ahead) {
     const int64_t length = furthest(w, begin, end) + 1;
     const AttendTile* by_rows = w.a.cache_dtype == Dtype::bfloat16 ? kBf16ByRows.entry : kF32ByRows.entry;
     const int64_t tiles = (end - begin + kTileRows - 1) / kTileRows;
+    first = max(first, earliest(w, begin, end) / kKeyBlock);
     last = min(last, (length + kKeyBlock - 1) / kKeyBlock);
     const auto positions = [&](int64_t block) {
         return Positions{pages, kv_head, block * kKeyBlock, min(kKeyBlock, length - block * kKeyBlock)};
@@ -224,19 +239,21 @@ void attend_blocks(const Work& w, const int32_t* pages, int64_t kv_head, int64_t
         for (int64_t i = 0; i < tiles; ++i) {
             const int64_t row = begin + (end - begin) * i / tiles, next = begin + (end - begin) * (i + 1) / tiles;
             const int64_t seen = furthest(w, row, next) + 1 - start;  // by any row of the tile
-            if (seen > 0) by_rows[next - row - 1](w, row, start, min(seen, kKeyBlock), ahead);
+            if (seen > 0 && earliest(w, row, next) < start + kKeyBlock)
+                by_rows[next - row - 1](w, row, start, min(seen, kKeyBlock), ahead);
         }
     }
 }
 
 // The start of a sequence's pages that a query range reads from block `first` on.
-Positions beginning(const QueryRange& queries, int64_t kv_head, int64_t first) {
+Positions beginning(const AttentionArgs& a, const QueryRange& queries, int64_t kv_head, int64_t first) {
+    first = max(first, window_start(queries.position, a.window) / kKeyBlock);
     const int64_t start = first * kKeyBlock, length = queries.position + queries.tokens;
     return {queries.pages, kv_head, start, start < length ? min(kKeyBlock, length - start) : 0};
 }
 
-Positions beginning(const AttentionItem& item) {
-    return beginning(item.queries[0], item.kv_head, item.partial ? item.split * kSplitBlocks : 0);
+Positions beginning(const AttentionArgs& a, const AttentionItem& item) {
+    return beginning(a, item.queries[0], item.kv_head, item.partial ? item.split * kSplitBlocks : 0);
 }
 
 void finish(const AttentionArgs& a, const QueryRange& queries, int64_t kv_head, int64_t index, State state) {
@@ -270,7 +287,7 @@ void attend(const AttentionArgs& a, const AttentionItem& item, const AttentionIt
         w.running_of(r).clear();
         w.total_of(r).clear();
     }
-    const Positions after = next ? beginning(*next) : Positions{};
+    const Positions after = next ? beginning(a, *next) : Positions{};
     Ahead ahead;
     if (item.partial) {
         attend_blocks(w, item.queries->pages, item.kv_head, 0, rows, item.split * kSplitBlocks,
@@ -280,12 +297,13 @@ void attend(const AttentionArgs& a, const AttentionItem& item, const AttentionIt
     }
     const int64_t shared = item.shared_blocks;
     attend_blocks(w, item.queries->pages, item.kv_head, 0, rows, 0, shared,
-                  beginning(item.queries[0], item.kv_head, shared), ahead);
+                  beginning(a, item.queries[0], item.kv_head, shared), ahead);
     for (int64_t i = 0, row = 0; i < item.num_queries; ++i) {
         const QueryRange& queries = item.queries[i];
         const int64_t count = queries.tokens * group;
         attend_blocks(w, queries.pages, item.kv_head, row, row + count, shared, INT64_MAX,
-                      i + 1 < item.num_queries ? beginning(item.queries[i + 1], item.kv_head, shared) : after, ahead);
+                      i + 1 < item.num_queries ? beginning(a, item.queries[i + 1], item.kv_head, shared) : after,
+                      ahead);
         for (int64_t r = 0; r < count; ++r, ++row) {
             w.total_of(row).add(w.running_of(row));
             finish(a, queries, item.kv_head, r, w.total_of(row));

@@ -26,6 +26,11 @@ struct QueryRange {
     int64_t position;  // the first one's position in the sequence
 };
 
+// The first position that the token at `position` sees.
+inline int64_t window_start(int64_t position, int64_t window) {
+    return window > 0 && position >= window ? position - window + 1 : 0;
+}
+
 struct AttentionItem {
     const QueryRange* queries;
     int64_t num_queries;

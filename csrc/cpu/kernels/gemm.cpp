@@ -59,7 +59,8 @@ void pack_panel_as(const void* const* columns, int64_t depth, Word* out) {
     for (int64_t k = 0; k < depth; k += per_word) {
         for (int64_t n = 0; n < kPanel; ++n, ++out) {
             *out = 0;
-            if (columns[n]) __builtin_memcpy(out, static_cast<const T*>(columns[n]) + k, min(per_word, depth - k) * sizeof(T));
+            if (columns[n])
+                __builtin_memcpy(out, static_cast<const T*>(columns[n]) + k, min(per_word, depth - k) * sizeof(T));
         }
     }
 }
@@ -156,7 +157,9 @@ void multiply_tile(const Pass& pass, const typename Format::Activation* x, const
 
 // Few rows leave registers for more panels at once: more chains of additions to hide their latency.
 template <int R>
-constexpr int kPanelsAtOnce = R == 1 ? 4 : R <= kWideTileRows ? 2 : 1;
+constexpr int kPanelsAtOnce = R == 1               ? 4
+                              : R <= kWideTileRows ? 2
+                                                   : 1;
 
 // R rows, the first of which is `row`, times all columns of a task.
 struct Plain {
@@ -258,7 +261,8 @@ void multiply_as(const void* packed_rows, int64_t rows, int64_t depth, const voi
     // Tiles of nearly equal height: a last tile of one row would take half the time of a full one.
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     // The first tile waits for its own weights; the others leave memory to what comes.
-    const int64_t width = Kind::kColumns, blocks = (tiles - 1) * ((out.columns + width - 1) / width) * ((depth + kDepthBlock - 1) / kDepthBlock);
+    const int64_t width = Kind::kColumns, blocks = (tiles - 1) * ((out.columns + width - 1) / width) *
+                                                   ((depth + kDepthBlock - 1) / kDepthBlock);
     const int64_t prefetch = blocks > 0 ? ((coming.end - coming.at) / 64 + blocks - 1) / blocks : 0;
     Coming none = {};
     for (int64_t k = 0; k < depth; k += kDepthSlice) {

@@ -5,8 +5,8 @@
 // word per column: that is what the AVX512-BF16 dot product takes, and without it one load, one shift and one mask give
 // two float vectors, half the work of widening 16-bit loads. Odd K and missing columns are filled up with zeros.
 //
-// A gated weight holds the gates [N / 2, K] above what they gate; a panel has both of a column, vector by vector, so that
-// silu(gate) * up is taken from registers and the sums are never written.
+// A gated weight holds the gates [N / 2, K] above what they gate; a panel has both of a column, vector by vector, so
+// that silu(gate) * up is taken from registers and the sums are never written.
 //
 // Activations are copied into blocks of kDepthBlock along K, the rows of a block one after another: the inner loop then
 // reaches all rows of its tile from one register, and no row stride can map them onto the same cache set.

@@ -8,8 +8,13 @@ namespace batchinfer::BATCHINFER_ISA {
 
 void embed(const EmbedArgs&, int64_t begin, int64_t end);
 void rms_norm(const RmsNormArgs&, int64_t begin, int64_t end);
+void layer_norm(const LayerNormArgs&, int64_t begin, int64_t end);
+void add(const AddArgs&, int64_t begin, int64_t end);
+void softcap(const SoftcapArgs&, int64_t begin, int64_t end);
 void rope_and_cache(const RopeAndCacheArgs&, int64_t begin, int64_t end);
-void silu_mul(const SiluMulArgs&, int64_t begin, int64_t end);
+void silu_mul(const GateArgs&, int64_t begin, int64_t end);
+void gelu_mul(const GateArgs&, int64_t begin, int64_t end);
+void activate(const ActivateArgs&, int64_t begin, int64_t end);
 void gather_rows(const GatherRowsArgs&, int64_t begin, int64_t end);
 extern const GemmKernel gemm_kernel;
 extern const AttentionKernel attention_kernel;

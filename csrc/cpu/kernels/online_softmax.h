@@ -44,10 +44,10 @@ inline int64_t state_floats(int64_t head_width) {
     return padded_width(head_width) + Vec::W;
 }
 
-// Replaces the scores of a row by exponentials and updates its maximum and sum. `seen`: scores that the row may see,
-// of `count` computed. Returns the factor for what was summed before.
-inline float softmax(float* scores, int64_t seen, int64_t count, State state) {
-    if (seen <= 0) {
+// Replaces the scores of a row by exponentials and updates its maximum and sum. The row may see the scores
+// [first, seen) of `count` computed. Returns the factor for what was summed before.
+inline float softmax(float* scores, int64_t first, int64_t seen, int64_t count, State state) {
+    if (first >= seen || first >= count) {
         for (int64_t i = 0; i < count; i += Vec::W)
             Vec::zero().store(scores + i);
         return 1.0f;
@@ -55,8 +55,9 @@ inline float softmax(float* scores, int64_t seen, int64_t count, State state) {
     Vec top = Vec::broadcast(state.maximum());
     for (int64_t i = 0; i < count; i += Vec::W) {
         Vec s = Vec::load(scores + i);
-        if (i + Vec::W > seen) {
-            const Ints visible = lane_index() < static_cast<int>(seen - i);
+        if (i + Vec::W > seen || i < first) {
+            const Ints lane = lane_index() + static_cast<int>(i);
+            const Ints visible = (lane < static_cast<int>(seen)) & (lane >= static_cast<int>(first));
             s = select(visible, s, Vec::broadcast(kNegInf));
             s.store(scores + i);
         }

@@ -52,13 +52,22 @@ void rope_and_cache_as(const RopeAndCacheArgs& a, int64_t begin, int64_t end) {
         const int64_t slot = page * a.kv_heads * head_stride + offset * width;
         T* k_out = static_cast<T*>(a.k_cache) + slot;
         T* v_out = static_cast<T*>(a.v_cache) + slot;
-        // q_out's first head, not yet written, holds the normalised key heads for a moment.
+        // q_out, not yet written, holds the normalised key heads for a moment.
+        const float *q_norm = a.q_norm, *k_norm = a.k_norm;
+        if (a.norm_all) {
+            rms_norm_row(k, k_norm, a.kv_heads * width, a.norm_eps, q_out);
+            k = q_out, k_norm = nullptr;
+        }
         for (int64_t g = 0; g < a.kv_heads; ++g) {
-            write_head(a, k + g * width, a.k_norm, cos_sin, q_out, k_out + g * head_stride);
+            write_head(a, k + g * width, k_norm, cos_sin, q_out, k_out + g * head_stride);
             copy(v + g * width, width, v_out + g * head_stride);
         }
+        if (a.norm_all) {
+            rms_norm_row(q, q_norm, a.heads * width, a.norm_eps, q_out);
+            q = q_out, q_norm = nullptr;
+        }
         for (int64_t h = 0; h < a.heads; ++h) {
-            write_head(a, q + h * width, a.q_norm, cos_sin, q_out + h * width, q_out + h * width);
+            write_head(a, q + h * width, q_norm, cos_sin, q_out + h * width, q_out + h * width);
         }
     }
 }

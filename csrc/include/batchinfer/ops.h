@@ -30,13 +30,37 @@ struct RmsNormArgs {
     float eps;
 };
 
+struct LayerNormArgs {
+    const float* x;       // [tokens, width]
+    const float* weight;  // [width]
+    const float* bias;    // [width] or null
+    float* residual;      // [tokens, width] or null
+    void* out;            // [tokens, width], may be x
+    Dtype out_dtype;
+    int64_t tokens, width;
+    float eps;
+};
+
+struct AddArgs {
+    const float* x;   // [tokens, width]
+    float* residual;  // [tokens, width]
+    int64_t tokens, width;
+};
+
+// x -> softcap * tanh(x / softcap).
+struct SoftcapArgs {
+    float* x;  // [rows, width]
+    int64_t rows, width;
+    float softcap;
+};
+
 struct RopeAndCacheArgs {
     const float* qkv;          // [tokens, heads + 2 * kv_heads, head_width]
     const int32_t* positions;  // [tokens]
     const int64_t* kv_index;   // [tokens], page * page_size + offset
     const float* cos_sin;      // [max_positions, rotary_width] or null: no rotation
-    const float* q_norm;       // [head_width] or null: no norm of the heads
-    const float* k_norm;       // [head_width], null together with q_norm
+    const float* q_norm;       // [head_width] or null: no norm of the heads; [heads * head_width] with norm_all
+    const float* k_norm;       // [head_width], null together with q_norm; [kv_heads * head_width] with norm_all
     void* k_cache;             // [pages, kv_heads, page_size, head_width]
     void* v_cache;
     Dtype cache_dtype;
@@ -45,11 +69,24 @@ struct RopeAndCacheArgs {
     int64_t max_positions, rotary_width;
     int64_t pages, page_size;
     float norm_eps;
+    bool norm_all;  // one norm over all heads of q, and one over those of k
 };
 
-struct SiluMulArgs {
+// Of silu_mul and gelu_mul.
+struct GateArgs {
     const float* gate_up;  // [tokens, 2 * width]
     void* out;             // [tokens, width]
+    Dtype out_dtype;
+    int64_t tokens, width;
+};
+
+// gelu_tanh is the approximation of Hendrycks & Gimpel; gelu has the normal distribution itself.
+enum class Activation : int32_t { gelu = 0, gelu_tanh = 1, relu = 2 };
+
+struct ActivateArgs {
+    Activation kind;
+    const float* x;  // [tokens, width]
+    void* out;       // [tokens, width], may be x
     Dtype out_dtype;
     int64_t tokens, width;
 };
@@ -109,6 +146,7 @@ struct AttentionPlanArgs {
     int64_t sequences, slots, slot_pages;
     int64_t heads, kv_heads, head_width;
     int64_t pages, page_size;
+    int64_t window;  // positions that a token sees, itself included; 0: all
 };
 
 struct AttentionArgs {
@@ -120,7 +158,9 @@ struct AttentionArgs {
     Dtype out_dtype;
     float* lse;  // [tokens, heads]
     int64_t heads, kv_heads, head_width, page_size;
+    int64_t window;
     float scale;
+    float softcap;  // scores are softcap * tanh(score / softcap); 0: as they are
 };
 
 }  // namespace batchinfer
