@@ -37,7 +37,7 @@ class Layer:
 class Workspace:
     """Activations of a step, shared by all layers: for T tokens the first T rows of each.
 
-    ``residual`` [T, D] is the running sum, ``x`` what attention and MLP read (normalised), ``delta`` what they add to it.
+    ``residual`` [T, D] is the running sum, ``x`` what attention and MLP read (normalised), ``delta`` what they add.
     """
 
     residual: Tensor

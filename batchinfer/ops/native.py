@@ -45,8 +45,8 @@ class NativeOps:
         return torch.float32
 
     def linear_inputs(self, weights: torch.dtype) -> torch.dtype:
-        """Where the dot product rounds its inputs to bfloat16 itself, what writes them does it: half the memory traffic,
-        and the same bits."""
+        """Where the dot product would round its inputs to bfloat16, what writes them does: half the memory traffic, and
+        the same bits."""
         return weights if "bf16" in self.isa else torch.float32
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
