@@ -262,8 +262,11 @@ void attend_blocks(const Work& w, const int32_t* pages, int64_t kv_head, int64_t
                 w.running_of(r).clear();
             }
         }
-        ahead.aim(w.cache, block + 1 < last ? positions(block + 1) : after);
-        w.block.load(w.cache, positions(block), ahead);
+        const Positions now = positions(block);
+        // KeyBlock::load asks for every W positions, a tile twice.
+        const int64_t portions = (now.count + Vec::W - 1) / Vec::W + 2 * tiles;
+        ahead.aim(w.cache, block + 1 < last ? positions(block + 1) : after, portions);
+        w.block.load(w.cache, now, ahead);
         for (int64_t i = 0; i < tiles; ++i) {
             const int64_t row = begin + (end - begin) * i / tiles, next = begin + (end - begin) * (i + 1) / tiles;
             const int64_t seen = furthest(w, row, next) + 1 - start;  // by any row of the tile

@@ -38,7 +38,8 @@ inline void for_pages(const CacheShape& c, const Positions& p, F f) {
 // L2 it costs 7 %.
 class Ahead {
   public:
-    void aim(const CacheShape& c, const Positions& p) {
+    // The block is asked for in `portions` calls of ask().
+    void aim(const CacheShape& c, const Positions& p, int64_t portions) {
         current_ = ranges_ = 0;
         int64_t bytes = 0;
         for_pages(c, p, [&](int64_t, int64_t n, int64_t at) {
@@ -46,10 +47,10 @@ class Ahead {
             range_[ranges_++] = {static_cast<const char*>(c.a.v_cache) + at * 4, n * c.words * 4};
             bytes += 2 * n * c.words * 4;
         });
-        portion_ = (bytes / kPortions + 63) / 64 * 64;
+        portion_ = (bytes / portions + 63) / 64 * 64;
     }
 
-    // The next 1/kPortions of the block, if it is not all asked for.
+    // The next portion of the block, if it is not all asked for.
     void ask() {
         for (int64_t left = portion_; left > 0 && current_ < ranges_;) {
             Range& r = range_[current_];
@@ -64,7 +65,6 @@ class Ahead {
     }
 
   private:
-    static constexpr int kPortions = 8;
     struct Range {
         const char* at;
         int64_t bytes;
