@@ -89,10 +89,12 @@ void PackedWeight::multiply(Dtype x_dtype, const void* x, int64_t rows, const fl
                                    std::min(task_panels * panel_outputs_, outputs_ - column),
                                    bias ? bias + column : nullptr, bias && gated_ ? bias + outputs_ + column : nullptr,
                                    reinterpret_cast<float*>(packed + packed_bytes)};
-            // The next task as a rule: the same rows, or the first panels again.
-            const int64_t next = (task + 1) % column_blocks * task_panels;
-            const Coming coming = {reinterpret_cast<const char*>(panel(next)),
-                                   reinterpret_cast<const char*>(panel(std::min(next + task_panels, panels_)))};
+            Coming coming = {};
+            if (shares.goes_on(thread, task)) {  // with the same rows, or with the first panels again
+                const int64_t next = (task + 1) % column_blocks * task_panels;
+                coming = {reinterpret_cast<const char*>(panel(next)),
+                          reinterpret_cast<const char*>(panel(std::min(next + task_panels, panels_)))};
+            }
             const auto multiply = gated_ ? kernel_.multiply_gated : kernel_.multiply;
             multiply(dtype_, packed, count, depth_, panel(first_panel), to, coming);
         }

@@ -96,7 +96,12 @@ class TaskShares {
         return -1;
     }
 
+    // Whether the task after `task` is of the thread's own share.
+    bool goes_on(int thread, int64_t task) const { return task + 1 < shares_[thread].end && task >= first(thread); }
+
   private:
+    int64_t first(int thread) const { return thread == 0 ? 0 : shares_[thread - 1].end; }
+
     struct alignas(64) Share {
         std::atomic<int64_t> next;
         int64_t end;
