@@ -3,6 +3,7 @@ JSON line per repetition."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -12,16 +13,19 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from batchinfer.config import Config
 from batchinfer.data.columns import check_input
 from batchinfer.data.prompts import PromptBuilder
 from batchinfer.data.reader import read_chunk
 from batchinfer.data.tables import list_inputs
-from batchinfer.engine.loading import load_engine
+from batchinfer.engine.loading import DTYPES, load_engine
+from batchinfer.engine.no_text import NoText
+from batchinfer.engine.planner import shared_tokens
+from batchinfer.engine.probe import measure
+from batchinfer.engine.roofline import Ceilings, Costs, least_seconds
 from batchinfer.feed import steps
-from batchinfer.types import Chunk, EngineStats, Request
+from batchinfer.models.spec import load_spec
+from batchinfer.types import Chunk, EngineStats, Request, StepWork
 from batchinfer.workloads import make_requests
 
 if TYPE_CHECKING:
@@ -31,19 +35,13 @@ WARM_UP_PROMPT, WARM_UP_TOKENS, WARM_UP_SPREAD = 64, 4, 128
 """The warm-up's sequences end one after the other, over so many steps."""
 
 
-class NoText:
-    """The tokenizer of a workload: token ids go in and come out, and no token ends a text."""
-
-    eos_ids: tuple[int, ...] = ()
-
-    def decode_batch(self, ids: list[np.ndarray]) -> list[str]:
-        return [""] * len(ids)
-
-
 def main(config: Config) -> int:
     """Time ``bench.repeat`` runs. Reading, tokenising and loading the weights are not in the figure; they are reported
     beside it. Each run has a fresh engine, so that the prefix cache starts empty, and is warmed up on other prompts."""
     named = config.bench.workload != "none"
+    dtype = DTYPES[config.engine.dtype]
+    ceilings = measure(config.engine, dtype)
+    costs = Costs.of(load_spec(config.model.path), dtype.itemsize)
     for repetition in range(config.bench.repeat):
         start = time.perf_counter()
         engine = load_engine(
@@ -57,20 +55,27 @@ def main(config: Config) -> int:
             requests = make_requests(config.bench.workload, engine.vocab_size, config.bench.rows)
         else:
             requests = _requests(config, engine)
-        _run(engine, _warm_up(requests, config.engine.max_slots))
-        before = dataclasses.replace(engine.stats())
+        _run(engine, _warm_up(requests, config.engine.max_slots), reorder=False)
+        before = copy.deepcopy(engine.stats())
         start = time.perf_counter()
-        peak_pages = _run(engine, requests)
+        peak_pages = _run(engine, requests, config.engine.reorder)
         seconds = time.perf_counter() - start
+        stats = engine.stats()
         line = {
             "name": config.bench.workload if named else config.input.path,
             "model": config.model.path,
             "repetition": repetition,
             "requests": len(requests),
             "load_seconds": round(load_seconds, 2),
-            **_rates(requests, before, engine.stats(), seconds),
+            **_rates(requests, before, stats, seconds),
+            "possible_cached_share": _possible(requests, config.engine.page_size),
+            "prefill": _against_roofline(stats.prefill - before.prefill, costs, ceilings),
+            "decode": _against_roofline(stats.decode - before.decode, costs, ceilings),
+            "device_idle_share": _idle_share(before, stats),
+            "measured_gflop_per_s": round(ceilings.flops / 1e9, 1),
+            "measured_gb_per_s": round(ceilings.bandwidth / 1e9, 2),
             "peak_pages_used": peak_pages,
-            "pages": engine.stats().pages_total,
+            "pages": stats.pages_total,
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             "peak_device_mb": engine.peak_device_bytes() >> 20,
             "engine": dataclasses.asdict(config.engine),
@@ -113,9 +118,9 @@ def _requests(config: Config, engine: Engine) -> list[Request]:
     return requests
 
 
-def _run(engine: Engine, requests: Sequence[Request]) -> int:
+def _run(engine: Engine, requests: Sequence[Request], reorder: bool) -> int:
     """Run all requests to their end; the most KV pages that were in use after a step."""
-    return max((engine.stats().pages_used for _ in steps(engine, requests)), default=0)
+    return max((engine.stats().pages_used for _ in steps(engine, requests, reorder)), default=0)
 
 
 def _rates(requests: Sequence[Request], before: EngineStats, after: EngineStats, seconds: float) -> dict[str, object]:
@@ -134,5 +139,32 @@ def _rates(requests: Sequence[Request], before: EngineStats, after: EngineStats,
         "cached_prompt_share": round(cached / needed, 4) if needed else 0.0,
         "preemptions": after.preemptions - before.preemptions,
         "steps": after.steps - before.steps,
+        "ms_per_step": {
+            k: round(1000 * (v - before.step_seconds[k]) / max(1, after.steps - before.steps), 3)
+            for k, v in after.step_seconds.items()
+        },
         "seconds_by_part": {k: round(v - before.step_seconds[k], 3) for k, v in after.step_seconds.items()},
     }
+
+
+def _possible(requests: Sequence[Request], page_size: int) -> float:
+    """The cached share that a cache of unlimited size would reach."""
+    prompts = [request.prompt for request in requests for _ in range(request.sampling.n)]
+    return round(shared_tokens(prompts, page_size) / max(1, sum(map(len, prompts))), 4)
+
+
+def _against_roofline(work: StepWork, costs: Costs, ceilings: Ceilings) -> dict[str, float]:
+    """Steps of one kind, the time the device took for them, and the share of it that no device could have saved."""
+    return {
+        "steps": work.steps,
+        "tokens": work.tokens,
+        "device_seconds": round(work.seconds, 3),
+        "roofline_share": round(least_seconds(work, costs, ceilings) / work.seconds, 4) if work.seconds else 0.0,
+    }
+
+
+def _idle_share(before: EngineStats, after: EngineStats) -> float:
+    """Of the time from the first step to the last, that in which the device computed none."""
+    idle = after.device_idle - before.device_idle
+    busy = sum(getattr(after, kind).seconds - getattr(before, kind).seconds for kind in ("prefill", "decode"))
+    return round(idle / max(idle + busy, 1e-9), 4)

@@ -28,12 +28,20 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """What is computed for a row: ``generate`` continues its prompt, ``score`` looks at a given continuation."""
+
+    name: str = "generate"
+
+
+@dataclass(frozen=True)
 class InputConfig:
     """Where the rows come from, and which columns make a prompt.
 
     ``path`` is a Parquet file, a folder (hive partitions become columns) or a glob. The prompt is ``prompt_column``
     unless one of ``messages_column`` (list<struct<role, content>>), ``template`` (Jinja over the columns: the text, or
-    the path of a .j2 or .jinja file) or ``token_ids_column`` (list<int>) is given. ``columns`` None passes all input
+    the path of a .j2 or .jinja file) or ``token_ids_column`` (list<int>) is given. ``continuation_column`` holds the
+    text that the task score looks at. ``columns`` None passes all input
     columns through to the output. ``sampling_columns`` maps a field of SamplingParams to the column that overrides it
     row by row. ``allow_append``: files that were not there when the job was planned are added to it.
     ``retry_errors_of``: a finished output whose good rows are taken over, so that only its error rows are computed.
@@ -44,6 +52,7 @@ class InputConfig:
     messages_column: str | None = None
     template: str | None = None
     token_ids_column: str | None = None
+    continuation_column: str | None = None
     columns: list[str] | None = None
     sampling_columns: dict[str, str] = field(default_factory=dict)
     allow_append: bool = False
@@ -77,6 +86,8 @@ class EngineConfig:
     max_model_len: int = 0
     prefix_cache: bool = True
     expected_share: float = 0.0
+    reorder: bool = True
+    profile: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,9 +109,11 @@ class JobConfig:
 @dataclass(frozen=True)
 class ClusterConfig:
     """``mpi``: "auto" uses MPI where a launcher (srun, mpiexec ...) started several ranks, "on" always, "off" never.
-    ``srun``: options that slurm/run.sh gives to srun; the program itself does not use them."""
+    ``hosts_per_reader``: of so many hosts one rank reads the weights for all, 0: every rank reads. ``srun``: options
+    that slurm/run.sh gives to srun; the program itself does not use them."""
 
     mpi: str = "auto"
+    hosts_per_reader: int = 64
     srun: str = ""
 
 
@@ -141,6 +154,7 @@ class ExportConfig:
 class Config:
     """Everything a job depends on, apart from the files themselves."""
 
+    task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     input: InputConfig = field(default_factory=InputConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -155,6 +169,7 @@ class Config:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "task.name": ("generate", "score"),
     "output.compression": ("zstd", "snappy", "lz4", "gzip", "none"),
     "engine.device": ("auto", "cpu", "cuda", "reference"),
     "engine.dtype": ("auto", "bf16", "fp32"),
@@ -179,6 +194,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "job.journal_seconds": (0.0, 86400.0),
     "job.margin_seconds": (0.0, 86400.0),
     "job.row_seconds": (0.0, 1e9),
+    "cluster.hosts_per_reader": (0, 2**20),
     "bench.rows": (0, 2**40),
     "bench.repeat": (1, 1000),
     "compact.rows_per_file": (1, 2**40),
@@ -277,6 +293,7 @@ def check(config: Config, required: tuple[str, ...] = REQUIRED) -> None:
     except ValueError as error:
         raise JobError(f"sampling.{error}", ExitCode.USAGE) from None
     _check_prompt(value)
+    _check_task(value)
     _check_engine(value)
     _check_dummy_weights(value, required)
     _check_paths(value)
@@ -297,6 +314,16 @@ def _check_prompt(value: dict[str, Any]) -> None:
         if name not in fields:
             key = f"input.sampling_columns.{name}"
             raise _refused(key, column, f"sampling has no field {name!r}; it has {', '.join(fields)}")
+
+
+def _check_task(value: dict[str, Any]) -> None:
+    task, column = value["task.name"], value["input.continuation_column"]
+    if task == "score" and not column:
+        raise _refused("task.name", task, "it needs the column to score: give input.continuation_column=NAME")
+    if task != "score" and column is not None:
+        raise _refused("input.continuation_column", column, "only task=score looks at it: give that, or set it to null")
+    if task == "score" and value["input.retry_errors_of"] is not None:
+        raise _refused("input.retry_errors_of", value["input.retry_errors_of"], "it takes over generated rows alone")
 
 
 def _check_engine(value: dict[str, Any]) -> None:

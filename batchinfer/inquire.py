@@ -14,7 +14,7 @@ from batchinfer.data.export import export
 from batchinfer.data.plan import Plan, make_plan
 from batchinfer.data.results import ResultOptions, result_schema
 from batchinfer.data.tables import InputFile, input_schema, list_inputs
-from batchinfer.estimate import describe, draw, seconds_of
+from batchinfer.estimate import STRETCH, describe, describe_order, draw, places, seconds_of, stretch
 from batchinfer.report import duration
 from batchinfer.types import ExitCode, JobError
 
@@ -55,20 +55,26 @@ def show_plan(config: Config, timed: bool = False) -> int:
 
 
 def _estimate(config: Config, files: list[InputFile], plan: Plan, timed: bool) -> list[str]:
-    if not timed:
-        from batchinfer.models.spec import load_spec
+    from batchinfer.models.spec import load_spec
+
+    spec = load_spec(config.model.path)
+    seconds = None
+    if timed:
+        from batchinfer.engine.loading import load_engine
+
+        engine = load_engine(config.model, config.engine, threads=config.engine.threads)
+        tokenizer, longest = engine.tokenizer, engine.max_seq_len
+    else:
         from batchinfer.models.tokenizer import load_tokenizer
 
-        longest = load_spec(config.model.path).resolve_length(config.engine.max_model_len)
-        sample = draw(config, files, plan, load_tokenizer(config.model.path), longest, SAMPLE_ROWS)
-        return describe(sample, config, len(plan.chunks))
-    from batchinfer.engine.loading import load_engine
-
-    engine = load_engine(config.model, config.engine, threads=config.engine.threads)
-    sample = draw(config, files, plan, engine.tokenizer, engine.max_seq_len, SAMPLE_ROWS)
-    seconds = seconds_of(engine, sample.requests)
-    engine.close()
-    return describe(sample, config, len(plan.chunks), seconds)
+        tokenizer, longest = load_tokenizer(config.model.path), spec.resolve_length(config.engine.max_model_len)
+    sample = draw(config, files, plan, tokenizer, longest, places(plan.chunks, SAMPLE_ROWS))
+    if timed:
+        seconds = seconds_of(engine, sample.requests)
+        engine.close()
+    in_a_row = draw(config, files, plan, tokenizer, longest, stretch(plan.chunks, STRETCH))
+    lines = describe(sample, config, len(plan.chunks), seconds)
+    return lines + describe_order(config, in_a_row.requests, spec)
 
 
 def show_status(config: Config) -> int:

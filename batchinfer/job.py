@@ -7,6 +7,7 @@ the journal has, and computes the rest.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -23,6 +24,8 @@ from batchinfer.cluster.binding import Place, check_places, cpu_share, place, ta
 from batchinfer.cluster.deadline import Deadline, seconds_left
 from batchinfer.cluster.dispatch import SILENCE_SECONDS, Dispatcher, RootDispatcher, WorkerDispatcher, meanwhile
 from batchinfer.cluster.launch import launch_name
+from batchinfer.cluster.tree import Links, tree
+from batchinfer.cluster.weights import Loaded, LoadingStopped, WeightStream
 from batchinfer.cluster.world import POLL_SECONDS, World
 from batchinfer.config import Config, EngineConfig, ModelConfig, to_dict
 from batchinfer.data import attempts
@@ -37,7 +40,9 @@ from batchinfer.data.retry import EarlierOutput
 from batchinfer.data.suspects import SuspectLog, Suspicion, condemn, read_suspicion
 from batchinfer.data.tables import InputFile, input_schema, list_inputs
 from batchinfer.data.template import template_text
+from batchinfer.engine.trace import path_of_rank
 from batchinfer.loop import Engine, Loop, must_stop
+from batchinfer.models.files import Source
 from batchinfer.pipeline import Feeder, OpenChunk, Writer
 from batchinfer.report import Counters, Progress, summary, total
 from batchinfer.types import Chunk, Completion, ExitCode, JobError, Request, exit_code
@@ -45,7 +50,14 @@ from batchinfer.types import Chunk, Completion, ExitCode, JobError, Request, exi
 
 class EngineLoader(Protocol):
     def __call__(
-        self, model: ModelConfig, engine: EngineConfig, *, threads: int, rank_on_node: int, ranks_on_node: int
+        self,
+        model: ModelConfig,
+        engine: EngineConfig,
+        *,
+        threads: int,
+        rank_on_node: int,
+        ranks_on_node: int,
+        source: Source,
     ) -> Engine: ...
 
 
@@ -74,12 +86,18 @@ class Opening:
 
 
 def load_engine(
-    model: ModelConfig, engine: EngineConfig, *, threads: int, rank_on_node: int, ranks_on_node: int
+    model: ModelConfig,
+    engine: EngineConfig,
+    *,
+    threads: int,
+    rank_on_node: int,
+    ranks_on_node: int,
+    source: Source,
 ) -> Engine:
     """The real engine; torch is imported here and not before."""
     from batchinfer.engine.loading import load_engine as load
 
-    return load(model, engine, threads=threads, rank_on_node=rank_on_node, ranks_on_node=ranks_on_node)
+    return load(model, engine, threads=threads, rank_on_node=rank_on_node, ranks_on_node=ranks_on_node, source=source)
 
 
 def identify(model_path: str) -> dict[str, str]:
@@ -123,8 +141,9 @@ def _work(config: Config, world: World, opening: Opening, load_engine: EngineLoa
     dispatcher = _dispatcher(world, opening, ledger)
     deadline = Deadline(opening.seconds, config.job.margin_seconds, signals.received, opening.state)
     start = ready = time.monotonic()
+    loaded = None
     if opening.missing:
-        ready = _take_part(config, world, opening, ledger, dispatcher, deadline, places, load_engine)
+        ready, loaded = _take_part(config, world, opening, ledger, dispatcher, deadline, places, load_engine)
     end = time.monotonic()
     if isinstance(dispatcher, WorkerDispatcher):
         last_word = dispatcher.leave(ledger.notices)
@@ -138,6 +157,7 @@ def _work(config: Config, world: World, opening: Opening, load_engine: EngineLoa
         _say(notice)
     times = {"seconds": round(end - start, 3), "computing_seconds": round(end - ready, 3)}
     attempt = {**times, "hosts": [at.host for at in places], "this_attempt": dataclasses.asdict(total(reports))}
+    attempt["weights"] = loaded and dataclasses.asdict(loaded)
     with meanwhile(dispatcher, world.threads):
         if isinstance(dispatcher, RootDispatcher) and dispatcher.finished and dispatcher.aside:
             reason = f"{len(dispatcher.aside)} chunks were in hand of several ranks when these died"
@@ -173,38 +193,88 @@ def _take_part(
     deadline: Deadline,
     places: list[Place],
     load_engine: EngineLoader,
-) -> float:
+) -> tuple[float, Loaded | None]:
     """Compute chunks until all of the job are done, or this rank must stop. When (monotonic clock) the engine was
-    ready."""
+    ready, and what it has loaded."""
     while world.rank >= len(opening.missing) and not dispatcher.lost:  # there is no chunk for this rank, as yet
         if dispatcher.finished or must_stop(dispatcher, deadline):
             break
         dispatcher.poll(None)
         time.sleep(POLL_SECONDS)
     start = time.monotonic()
-    if dispatcher.finished or must_stop(dispatcher, deadline):
-        return start
-    threads = config.engine.threads or cpu_share(places, world.rank)
-    with meanwhile(dispatcher, world.threads):
-        engine = load_engine(
-            config.model,
-            config.engine,
-            threads=threads,
-            rank_on_node=world.local_rank,
-            ranks_on_node=world.local_size,
-        )
+    engine, loaded = _load(config, world, opening, dispatcher, deadline, places, load_engine)
+    if engine is None:
+        return start, None
     ready = time.monotonic()
     if world.rank == 0:
-        hosts = len({at.host for at in places})
+        hosts, threads = len({at.host for at in places}), _threads(config, world, places)
         _say(f"engine ready after {ready - start:.1f} s (ranks {world.size}, hosts {hosts}, threads {threads})")
     try:
-        _compute(config, world, opening, ledger, engine, dispatcher, deadline)
+        if world.rank == 0:
+            _note_weights(config, opening, loaded)
+        _compute(config, world, opening, ledger, engine, dispatcher, deadline, loaded)
     finally:
         engine.close()
     while not dispatcher.finished and not must_stop(dispatcher, deadline):  # there is no time for another row
         dispatcher.poll(None)
         time.sleep(POLL_SECONDS)
-    return ready
+    return ready, loaded
+
+
+def _load(
+    config: Config,
+    world: World,
+    opening: Opening,
+    dispatcher: Dispatcher,
+    deadline: Deadline,
+    places: list[Place],
+    load_engine: EngineLoader,
+) -> tuple[Engine | None, Loaded | None]:
+    """The engine and what was loaded for it; no engine if this rank must stop, or there is nothing left to do. The
+    ranks that begin with a chunk share the reading; one that comes later, without rank 0, reads alone."""
+    hosts = [at.host for at in places[: len(opening.missing)]]
+    links = tree(hosts, config.cluster.hosts_per_reader if world.threads else 0)
+    mine = links[world.rank] if world.rank < len(links) else Links()
+
+    def stop() -> bool:
+        return dispatcher.finished or must_stop(dispatcher, deadline)
+
+    profile = path_of_rank(config.engine.profile, world.rank) if config.engine.profile else None
+    engine = None
+    with meanwhile(dispatcher, world.threads), WeightStream(mine, world.channel, stop) as source:
+        with contextlib.suppress(LoadingStopped):
+            if not stop():
+                engine = load_engine(
+                    config.model,
+                    dataclasses.replace(config.engine, profile=profile),
+                    threads=_threads(config, world, places),
+                    rank_on_node=world.local_rank,
+                    ranks_on_node=world.local_size,
+                    source=source,
+                )
+    readers = sum(link.parent is None for link in links)
+    return engine, source.loaded and dataclasses.replace(source.loaded, readers=readers, ranks=len(links))
+
+
+def _threads(config: Config, world: World, places: list[Place]) -> int:
+    return config.engine.threads or cpu_share(places, world.rank)
+
+
+def _note_weights(config: Config, opening: Opening, loaded: Loaded | None) -> None:
+    """Say and record what was loaded. The plan has samples of the weights only (models/identity.py): here a change of
+    any byte since an earlier attempt is seen."""
+    if loaded is None:
+        return
+    _say(str(loaded))
+    other = attempts.note_weights(opening.path, opening.number, dataclasses.asdict(loaded))
+    if other is not None:
+        text = (
+            f"the weights in {config.model.path} are not those that attempt {other} loaded (SHA-256), though their "
+            "sizes and samples are the same: its rows were computed with other values"
+        )
+        if config.job.strict_resume:
+            raise JobError(f"{text}; job.strict_resume=false goes on", ExitCode.MISMATCH)
+        _say(text)
 
 
 def _compute(
@@ -215,6 +285,7 @@ def _compute(
     engine: Engine,
     dispatcher: Dispatcher,
     deadline: Deadline,
+    loaded: Loaded | None,
 ) -> None:
     """Put the stages together around the engine, and run them."""
     options = ResultOptions.of(config.input, config.output, config.sampling)
@@ -224,7 +295,7 @@ def _compute(
     )
     earlier = EarlierOutput(config.input.retry_errors_of, options) if config.input.retry_errors_of else None
     provenance = {"attempt": opening.attempt, "rank": world.rank, "ranks": world.size, "model": config.model.path}
-    provenance["numeric"] = numeric(config)
+    provenance |= {"numeric": numeric(config), "weights": loaded and loaded.digest}
 
     journal = Journal(opening.state, opening.plan.id, config.job.journal_seconds)
 
@@ -251,7 +322,7 @@ def _compute(
     crashed = False
     try:
         stages = (engine, dispatcher, feeder, writer, journal, deadline, opening.suspicion, log, show)
-        Loop(*stages, row_seconds=config.job.row_seconds).run()
+        Loop(*stages, row_seconds=config.job.row_seconds, reorder=config.engine.reorder).run()
     except BaseException as error:
         crashed = isinstance(error, JobError) and error.exit_code == ExitCode.LOST_RANK
         writer.record(journal.take())
@@ -338,12 +409,14 @@ def fingerprint(config: Config, model: Mapping[str, str], retried: str | None = 
     source = prompt_source(config.input)
     prompt = template_text(source.name) if source.kind == "template" else source.name
     return {
+        **({"task": config.task.name} if config.task.name != "generate" else {}),
         "model": dict(model),
         "input": {
             source.kind: prompt,
             "columns": config.input.columns,
             "sampling_columns": config.input.sampling_columns,
             **({"retry_errors_of": retried} if retried else {}),
+            **({"continuation": config.input.continuation_column} if config.input.continuation_column else {}),
         },
         "output": {"prefix": config.output.prefix, "token_ids": config.output.token_ids},
         "sampling": to_dict(config)["sampling"],

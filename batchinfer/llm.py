@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,17 +28,30 @@ class LLM:
 
     def __init__(self, model: str, **options: Any):
         config = EngineConfig(**options)
+        self._reorder = config.reorder
         self._engine = load_engine(ModelConfig(path=model), config, threads=config.threads)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams | None = None) -> list[Completion]:
         """Continue every prompt; completions in the order of the prompts, a bad prompt's with its ``error`` set."""
         sampling = sampling or SamplingParams()
-        requests = [
+        return self._run(
             Request(index, ids, sampling, seed=mix(mix(sampling.seed) ^ index))
             for index, ids in enumerate(self._encode(prompts))
-        ]
-        done = {completion.id: completion for step in steps(self._engine, requests) for completion in step}
-        return [done[index] for index in range(len(prompts))]
+        )
+
+    def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[Completion]:
+        """The log-probability of each continuation after its prompt, both as token ids: of the Completion's one sample
+        ``logprobs.chosen`` is that of each token, ``logprobs.top_ids`` what greedy decoding would have chosen."""
+        return self._run(
+            Request(index, np.array([*prompt, *added], np.int32), SamplingParams(), scored_from=len(prompt))
+            for index, (prompt, added) in enumerate(zip(prompts, continuations, strict=True))
+        )
+
+    def _run(self, requests: Iterable[Request]) -> list[Completion]:
+        done = {
+            completion.id: completion for step in steps(self._engine, requests, self._reorder) for completion in step
+        }
+        return [done[index] for index in range(len(done))]
 
     def stats(self) -> EngineStats:
         """Counters of the engine since it was made."""

@@ -5,6 +5,7 @@ Tables pass through unopened. An error in either thread is raised in the main on
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,60 +43,69 @@ class OpenChunk:
 
 
 class Feeder:
-    """Chunks in, rows out, in order. ``read`` gives a chunk's table, ``build`` its requests (or completions of rows
-    that can't be one); both run in the thread, at most as far ahead as chunks were opened."""
+    """Chunks in, their rows out, in order. ``read`` gives a chunk's table, ``build`` its requests (or completions of
+    rows that can't be one); both run in the thread, at most as far ahead as chunks were opened. ``stage`` is what the
+    thread does now, "reading" or "tokenising", "" if nothing; ``seconds``: what "read" and "tokenise" took so far."""
 
     def __init__(self, read: Callable[[Chunk], Any], build: Callable[[Any, Chunk], list[Request | Completion]]):
         self._read, self._build = read, build
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feeder")
         self._ahead: deque[Future[OpenChunk]] = deque()
-        self._current: OpenChunk | None = None
-        self._left: Iterator[Request | Completion] = iter(())
+        self.stage = ""
+        self.seconds = {"read": 0.0, "tokenise": 0.0}
 
     def __len__(self) -> int:
-        """Chunks opened that still have rows to give."""
-        return len(self._ahead) + (self._current is not None)
+        """Chunks opened and not yet taken."""
+        return len(self._ahead)
 
     def open(self, chunk: Chunk) -> None:
         """Start reading a chunk."""
         self._ahead.append(self._thread.submit(self._prepare, chunk))
 
-    def next(self) -> tuple[OpenChunk, Request | Completion] | None:
-        """The next row and the chunk it belongs to, or None: none is ready."""
-        while True:
-            if self._current is not None:
-                row = next(self._left, None)
-                if row is not None:
-                    return self._current, row
-                self._current = None
-            if not self._ahead or not self._ahead[0].done():
-                return None
-            self._current = self._ahead.popleft().result()
-            self._left = iter(self._current.rows)
+    def ready(self) -> Iterator[OpenChunk]:
+        """Take the chunks whose rows are there."""
+        while self._ahead and self._ahead[0].done():
+            yield self._ahead.popleft().result()
 
     def close(self) -> None:
         """Stop; what was read ahead is dropped."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _prepare(self, chunk: Chunk) -> OpenChunk:
+        start = time.perf_counter()
+        self.stage = "reading"
         table = self._read(chunk)
-        return OpenChunk(chunk, table, self._build(table, chunk))
+        middle = time.perf_counter()
+        self.stage = "tokenising"
+        rows = self._build(table, chunk)
+        self.stage = ""
+        self.seconds["read"] += middle - start
+        self.seconds["tokenise"] += time.perf_counter() - middle
+        return OpenChunk(chunk, table, rows)
 
 
 class Writer:
     """Finished chunks in, committed chunks out. ``commit`` runs in the thread, and so does ``record``, which appends to
-    the journal."""
+    the journal. ``seconds``: what "commit" took so far, and for how long :meth:`submit` had to wait ("backlog")."""
 
     def __init__(self, commit: Callable[[OpenChunk], Any], record: Callable[[Any], Any] = lambda records: None):
         self._commit, self._record = commit, record
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._pending: deque[tuple[Chunk, Future[Any]]] = deque()
+        self.seconds = {"commit": 0.0, "backlog": 0.0}
 
     def submit(self, opened: OpenChunk) -> None:
         """Commit a chunk soon. Waits while ``MAX_UNCOMMITTED`` others do."""
         if len(self._pending) >= MAX_UNCOMMITTED:
+            start = time.perf_counter()
             self._pending[-MAX_UNCOMMITTED][1].result()
-        self._pending.append((opened.chunk, self._thread.submit(self._commit, opened)))
+            self.seconds["backlog"] += time.perf_counter() - start
+        self._pending.append((opened.chunk, self._thread.submit(self._time_commit, opened)))
+
+    def _time_commit(self, opened: OpenChunk) -> None:
+        start = time.perf_counter()
+        self._commit(opened)
+        self.seconds["commit"] += time.perf_counter() - start
 
     def record(self, records: Any) -> None:
         """Append to the journal after the commits submitted before."""

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TextIO
 
 from batchinfer.types import Completion, EngineStats
@@ -21,11 +21,18 @@ REPORT_SECONDS = 2.0
 WINDOW_SECONDS = 60.0
 """Rates are means over this time: steady to the eye, and fresh enough to show a rank that got stuck."""
 
+WAITS = ("no chunk", "reading", "tokenising", "idle", "backlog")
+"""Times of a rank's loop (loop.py, pipeline.py) in which a queue was empty, or that of finished chunks full."""
+
+BESIDE = ("read", "tokenise", "commit")
+"""Times that the threads beside the engine worked."""
+
 
 @dataclass(frozen=True)
 class Counters:
-    """The state of one rank, or of several added up. Rows and tokens count from the start of this attempt;
-    ``running`` (sequences), ``pages_used`` and ``pages_total`` are of this moment."""
+    """The state of one rank, or of several added up. Rows and tokens count from the start of this attempt; ``running``
+    (sequences), ``pages_used`` and ``pages_total`` are of this moment. ``seconds``: how long what took or waited, see
+    :func:`stages`."""
 
     rows: int = 0
     failed: int = 0
@@ -34,9 +41,16 @@ class Counters:
     running: int = 0
     pages_used: int = 0
     pages_total: int = 0
+    cached_prompt_tokens: int = 0
+    pages_peak: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def __add__(self, other: Counters) -> Counters:
-        return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "seconds"}
+        names = [*self.seconds, *(name for name in other.seconds if name not in self.seconds)]
+        return Counters(**sums, seconds={n: self.seconds.get(n, 0.0) + other.seconds.get(n, 0.0) for n in names})
 
 
 def total(reports: Iterable[Counters | None]) -> Counters:
@@ -45,10 +59,16 @@ def total(reports: Iterable[Counters | None]) -> Counters:
 
 
 class Meter:
-    """Counts what comes out of one rank's engine. ``stats`` is the engine's method of that name."""
+    """Counts what comes out of one rank's engine. ``stats`` is the engine's method of that name, ``seconds`` tells the
+    times of the stages around it."""
 
-    def __init__(self, stats: Callable[[], EngineStats], clock: Callable[[], float] = time.monotonic):
-        self._stats, self._clock = stats, clock
+    def __init__(
+        self,
+        stats: Callable[[], EngineStats],
+        seconds: Callable[[], Mapping[str, float]] = dict,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._stats, self._seconds, self._clock = stats, seconds, clock
         self._rows = self._failed = 0
         self._taken = -math.inf
         self._report = Counters()
@@ -72,6 +92,11 @@ class Meter:
                 running=stats.running,
                 pages_used=stats.pages_used,
                 pages_total=stats.pages_total,
+                cached_prompt_tokens=stats.cached_prompt_tokens,
+                pages_peak=stats.pages_peak,
+                preemptions=stats.preemptions,
+                steps=stats.steps,
+                seconds={name: round(s, 3) for name, s in {**self._seconds(), **stats.step_seconds}.items()},
             )
         return self._report
 
@@ -165,10 +190,35 @@ def summary(counts: Mapping[str, int], attempt: Counters, times: Mapping[str, fl
     codes = {key.partition(":")[2]: n for key, n in sorted(counts.items()) if key.startswith("error:")}
     errors = f" ({', '.join(f'{code} {n:,}' for code, n in codes.items())})" if codes else ""
     rate = attempt.output_tokens / max(times["computing_seconds"], 1e-9)
-    return (
-        f"rows       {counts['ok'] + counts['error']:,}: {counts['ok']:,} ok, {counts['error']:,} failed{errors}\n"
-        f"tokens     {counts['prompt_tokens']:,} prompt, {counts['completion_tokens']:,} output\n"
-        f"this run   {attempt.rows:,} rows in {duration(times['seconds'])} on {ranks} rank{'s' if ranks > 1 else ''}, "
-        f"{rate:,.1f} output tok/s after loading\n"
-        f"output     {output}"
+    took = f"{duration(times['seconds'])} on {ranks} rank{'s' if ranks > 1 else ''}"
+    return "\n".join(
+        [
+            f"rows       {counts['ok'] + counts['error']:,}: {counts['ok']:,} ok, {counts['error']:,} failed{errors}",
+            f"tokens     {counts['prompt_tokens']:,} prompt, {counts['completion_tokens']:,} output",
+            f"this run   {attempt.rows:,} rows in {took}, {rate:,.1f} output tok/s after loading",
+            *stages(attempt, times["computing_seconds"] * ranks),
+            f"output     {output}",
+        ]
     )
+
+
+def stages(attempt: Counters, seconds: float) -> list[str]:
+    """Lines on who waited for whom, in shares of ``seconds`` of computing, all ranks together; none if no step was
+    computed. "waited": for what the engine had to wait while it could have taken more rows, the end of the job, when
+    there are none, included; "backlog": for the writer. "worked": what threads did beside the engine, and the engine's
+    own parts."""
+    if not attempt.steps:
+        return []
+
+    def shares(names: Iterable[str]) -> str:
+        return ", ".join(f"{n} {attempt.seconds[n] / max(seconds, 1e-9):.1%}" for n in names if n in attempt.seconds)
+
+    cached = attempt.cached_prompt_tokens / max(attempt.prompt_tokens, 1)
+    peak = attempt.pages_peak / max(attempt.pages_total, 1)
+    own = [name for name in attempt.seconds if name not in (*WAITS, *BESIDE)]
+    return [
+        f"waited     {shares(WAITS)}",
+        f"worked     {shares(BESIDE)}; engine: {shares(own)}",
+        f"cache      {cached:.1%} of the prompt tokens found, {peak:.0%} of the KV pages used at most, "
+        f"{attempt.preemptions:,} preemptions in {attempt.steps:,} steps",
+    ]

@@ -7,7 +7,7 @@ completions to rows; the engine never learns what a row is.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
 import numpy as np
@@ -24,6 +24,7 @@ class ErrorCode(str, Enum):
 
     NULL_PROMPT = "NULL_PROMPT"
     EMPTY_PROMPT = "EMPTY_PROMPT"
+    EMPTY_CONTINUATION = "EMPTY_CONTINUATION"
     INVALID_UTF8 = "INVALID_UTF8"
     PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
     BAD_MESSAGES = "BAD_MESSAGES"
@@ -127,7 +128,8 @@ class Request:
     ``seed`` is a 64-bit hash of (run seed, row identity): sample ``i`` draws from hash(seed, i), so that its
     tokens do not depend on batch, rank or restart. ``so_far``: the samples that an earlier attempt began, none or all n
     of them; the unfinished ones go on after their tokens. ``scored_from``: nothing is generated; the Completion's one
-    sample is the prompt from this index on (at least 1), with the log-probability of each of its tokens.
+    sample is the prompt from this index on (at least 1), with the log-probability of each of its tokens. ``group``:
+    requests of one number, not 0, are expected to get answers of like lengths.
     """
 
     id: int
@@ -136,6 +138,7 @@ class Request:
     seed: int = 0
     so_far: tuple[Sample, ...] = ()
     scored_from: int | None = None
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +199,25 @@ class Chunk:
 
 
 @dataclass(slots=True)
+class StepWork:
+    """What the steps of one kind computed, and how long the device took for it; sums.
+
+    ``context``: positions whose keys and values were read, each sequence's on its own; ``pairs``: (query, key) pairs of
+    attention. With the model's shape they give the least time that the steps could have taken (roofline.py).
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    samples: int = 0
+    context: int = 0
+    pairs: int = 0
+
+    def __sub__(self, before: StepWork) -> StepWork:
+        return StepWork(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
+
+
+@dataclass(slots=True)
 class EngineStats:
     """Counters of one engine since its start; sums unless stated otherwise."""
 
@@ -207,7 +229,13 @@ class EngineStats:
     running: int = 0  # sequences that hold a slot now
     waiting: int = 0  # sequences admitted later
     pages_used: int = 0  # now, evictable cached pages not counted
+    pages_peak: int = 0  # most after a step
     pages_total: int = 0
+    decode: StepWork = field(default_factory=StepWork)  # steps that only decode
+    prefill: StepWork = field(
+        default_factory=StepWork
+    )  # steps with tokens of prompts, and all that decodes beside them
+    device_idle: float = 0.0  # seconds between steps; waits for the host within a step are part of it
     step_seconds: dict[str, float] = field(default_factory=dict)  # schedule, forward, sample, output
 
 

@@ -8,7 +8,7 @@ from collections import deque
 import numpy as np
 
 from batchinfer.config import EngineConfig, ModelConfig
-from batchinfer.types import Completion, EngineStats, ErrorCode, Request, RowError, Sample
+from batchinfer.types import Completion, EngineStats, ErrorCode, Logprobs, Request, RowError, Sample
 
 POISON = "poison"
 """A prompt with this word is refused by the engine."""
@@ -42,6 +42,7 @@ class FakeEngine:
     def __init__(self, slots: int = 8, max_seq_len: int = 256, fail_at_step: int | None = None):
         self.tokenizer = ByteTokenizer()
         self.max_seq_len = max_seq_len
+        self.max_slots, self.kv_tokens = slots, slots * max_seq_len
         self.closed = False
         self._slots, self._fail_at_step = slots, fail_at_step
         self._waiting: deque[Request] = deque()
@@ -58,6 +59,9 @@ class FakeEngine:
     @property
     def wants_more(self) -> bool:
         return self.num_open < 2 * self._slots
+
+    def expected_tokens(self, request: Request) -> int:
+        return request.sampling.max_tokens
 
     def add(self, request: Request) -> None:
         self._waiting.append(request)
@@ -121,6 +125,10 @@ class FakeEngine:
         if POISON.encode() in bytes(request.prompt.astype(np.uint8)):
             error = RowError(ErrorCode.KV_CAPACITY, "no page for this one")
             return Completion(request.id, len(request.prompt), error=error)
+        if request.scored_from is not None:
+            tokens = request.prompt[request.scored_from :]
+            logprobs = Logprobs(-tokens.astype(np.float32) / 100, tokens[:, None], -tokens[:, None].astype(np.float32))
+            return Completion(request.id, request.scored_from, (Sample(tokens, "", "scored", logprobs),))
         samples = []
         for index in range(request.sampling.n):
             tokens = answer(request.prompt, request.seed, index, request.sampling.max_tokens)
@@ -129,7 +137,7 @@ class FakeEngine:
 
 
 def load_fake(
-    model: ModelConfig, engine: EngineConfig, *, threads: int, rank_on_node: int, ranks_on_node: int
+    model: ModelConfig, engine: EngineConfig, *, threads: int, rank_on_node: int, ranks_on_node: int, source: object
 ) -> FakeEngine:
     return FakeEngine(slots=engine.max_slots)
 

@@ -30,3 +30,11 @@ def test_a_workload_needs_no_weights_and_no_input(tmp_path: Path, capsys: pytest
         assert line["output_tokens_per_s"] == pytest.approx(line["output_tokens"] / line["seconds"], rel=0.01)
         assert {"schedule", "output"} < line["seconds_by_part"].keys()
         assert line["peak_device_mb"] == 0 < line["peak_pages_used"]
+        assert line["cached_prompt_share"] <= line["possible_cached_share"] < 15 / 16
+        assert line["prefill"]["steps"] + line["decode"]["steps"] == line["steps"]
+        for kind in ("prefill", "decode"):
+            assert line[kind]["roofline_share"] > 0  # above 1 where others took the CPUs while it was measured
+            assert 0 < line[kind]["device_seconds"] < line["seconds"]
+        assert 0 < line["device_idle_share"] < 1
+        assert line["ms_per_step"].keys() == line["seconds_by_part"].keys()
+        assert line["measured_gflop_per_s"] > 0 < line["measured_gb_per_s"]

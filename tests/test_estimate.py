@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from engine.tiny_engine import SPEC as TINY
 from fake_engine import FakeEngine
 from hypothesis import given
 from hypothesis import strategies as st
 from test_job import configure
 
+from batchinfer.config import EngineConfig
 from batchinfer.data.plan import make_plan
 from batchinfer.data.tables import list_inputs
-from batchinfer.estimate import PLACES, Sample, describe, draw, places, seconds_of
-from batchinfer.types import Chunk
+from batchinfer.estimate import PLACES, Sample, describe, describe_order, draw, places, seconds_of, stretch
+from batchinfer.types import Chunk, Request, SamplingParams
 
 
 @given(chunks=st.integers(1, 300), rows=st.integers(1, 50), count=st.integers(1, 400))
@@ -31,6 +37,32 @@ def test_a_sample_is_spread_over_the_job_and_no_larger_than_it(chunks: int, rows
     assert all(chunk.start == job[chunk.index].start for chunk in drawn)
 
 
+@given(chunks=st.integers(1, 60), rows=st.integers(1, 50), count=st.integers(1, 400))
+def test_a_stretch_is_one_piece(chunks: int, rows: int, count: int) -> None:
+    job = [Chunk(index=i, file=0, start=i * rows, rows=rows) for i in range(chunks)]
+    drawn = stretch(job, count)
+    assert sum(chunk.rows for chunk in drawn) == min(count, chunks * rows)
+    for before, after in pairwise(drawn):
+        assert after.start == before.start + before.rows == before.start + rows
+    assert all(chunk.start == job[chunk.index].start for chunk in drawn)
+
+
+@pytest.mark.feature("commands", "plan: what the order of the rows will save, from a simulation")
+def test_what_the_order_saves(tmp_path: Path) -> None:
+    """32 groups of eight rows, one row of each after the other: of eight beginnings seven need not be computed."""
+    begins = np.random.default_rng(0).integers(0, 50, (32, 160))
+    requests = [Request(i, np.append(begins[i % 32], i).astype(np.int32), SamplingParams()) for i in range(256)]
+    spec = dataclasses.replace(TINY, max_positions=1024)
+    config = configure(tmp_path / "in", tmp_path / "out", engine__num_pages=60, engine__max_slots=16)
+    (line,) = describe_order(config, requests, spec)
+    assert re.match(r"order +8[4-7]% fewer prompt tokens and \d+% fewer steps than as they come", line)
+    assert line.endswith("(simulated: 256 rows, KV cache of 960 tokens)")
+    assert describe_order(dataclasses.replace(config, engine=EngineConfig(reorder=False)), requests, spec) == []
+    assert describe_order(config, [], spec) == []
+    scored = [dataclasses.replace(request, scored_from=150) for request in requests]
+    assert "fewer prompt tokens" in describe_order(config, scored, spec)[0]
+
+
 @pytest.mark.feature("commands", "plan: tokens, errors, inodes and, with --time, hours, from a sample of the rows")
 def test_tokens_errors_files_and_time_of_a_job(tmp_path: Path) -> None:
     prompts = [None if i % 10 == 3 else "x" * (10 + 10 * (i % 2)) for i in range(1000)]
@@ -39,7 +71,7 @@ def test_tokens_errors_files_and_time_of_a_job(tmp_path: Path) -> None:
     files = list_inputs(config.input.path)
     plan = make_plan(files, 20, {})
     engine = FakeEngine()
-    sample = draw(config, files, plan, engine.tokenizer, 100, 200)
+    sample = draw(config, files, plan, engine.tokenizer, 100, places(plan.chunks, 200))
     assert sample.drawn == 200
     assert sample.errors == {"NULL_PROMPT": 20}
     assert not (tmp_path / "out").exists()

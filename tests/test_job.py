@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,7 +30,8 @@ from batchinfer.data.convert import convert
 from batchinfer.data.export import export
 from batchinfer.data.prompts import row_seed
 from batchinfer.inquire import show_plan, show_status, show_verify
-from batchinfer.types import ROW_BITS, ExitCode, JobError
+from batchinfer.models.files import Block
+from batchinfer.types import ROW_BITS, ExitCode, JobError, Request
 
 
 def prompts(rows: int, offset: int = 0) -> list[str]:
@@ -117,6 +121,8 @@ def test_one_output_row_per_input_row_in_order(inputs: Path, tmp_path: Path, cap
     printed = capfd.readouterr().err
     assert "87 rows in 2 files, 87 to do in 9 chunks" in printed
     assert "rows       87: 87 ok, 0 failed" in printed
+    assert re.search(r"^waited     no chunk [\d.]+%, reading [\d.]+%, tokenising .* backlog [\d.]+%$", printed, re.M)
+    assert re.search(r"^worked     read [\d.]+%, tokenise [\d.]+%, commit [\d.]+%; engine: ", printed, re.M)
     folder = tmp_path / "out" / "_batchinfer" / "attempts"
     assert {path.name for path in folder.iterdir()} == {"000001.begin.json", "000001.end.json"}
     began, ended = (json.loads((folder / f"000001.{name}.json").read_text()) for name in ("begin", "end"))
@@ -139,6 +145,67 @@ def test_rows_of_several_chunks_are_in_the_engine_together(inputs: Path, tmp_pat
     assert engines[0].most_open > 4
     assert engines[0].closed
     assert len(parts(tmp_path / "out")) == 44
+
+
+class NotedEngine(FakeEngine):
+    """Keeps the prompts in the order in which they came."""
+
+    def __init__(self) -> None:
+        super().__init__(slots=2)
+        self.seen: list[bytes] = []
+
+    def add(self, request: Request) -> None:
+        self.seen.append(bytes(request.prompt.astype(np.uint8)))
+        super().add(request)
+
+
+@pytest.mark.feature("job", "rows that begin alike are computed together, over chunks; the output keeps its order")
+def test_rows_that_begin_alike_go_in_together_and_come_out_where_they_were(tmp_path: Path) -> None:
+    """Four beginnings in turn: in the order of the rows, another one each time."""
+    table = pa.table({"prompt": [f"{'abcd'[i % 4] * 40} {i}" for i in range(120)]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    results, turns = {}, {}
+    for reorder in (False, True):
+        engine, output = NotedEngine(), tmp_path / f"out{reorder}"
+        config = configure(tmp_path / "in.parquet", output, engine__reorder=reorder, sampling__temperature=1.0)
+        assert run(config, lambda *_, engine=engine, **__: engine) == 0
+        results[reorder] = rows_of(output)
+        turns[reorder] = sum(a[:1] != b[:1] for a, b in pairwise(engine.seen))
+        assert len(engine.seen) == 120
+    assert results[True] == results[False]
+    assert turns[False] == 119
+    assert turns[True] <= 4 * 12  # no more than one turn for each beginning in each chunk
+
+
+def test_the_record_tells_what_the_engine_waited_for(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine chunks, each read in 20 ms, of which the engine computes none in a tenth of that."""
+    read = job.ChunkReader.read
+
+    def slow(self: Any, chunk: Any) -> Any:
+        time.sleep(0.02)
+        return read(self, chunk)
+
+    monkeypatch.setattr(job.ChunkReader, "read", slow)
+    assert run(configure(inputs, tmp_path / "out")) == 0
+    record = tmp_path / "out" / "_batchinfer" / "attempts" / "000001.end.json"
+    seconds = json.loads(record.read_text())["this_attempt"]["seconds"]
+    assert seconds["read"] >= 9 * 0.02
+    assert seconds["reading"] >= 9 * 0.01
+    assert seconds["idle"] >= 0.02
+    assert seconds["commit"] > 0
+
+
+def test_every_rank_has_a_timeline_of_its_own(inputs: Path, tmp_path: Path) -> None:
+    paths = []
+
+    def load(model: Any, engine: Any, **_: object) -> FakeEngine:
+        paths.append(engine.profile)
+        return FakeEngine()
+
+    assert run(configure(inputs, tmp_path / "out", engine__profile="/scratch/trace.json"), load) == 0
+    assert paths == ["/scratch/trace.0.json"]
 
 
 def test_a_finished_job_ends_at_once_without_an_engine(inputs: Path, tmp_path: Path) -> None:
@@ -386,6 +453,68 @@ def test_an_interrupt_leaves_only_complete_parts(inputs: Path, tmp_path: Path) -
     assert run(config) == 0
 
 
+def loading(data: bytes, between: Callable[[], object] = lambda: None) -> Callable[..., FakeEngine]:
+    """A load_engine that gets ``data`` as weights, in blocks of ten bytes; ``between`` is called after each."""
+
+    def load(*_: Any, source: Any, **__: Any) -> FakeEngine:
+        blocks = [Block("weights", at, 10) for at in range(0, len(data), 10)]
+        read = lambda block, out: out.__setitem__(slice(None), data[block.offset : block.offset + 10])  # noqa: E731
+        assert source.value(lambda: "header") == "header"
+        got = b""
+        for view in source.stream(blocks, read):
+            got += view
+            between()
+        assert got == data
+        return FakeEngine()
+
+    return load
+
+
+@pytest.mark.feature(
+    "job", "the bytes of the weights are hashed as they are read: a change between two attempts is said"
+)
+def test_weights_that_changed_between_two_attempts(
+    inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = configure(inputs, tmp_path / "out")
+
+    def crash(*_: Any, **options: Any) -> FakeEngine:
+        loading(b"a" * 50)(**options)
+        return FakeEngine(fail_at_step=60)
+
+    with pytest.raises(JobError):
+        run(config, crash)
+    assert "batchinfer: weights 0.00 GB in 0.0 s" in capfd.readouterr().err
+    with pytest.raises(JobError, match=r"are not those that attempt 1 loaded .*; job\.strict_resume=false goes on"):
+        run(configure(inputs, tmp_path / "out", job__strict_resume=True), loading(b"b" * 50))
+    assert run(config, loading(b"b" * 50)) == ExitCode.COMPLETE
+    assert "the weights in fake are not those that attempt" in capfd.readouterr().err
+    ended = json.loads((tmp_path / "out" / "_batchinfer" / "attempts" / "000003.end.json").read_text())
+    assert (ended["weights"]["bytes"], ended["weights"]["read"], ended["weights"]["ranks"]) == (50, 50, 1)
+    provenance = [
+        json.loads(pq.read_metadata(part).metadata[b"batchinfer"])["provenance"]
+        for part in sorted((tmp_path / "out").glob("part-*.parquet"))
+    ]
+    assert provenance[-1]["weights"] == ended["weights"]["digest"]
+    assert len({entry["weights"] for entry in provenance}) == 2
+
+
+def test_a_signal_ends_the_loading(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    come: list[str] = []
+    monkeypatch.setattr(job.signals, "received", lambda: come[0] if come else None)
+    calls: list[None] = []
+
+    def between() -> None:
+        calls.append(None)
+        come.append("SIGUSR1")
+
+    config = configure(inputs, tmp_path / "out")
+    assert run(config, loading(b"a" * 500, between)) == ExitCode.INCOMPLETE
+    assert len(calls) == 1
+    come.clear()
+    assert run(config, loading(b"a" * 500)) == ExitCode.COMPLETE
+
+
 def test_openai_requests_in_and_results_out(tmp_path: Path) -> None:
     """The settings that convert prints are those with which the job reads its file."""
     requests = [
@@ -410,3 +539,24 @@ def test_openai_requests_in_and_results_out(tmp_path: Path) -> None:
         assert all(choice["text"] for choice in choices)
         assert result["response"]["body"]["usage"]["completion_tokens"] <= (3 + i) * len(choices)
     assert (failed["custom_id"], failed["response"], failed["error"]["code"]) == ("r5", None, "EMPTY_PROMPT")
+
+
+def test_scores_of_continuations(inputs: Path, tmp_path: Path) -> None:
+    """Drained in the middle and gone on with, like every other job."""
+    changes = {"task__name": "score", "input__continuation_column": "prompt", "input__template": "{{ id }}:"}
+    output = tmp_path / "out"
+    config = configure(inputs, output, output__token_ids=True, **changes)
+    assert job.run(config, World(), load_fake, identify_fake) == 0
+    assert verify(str(output)).ok
+    table = pa.concat_tables([pq.read_table(part) for part in sorted(output.glob("part-*.parquet"))])
+    generated = ["logprob", "perplexity", "is_greedy", "prompt_tokens", "completion_tokens", "token_ids"]
+    assert table.column_names == ["id", "prompt", *generated, "token_logprobs", "status", "error_code", "error"]
+    for row in table.to_pylist():
+        tokens = row["prompt"].encode()
+        assert row["token_ids"] == list(tokens)
+        assert (row["prompt_tokens"], row["completion_tokens"]) == (len(f"{row['id']}:"), len(tokens))
+        assert row["logprob"] == pytest.approx(-sum(tokens) / 100, rel=1e-6)
+        assert row["perplexity"] == pytest.approx(math.exp(sum(tokens) / 100 / len(tokens)), rel=1e-6)
+        assert row["is_greedy"] is True
+    with pytest.raises(JobError, match="task"):
+        job.run(configure(inputs, output), World(), load_fake, identify_fake)

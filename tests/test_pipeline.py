@@ -37,7 +37,7 @@ def test_an_open_chunk_puts_results_in_row_order() -> None:
         opened.settle(completions[1])
 
 
-def test_rows_come_in_order_and_only_when_ready() -> None:
+def test_chunks_come_in_order_and_only_when_ready() -> None:
     gate = threading.Event()
 
     def read(of: Chunk) -> str:
@@ -47,29 +47,30 @@ def test_rows_come_in_order_and_only_when_ready() -> None:
     feeder = Feeder(read, requests)
     feeder.open(chunk(0))
     feeder.open(chunk(1, rows=1))
-    assert feeder.next() is None
+    assert list(feeder.ready()) == []
     assert len(feeder) == 2
+    until(lambda: feeder.stage == "reading")
     gate.set()
-    got: list = []
-    until(lambda: (row := feeder.next()) is None or got.append(row) or len(got) == 4)
-    until(lambda: len(got) == 4 or ((row := feeder.next()) is not None and got.append(row)))
-    assert [(opened.table, item.id) for opened, item in got] == [
-        *(("table 0", chunk(0).row_id(i)) for i in range(3)),
-        ("table 1", chunk(1).row_id(0)),
+    got: list[OpenChunk] = []
+    until(lambda: got.extend(feeder.ready()) or len(got) == 2)
+    assert [(opened.table, [item.id for item in opened.rows]) for opened in got] == [
+        ("table 0", [chunk(0).row_id(i) for i in range(3)]),
+        ("table 1", [chunk(1).row_id(0)]),
     ]
-    assert feeder.next() is None
     assert len(feeder) == 0
+    assert feeder.stage == ""
+    assert feeder.seconds["read"] > 0 < feeder.seconds["tokenise"]
     feeder.close()
 
 
-def test_the_feeders_error_is_raised_by_next() -> None:
+def test_the_feeders_error_is_raised_by_ready() -> None:
     def read(_: Chunk) -> None:
         raise OSError("disk gone")
 
     feeder = Feeder(read, requests)
     feeder.open(chunk(0))
     with pytest.raises(OSError, match="disk gone"):
-        until(lambda: feeder.next() is not None)
+        until(lambda: list(feeder.ready()))
     feeder.close()
 
 
@@ -98,6 +99,8 @@ def test_the_writer_commits_in_order_and_lets_the_engine_wait() -> None:
     got: list[Chunk] = []
     until(lambda: got.extend(writer.committed()) or len(got) == MAX_UNCOMMITTED + 1)
     assert [c.index for c in got] == seen == [*range(MAX_UNCOMMITTED), 9]
+    assert writer.seconds["backlog"] >= 0.05
+    assert writer.seconds["commit"] > 0
     writer.close()
 
 

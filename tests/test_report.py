@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 
-from batchinfer.report import REPORT_SECONDS, Counters, Meter, Progress, duration, summary, total
+from batchinfer.report import REPORT_SECONDS, Counters, Meter, Progress, duration, stages, summary, total
 from batchinfer.types import Completion, EngineStats, ErrorCode, RowError, Sample
 
 
@@ -20,15 +20,15 @@ class Clock:
 
 def test_a_meter_counts_rows_and_looks_at_the_engine_now_and_then() -> None:
     clock, stats = Clock(), EngineStats(prompt_tokens=7, output_tokens=1, running=1, pages_used=2, pages_total=4)
-    meter = Meter(lambda: stats, clock)
+    meter = Meter(lambda: stats, lambda: {"reading": clock.now - 1000}, clock)
     first = meter.report()
-    assert first == Counters(0, 0, 7, 1, 1, 2, 4)
+    assert first == Counters(0, 0, 7, 1, 1, 2, 4, seconds={"reading": 0.0})
     meter.count(Completion(0, 3, (Sample(np.zeros(1, np.int32), "a", "stop"),)))
     meter.count(Completion(1, 0, error=RowError(ErrorCode.NULL_PROMPT, "null")))
     stats.output_tokens = 9
     clock.now += REPORT_SECONDS / 2
     assert meter.report() is first
-    assert meter.report(fresh=True) == Counters(2, 1, 7, 9, 1, 2, 4)
+    assert meter.report(fresh=True) == Counters(2, 1, 7, 9, 1, 2, 4, seconds={"reading": REPORT_SECONDS / 2})
     stats.output_tokens = 10
     clock.now += REPORT_SECONDS
     assert meter.report().output_tokens == 10
@@ -37,6 +37,8 @@ def test_a_meter_counts_rows_and_looks_at_the_engine_now_and_then() -> None:
 def test_totals_over_ranks() -> None:
     assert total([Counters(rows=2, running=3), None, Counters(rows=5, failed=1)]) == Counters(7, 1, running=3)
     assert total([]) == Counters()
+    times = total([Counters(seconds={"idle": 1.0, "wait": 2.0}), Counters(seconds={"idle": 0.5, "forward": 4.0})])
+    assert times.seconds == {"idle": 1.5, "wait": 2.0, "forward": 4.0}
 
 
 @pytest.mark.feature("job", "progress: one live line on a terminal, a plain line a minute elsewhere, a summary")
@@ -102,3 +104,24 @@ def test_the_summary_names_what_a_person_asks_first() -> None:
     assert "12,345 prompt, 67,890 output" in text
     assert "600 rows in 2:10 on 4 ranks, 50.0 output tok/s after loading" in text
     assert "/data/out" in text
+    assert "waited" not in text  # no step was computed
+
+
+@pytest.mark.feature("job", "the summary tells which queue was empty for how long, and where the engine's time went")
+def test_the_summary_tells_who_waited_for_whom() -> None:
+    seconds = {"no chunk": 10.0, "reading": 5.0, "tokenising": 0.0, "idle": 4.0, "backlog": 1.0}
+    seconds |= {"read": 6.0, "tokenise": 9.0, "commit": 2.0, "schedule": 0.5, "forward": 150.0}
+    counters = Counters(
+        prompt_tokens=1000,
+        cached_prompt_tokens=380,
+        pages_peak=90,
+        pages_total=100,
+        preemptions=3,
+        steps=7,
+        seconds=seconds,
+    )
+    assert stages(counters, 200.0) == [
+        "waited     no chunk 5.0%, reading 2.5%, tokenising 0.0%, idle 2.0%, backlog 0.5%",
+        "worked     read 3.0%, tokenise 4.5%, commit 1.0%; engine: schedule 0.2%, forward 75.0%",
+        "cache      38.0% of the prompt tokens found, 90% of the KV pages used at most, 3 preemptions in 7 steps",
+    ]

@@ -362,9 +362,10 @@ class WorkerDispatcher:
 
 @contextlib.contextmanager
 def meanwhile(dispatcher: Dispatcher, threads: bool) -> Iterator[None]:
-    """Keep the messages going while the caller does what takes long, in a thread. Nobody else may use the dispatcher
-    or its world then. ``threads``: whether the MPI library allows calls from another thread; if not, nothing is done,
-    and a rank that takes longer than ``SILENCE_SECONDS`` counts as dead."""
+    """Keep the messages going while the caller does what takes long, in a thread. Of the dispatcher and its world
+    others may then only ask ``finished`` and ``draining``, call ``drain``, and use the channel. ``threads``: whether
+    the MPI library allows calls from another thread; if not, nothing is done, and a rank that takes longer than
+    ``SILENCE_SECONDS`` counts as dead."""
     over = threading.Event()
     failure: list[BaseException] = []
 

@@ -19,8 +19,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
+from batchinfer.cluster.channel import Channel, MpiChannel
 from batchinfer.cluster.outlive import lifeline
 from batchinfer.types import ExitCode, JobError
 
@@ -81,7 +83,8 @@ class World:
     size = 1
     local_rank = 0
     local_size = 1
-    threads = True  # whether send and receive may be called from another thread than the main one, one at a time
+    threads = True  # whether send, receive and the channel may be used in other threads than the main one
+    channel: Channel | None = None  # for bulk data; None where nobody is there
 
     def __init__(self) -> None:
         self.hostname = socket.gethostname()
@@ -136,7 +139,7 @@ class Unjoined(World):
 
 
 class MpiWorld(World):
-    """The ranks of MPI's COMM_WORLD. One thread at a time may call."""
+    """The ranks of MPI's COMM_WORLD. One thread may send and receive, and another one use the channel."""
 
     def __init__(self, mpi: Any):
         super().__init__()
@@ -150,6 +153,8 @@ class MpiWorld(World):
         node.Free()
         self.place = f" [rank {self.rank} on {self.hostname}]"
         self.threads = mpi.Query_thread() >= mpi.THREAD_SERIALIZED
+        self._lock = Lock()
+        self.channel: MpiChannel = MpiChannel(mpi, self._comm.Dup(), self._lock)
         self._dead: set[int] = set()  # ranks to which a message failed
         self._sending: list[Any] = []
         self._inbox: deque[tuple[int, Any]] = deque()
@@ -174,12 +179,14 @@ class MpiWorld(World):
         return [value, *(values.popleft() for values in self._gathered[1:])]
 
     def send(self, rank: int, message: Any) -> None:
-        self._all_sent()
-        self._start(rank, _MESSAGE, message)
+        with self._lock:
+            self._all_sent()
+            self._start(rank, _MESSAGE, message)
 
     def receive(self) -> tuple[int, Any] | None:
-        self._all_sent()
-        self._arrived()
+        with self._lock:
+            self._all_sent()
+            self._arrived()
         return self._inbox.popleft() if self._inbox else None
 
     def abort(self, code: int) -> None:
@@ -188,7 +195,8 @@ class MpiWorld(World):
         self._comm.Abort(code)
 
     def leave(self, code: int, whole: bool) -> None:
-        if whole and not self._dead and self._in_time(self._comm.Ibarrier().Test, LEAVE_SECONDS):
+        clean = whole and not self._dead and not self.channel.abandoned
+        if clean and self._in_time(self._comm.Ibarrier().Test, LEAVE_SECONDS):
             faulthandler.dump_traceback_later(LEAVE_SECONDS, exit=True, file=sys.__stderr__)
             self._reach_launcher()
             self._mpi.Finalize()

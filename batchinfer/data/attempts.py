@@ -1,6 +1,7 @@
 """The attempts at a job: each writes a record when it begins, and one when it ends. A launcher decides by them.
 
     OUT/_batchinfer/attempts/000003.begin.json    who, where, how many rows were done by then
+    OUT/_batchinfer/attempts/000003.weights.json  what rank 0 loaded, and how fast
     OUT/_batchinfer/attempts/000003.end.json      exit code and counters; absent if the attempt died, or goes on
 
 Attempts are numbered in the order in which they began, without a clock: a number belongs to whoever publishes its
@@ -23,7 +24,7 @@ from batchinfer.data.ledger import STATE, Ledger, output_error
 from batchinfer.types import ExitCode
 
 FOLDER = "attempts"
-BEGIN, END = ".begin.json", ".end.json"
+BEGIN, WEIGHTS, END = ".begin.json", ".weights.json", ".end.json"
 
 FUTILE = 3
 """Attempts in a row that left nothing new, after which the job is not started again."""
@@ -76,6 +77,18 @@ def end(path: str, number: int, record: Mapping[str, Any]) -> None:
     that can't be written is left out: the launcher then takes the attempt for dead, which is safe."""
     with contextlib.suppress(OSError):
         publish_bytes(os.path.join(path, STATE, FOLDER), f"{number:06}{END}", _encode(record))
+
+
+def note_weights(path: str, number: int, record: Mapping[str, Any]) -> int | None:
+    """Record what attempt ``number`` has loaded, with its "digest". The newest other attempt that noted another one,
+    None if there is none. A record that can't be written is left out."""
+    folder = os.path.join(path, STATE, FOLDER)
+    with contextlib.suppress(OSError):
+        publish_bytes(folder, f"{number:06}{WEIGHTS}", _encode(record))
+    for name in sorted(os.listdir(folder), reverse=True):
+        if name.endswith(WEIGHTS) and _read(os.path.join(folder, name)).get("digest") not in (None, record["digest"]):
+            return _number(name)
+    return None
 
 
 def attempts(path: str) -> list[Attempt]:

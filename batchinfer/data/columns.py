@@ -142,6 +142,9 @@ def _needs(config: InputConfig, schema: pa.Schema) -> Iterator[_Need]:
             yield _Need("input.template", name, ANY)
     else:
         yield _Need(f"input.{source.kind}", source.name, SOURCE_KINDS[source.kind])
+    if config.continuation_column is not None:
+        kind = TOKEN_IDS if source.kind == "token_ids_column" else TEXT
+        yield _Need("input.continuation_column", config.continuation_column, kind)
     for field, column in config.sampling_columns.items():
         if field not in SAMPLING_KINDS:
             text = f"input.sampling_columns.{field}: there is no such field; allowed: {', '.join(SAMPLING_KINDS)}"

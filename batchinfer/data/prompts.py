@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -49,6 +50,7 @@ class PromptBuilder:
         sources, or a template that does not parse."""
         self._source = prompt_source(config)
         self._template = RowTemplate(self._source.name) if self._source.kind == "template" else None
+        self._continuation = config.continuation_column
         self._overrides = dict(config.sampling_columns)
         self._sampling = replace(sampling, seed=run_seed)
         self._tokenizer = tokenizer
@@ -61,6 +63,10 @@ class PromptBuilder:
         built: list[Request | Completion] = []
         for start in range(0, chunk.rows, SLICE_ROWS):
             rows = table.slice(start, SLICE_ROWS)
+            if self._continuation is not None:
+                pairs = self._pairs(rows, self._continuation)
+                built += [self._scored(chunk.row_id(start + i), pair) for i, pair in enumerate(pairs)]
+                continue
             prompts = self._prompts(rows)
             samplings = row_samplings(rows, self._overrides, self._sampling)
             for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
@@ -82,24 +88,57 @@ class PromptBuilder:
             return Completion(row, length, error=sampling)
         return Request(row, prompt, sampling, row_seed(sampling.seed, row))
 
+    def _scored(self, row: int, pair: tuple[np.ndarray, np.ndarray] | RowError) -> Request | Completion:
+        if isinstance(pair, RowError):
+            return Completion(row, 0, error=pair)
+        context, whole = pair
+        start = max(1, len(context))  # nothing foretells the first token of a text that has no beginning-of-text token
+        if len(whole) <= start:
+            reason = "the continuation adds no token to the prompt" if len(whole) else "there are no tokens"
+            return Completion(row, len(context), error=RowError(ErrorCode.EMPTY_CONTINUATION, reason))
+        if len(whole) + 1 > self._max_model_len:
+            reason = (
+                f"prompt and continuation have {len(whole)} tokens: the limit is {self._max_model_len - 1} together"
+            )
+            return Completion(row, len(context), error=RowError(ErrorCode.PROMPT_TOO_LONG, reason))
+        return Request(row, whole, self._sampling, scored_from=start)
+
+    def _pairs(self, rows: pa.Table, column: str) -> list[tuple[np.ndarray, np.ndarray] | RowError]:
+        """Token ids of each row's prompt, and of prompt and continuation together: what the second has after the length
+        of the first is scored. Spaces at the end of a prompt go to the continuation, for that is where tokenizers
+        have them; both as in lm-evaluation-harness (Gao et al. 2024, doi:10.5281/zenodo.12608602)."""
+        if self._source.kind == "token_ids_column":
+            size = self._tokenizer.vocab_size
+            ids = ([_token_ids(value, size) for value in rows[name]] for name in (self._source.name, column))
+            return [_error_of(*pair) or (pair[0], np.concatenate(pair)) for pair in zip(*ids, strict=True)]
+        added = [_text(value) for value in python_values(rows[column])]
+        parts = [_error_of(*pair) or _split(*pair) for pair in zip(self._texts(rows, _any_length), added, strict=True)]
+        good = [pair for pair in parts if not isinstance(pair, RowError)]
+        encoded = iter(zip(self._encode([a for a, _ in good]), self._encode([a + b for a, b in good]), strict=True))
+        return [part if isinstance(part, RowError) else next(encoded) for part in parts]
+
     def _prompts(self, rows: pa.Table) -> list[np.ndarray | RowError]:
         """Token ids (int32) or the error of each row."""
         if self._source.kind == "token_ids_column":
             return [_token_ids(ids, self._tokenizer.vocab_size) for ids in rows[self._source.name]]
-        texts = self._texts(rows)
-        good = [text for text in texts if isinstance(text, str)]
-        # A chat template writes the special tokens itself; raw text gets those that the model wants around any text.
-        special = self._source.kind != "messages_column"
-        encoded = iter(self._tokenizer.encode_batch(good, add_special_tokens=special) if good else ())
-        return [np.asarray(next(encoded), np.int32) if isinstance(text, str) else text for text in texts]
+        texts = self._texts(rows, _checked)
+        encoded = iter(self._encode([text for text in texts if isinstance(text, str)]))
+        return [next(encoded) if isinstance(text, str) else text for text in texts]
 
-    def _texts(self, rows: pa.Table) -> list[str | RowError]:
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        """A chat template writes special tokens itself; raw text gets those that the model wants around any text."""
+        if not texts:
+            return []
+        special = self._source.kind != "messages_column"
+        return [np.asarray(ids, np.int32) for ids in self._tokenizer.encode_batch(texts, add_special_tokens=special)]
+
+    def _texts(self, rows: pa.Table, check: Callable[[str | RowError], str | RowError]) -> list[str | RowError]:
         if self._template is not None:
             names, _ = self._template.columns(rows.column_names)
             columns = [python_values(rows[name]) for name in names]
-            return [_checked(self._rendered(names, [c[i] for c in columns])) for i in range(rows.num_rows)]
+            return [check(self._rendered(names, [c[i] for c in columns])) for i in range(rows.num_rows)]
         make = self._chat if self._source.kind == "messages_column" else _text
-        return [_checked(make(value)) for value in python_values(rows[self._source.name])]
+        return [check(make(value)) for value in python_values(rows[self._source.name])]
 
     def _rendered(self, names: list[str], values: list[Any]) -> str | RowError:
         for name, value in zip(names, values, strict=True):
@@ -152,9 +191,23 @@ def _text(value: Any) -> str | RowError:
     return RowError(ErrorCode.INVALID_UTF8, value.reason) if isinstance(value, Unreadable) else value
 
 
+def _error_of(*parts: object) -> RowError | None:
+    return next((part for part in parts if isinstance(part, RowError)), None)
+
+
+def _split(context: str, continuation: str) -> tuple[str, str] | RowError:
+    kept = context.rstrip(" ")
+    return _error_of(_any_length(context + continuation)) or (kept, context[len(kept) :] + continuation)
+
+
 def _checked(text: str | RowError) -> str | RowError:
     if text == "":
         return RowError(ErrorCode.EMPTY_PROMPT, "the prompt is an empty text")
+    return _any_length(text)
+
+
+def _any_length(text: str | RowError) -> str | RowError:
+    """Also an empty one."""
     if isinstance(text, str) and len(text) > MAX_PROMPT_CHARS:
         reason = f"the text of {len(text)} characters is longer than the limit of {MAX_PROMPT_CHARS} before tokenising"
         return RowError(ErrorCode.PROMPT_TOO_LONG, reason)

@@ -5,11 +5,13 @@ The schema follows from the configuration alone, never from the data, so that al
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from batchinfer.types import Completion, ExitCode, JobError, Logprobs, Sample, SamplingParams
@@ -32,13 +34,15 @@ LOGPROBS = pa.struct(
 @dataclass(frozen=True)
 class ResultOptions:
     """What the output holds. ``columns`` None passes all input columns through. ``many``: rows may have several
-    samples, so what belongs to a sample is a list column, in sample order, in every row."""
+    samples, so what belongs to a sample is a list column, in sample order, in every row. ``scored``: rows have the
+    log-probability of a continuation that was given."""
 
     columns: tuple[str, ...] | None = None
     prefix: str = ""
     token_ids: bool = False
     logprobs: bool = False
     many: bool = False
+    scored: bool = False
 
     @staticmethod
     def of(input: InputConfig, output: OutputConfig, sampling: SamplingParams) -> ResultOptions:
@@ -49,6 +53,7 @@ class ResultOptions:
             token_ids=output.token_ids,
             logprobs=sampling.logprobs is not None or "logprobs" in overridden,
             many=sampling.n > 1 or "n" in overridden,
+            scored=input.continuation_column is not None,
         )
 
 
@@ -61,6 +66,36 @@ class Column:
     value: Callable[[Completion], Any]
 
 
+STATUS = [
+    Column("status", pa.string(), lambda c: "error" if c.error else "ok"),
+    Column("error_code", pa.string(), lambda c: c.error and c.error.code.value),
+    Column("error", pa.string(), lambda c: c.error and _shortened(c.error.message)),
+]
+
+
+def _score_columns(token_ids: bool) -> list[Column]:
+    """``logprob`` is the natural logarithm of the continuation's probability, ``perplexity`` exp(-logprob / tokens);
+    ``is_greedy``: greedy decoding of the prompt would give it."""
+
+    def of(value: Callable[[Sample, Logprobs], Any]) -> Callable[[Completion], Any]:
+        return lambda c: value(c.samples[0], c.samples[0].logprobs) if c.samples and c.samples[0].logprobs else None
+
+    def mean(logprobs: Logprobs) -> float:
+        return float(logprobs.chosen.mean(dtype=np.float64))
+
+    columns = [
+        Column("logprob", pa.float64(), of(lambda s, p: float(p.chosen.sum(dtype=np.float64)))),
+        Column("perplexity", pa.float64(), of(lambda s, p: math.exp(min(700.0, -mean(p))))),
+        Column("is_greedy", pa.bool_(), of(lambda s, p: bool((p.top_ids[:, 0] == s.token_ids).all()))),
+        Column("prompt_tokens", pa.int32(), lambda c: c.prompt_tokens),
+        Column("completion_tokens", pa.int32(), of(lambda s, p: len(s.token_ids))),
+    ]
+    if token_ids:
+        columns.append(Column("token_ids", pa.list_(pa.int32()), of(lambda s, p: s.token_ids)))
+        columns.append(Column("token_logprobs", pa.list_(pa.float32()), of(lambda s, p: p.chosen)))
+    return columns + STATUS
+
+
 def generated_columns(options: ResultOptions) -> list[Column]:
     """What the job adds to a row, in the order of the output. Without samples (an error), everything that belongs to a
     sample is null; ``prompt_tokens`` is then 0 unless the prompt was tokenised."""
@@ -70,6 +105,8 @@ def generated_columns(options: ResultOptions) -> list[Column]:
             return Column(name, pa.list_(kind), lambda c: [value(s) for s in c.samples] or None)
         return Column(name, kind, lambda c: value(c.samples[0]) if c.samples else None)
 
+    if options.scored:
+        return [replace(column, name=options.prefix + column.name) for column in _score_columns(options.token_ids)]
     columns = [
         of_sample("generated_text", pa.string(), lambda s: s.text),
         of_sample("finish_reason", pa.string(), lambda s: s.finish_reason or None),
@@ -80,11 +117,7 @@ def generated_columns(options: ResultOptions) -> list[Column]:
         columns.append(of_sample("token_ids", pa.list_(pa.int32()), lambda s: s.token_ids))
     if options.logprobs:
         columns.append(of_sample("logprobs", LOGPROBS, lambda s: logprobs_value(s.logprobs)))
-    columns += [
-        Column("status", pa.string(), lambda c: "error" if c.error else "ok"),
-        Column("error_code", pa.string(), lambda c: c.error and c.error.code.value),
-        Column("error", pa.string(), lambda c: c.error and _shortened(c.error.message)),
-    ]
+    columns += STATUS
     return [replace(column, name=options.prefix + column.name) for column in columns]
 
 

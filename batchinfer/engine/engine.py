@@ -22,12 +22,16 @@ from batchinfer.engine.open_work import (
     stack,
     unstack,
 )
-from batchinfer.engine.runner import Runner
+from batchinfer.engine.runner import Runner, StepOutput
 from batchinfer.engine.seeds import sample_seed
 from batchinfer.engine.stopping import completes_stop, cut_text
+from batchinfer.engine.trace import Trace
 from batchinfer.models.tokenizer import Tokenizer
 from batchinfer.ops import SampleOutput
 from batchinfer.types import Completion, EngineStats, ErrorCode, Request, RowError, Sample, SamplingParams
+
+LENGTHS_EVERY = 32
+"""Steps between two looks at how long the running sequences are by now: 0.1 ms for 256 of them."""
 
 SCORING = SamplingParams(max_tokens=1, ignore_eos=True)
 """Of a request of which nothing is wanted but scores: it leaves with the step that ends its prompt."""
@@ -46,13 +50,17 @@ class Engine:
         max_seq_len: int,
         max_slots: int,
         num_pages: int,
+        page_size: int,
         vocab_size: int,
+        trace: Trace | None = None,
     ):
+        self._trace = trace
         self.vocab_size = vocab_size
         self._lengths = lengths
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
-        self._max_slots = max_slots
+        self.max_slots = max_slots
+        self.kv_tokens = num_pages * page_size
         self._scheduler = scheduler
         self._runner = runner
         self._sequences: dict[int, Sequence] = {}
@@ -68,6 +76,7 @@ class Engine:
         self._closed = False
         self._stats = EngineStats(pages_total=num_pages)
         self._seconds = {"schedule": 0.0, "output": 0.0}
+        self._device_end = 0.0  # of the last step; 0: none yet
 
     @property
     def num_open(self) -> int:
@@ -77,7 +86,16 @@ class Engine:
     @property
     def wants_more(self) -> bool:
         """Whether another request would help to keep the batch full: half a batch waits beside the running one."""
-        return self._scheduler.num_open < self._max_slots + self._max_slots // 2 + 1
+        return self._scheduler.num_open < self.max_slots + self.max_slots // 2 + 1
+
+    def expected_tokens(self, request: Request) -> int:
+        """New tokens that each sample of a request will probably get, beside those that it brings along."""
+        if request.scored_from is not None:
+            return 1
+        params = request.sampling
+        before = max((len(sample.token_ids) for sample in request.so_far if not sample.finish_reason), default=0)
+        room = self.max_seq_len - len(request.prompt)
+        return max(0, min(room, self._lengths.expected(params.max_tokens, request.group)) - before)
 
     def add(self, request: Request) -> None:
         """Take a request. One that can't run comes back from the next :meth:`step` as a Completion with an error."""
@@ -113,7 +131,7 @@ class Engine:
                 request.prompt,
                 max_new_tokens=params.max_tokens,
                 min_new_tokens=params.min_tokens,
-                expected_new_tokens=self._lengths.expected(params.max_tokens),
+                expected_new_tokens=self._lengths.expected(params.max_tokens, request.group),
                 **({} if request.scored_from is None else {"compute_from": request.scored_from - 1}),
                 stop_token_ids=self._stop_ids(request),
                 generated=() if before is None else before.token_ids,
@@ -136,45 +154,85 @@ class Engine:
         for nothing. Sequences with penalties or a constraint keep the host in the loop: the next step waits for their
         tokens.
         """
+        begin = time.perf_counter()
         done, self._refused = self._refused, []
         if self._dependent and self._in_flight:
             done += self._finish_step()
-        ahead = self._runner.ahead if self._start_step() and not self._dependent else 0
+        started = self._start_step()
+        ahead = self._runner.ahead if started and not self._dependent else 0
         if len(self._in_flight) > ahead:
             done += self._finish_step()
         self._open -= len(done)
+        if self._trace and (started or done):
+            self._trace.span("host", "step", begin, time.perf_counter(), running=self._scheduler.num_running)
         return done
 
     def _start_step(self) -> bool:
         """Whether there was one to start."""
-        start = time.perf_counter()
+        begin = time.perf_counter()
         step = self._scheduler.schedule()
         if step is None:
             return False
         for slot, seq_id in zip(step.new_slots.tolist(), step.new_seqs.tolist(), strict=True):
             self._assign(slot, seq_id)
-        self._seconds["schedule"] += time.perf_counter() - start
         places = tuple(places_scored(step, self._sequences)) if self._scored else ()
         rows = StepRows(step, self._sequences, self._scheduler.tokens, places)
+        begin = self._phase("schedule", begin)
         self._runner.start(step, rows)
         self._in_flight.append(rows)
+        self._phase("launch", begin)
         return True
 
     def _finish_step(self) -> list[Completion]:
         """Take the tokens of the oldest step under way; completions of the requests whose last sample ended."""
+        begin = time.perf_counter()
         out = self._runner.finish()
-        start = time.perf_counter()
+        begin = self._phase("wait", begin)
         rows = self._in_flight.popleft()
         step = rows.step
         wasted = sum(seq_id in self._stopped for seq_id in step.sample_seq.tolist()) if self._stopped else 0
         self._stopped.clear()
+        self._stats.pages_peak = max(self._stats.pages_peak, self._scheduler.pages_used)
         if rows.places:
             record_scores(rows.places, out.scores)
         done = self._take(step, out.sample)
         self._stats.steps += 1
         self._stats.output_tokens += step.num_samples - wasted
-        self._seconds["output"] += time.perf_counter() - start
+        self._count_work(rows, out)
+        if self._stats.steps % LENGTHS_EVERY == 0:
+            self._tell_running_lengths(step)
+        self._phase("output", begin)
         return done
+
+    def _phase(self, name: str, begin: float) -> float:
+        """The host has done something since ``begin``; now."""
+        now = time.perf_counter()
+        if name in self._seconds:
+            self._seconds[name] += now - begin
+        if self._trace:
+            self._trace.span("host", name, begin, now)
+        return now
+
+    def _count_work(self, rows: StepRows, out: StepOutput) -> None:
+        step = rows.step
+        decodes, lengths = step.num_decode, step.kv_len.astype(np.int64)
+        queries = np.diff(step.q_start[decodes:]).astype(np.int64)
+        decode_only = step.num_seqs == decodes
+        work = self._stats.decode if decode_only else self._stats.prefill
+        work.steps += 1
+        work.seconds += out.end - out.begin
+        work.tokens += step.num_tokens
+        work.samples += step.num_samples + sum(len(place.rows) for place in rows.places)
+        work.context += int(lengths.sum())
+        # A token attends to itself and all before it; the last of a prompt's to the whole length.
+        work.pairs += int(lengths[:decodes].sum() + (queries * lengths[decodes:] - queries * (queries - 1) // 2).sum())
+        if self._device_end:
+            self._stats.device_idle += out.begin - self._device_end
+        self._device_end = out.end
+        if self._trace:
+            name = "decode" if decode_only else "prefill"
+            counts = {"tokens": step.num_tokens, "sequences": step.num_seqs, "decoding": decodes}
+            self._trace.span("device", name, out.begin, out.end, **counts)
 
     def unfinished(self) -> list[Completion]:
         """What there is of the requests that have begun and not ended: each can go on in another engine, as
@@ -228,6 +286,8 @@ class Engine:
             return
         self._closed = True
         self._runner.close()
+        if self._trace:
+            self._trace.close()
         for seq_id in list(self._sequences):
             self._scheduler.finish(seq_id)
         self._in_flight.clear()
@@ -309,6 +369,16 @@ class Engine:
                 done.append(completion)
         return done
 
+    def _tell_running_lengths(self, step: Step) -> None:
+        """Of the sequences that the step sampled and did not end."""
+        rows = [row for row, seq_id in enumerate(step.sample_seq.tolist()) if seq_id in self._sequences]
+        requests = [self._sequences[seq_id].owner.request for seq_id in step.sample_seq[rows].tolist()]
+        self._lengths.running(
+            step.sample_count[rows] + 1,
+            np.array([request.sampling.max_tokens for request in requests], np.int64),
+            np.array([request.group for request in requests], np.int64),
+        )
+
     def _record_logprobs(self, step: Step, out: SampleOutput) -> None:
         if out.chosen is None:
             return
@@ -382,7 +452,7 @@ class Engine:
             owner.samples[sequence.index] = Sample(given, "", "scored", sequence.scores)
             self._stats.output_tokens -= 1  # the one that came with it is of no use
         else:
-            self._lengths.finished(len(tokens), owner.request.sampling.max_tokens)
+            self._lengths.finished(len(tokens), owner.request.sampling.max_tokens, owner.request.group)
             logprobs = stack(sequence.logprobs, owner.request.sampling.logprobs)
             owner.samples[sequence.index] = Sample(tokens, text, reason, logprobs)
         owner.missing -= 1

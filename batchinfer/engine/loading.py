@@ -21,7 +21,9 @@ from batchinfer.engine.engine import Engine
 from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.memory import num_pages
 from batchinfer.engine.runner import make_runner
+from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
+from batchinfer.models.files import Source
 from batchinfer.models.spec import load_spec
 from batchinfer.models.tokenizer import Tokenizer, load_tokenizer
 from batchinfer.models.weights import dummy_weights, load_weights
@@ -37,22 +39,28 @@ def load_engine(
     rank_on_node: int = 0,
     ranks_on_node: int = 1,
     tokenizer: Tokenizer | None = None,
+    source: Source | None = None,
 ) -> Engine:
     """An engine with its weights in memory.
 
     ``threads`` 0: the CPUs that this process may use. On GPUs, rank i of a node takes its i-th visible device. The
     automatic KV pool is this rank's share of the node's free memory, or what is free on its device. ``tokenizer``: in
-    place of the model's own. Raises JobError: a model or a setting that can't be used (64), a device that the build or
-    the node lacks, or memory for not even one page (69).
+    place of the model's own. ``source``: whence the weights come, None for this rank's own reading. Raises JobError: a
+    model or a setting that can't be used (64), a device that the build or the node lacks, or memory for not even one
+    page (69).
     """
     try:
         ops = op_list.load(engine.device, threads, rank=rank_on_node)
     except RuntimeError as error:
         raise JobError(f"engine.device={engine.device}: {error}", ExitCode.UNFIT) from None
+    trace = Trace(engine.profile) if engine.profile else None
     spec = load_spec(model.path)
     dtype = DTYPES[engine.dtype]
     max_len = spec.resolve_length(engine.max_model_len)
-    weights = dummy_weights(spec, dtype, ops.device) if model.dummy_weights else load_weights(model.path, spec, dtype)
+    if model.dummy_weights:
+        weights = dummy_weights(spec, dtype, ops.device)
+    else:
+        weights = load_weights(model.path, spec, dtype, source)
     decoder = Decoder(
         spec,
         weights,
@@ -88,5 +96,7 @@ def load_engine(
         max_seq_len=max_len,
         max_slots=engine.max_slots,
         num_pages=pages,
+        page_size=engine.page_size,
         vocab_size=spec.vocab_size,
+        trace=trace,
     )

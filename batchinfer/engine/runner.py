@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step has computed, on the host: one token for each sampled row, and the scores that were asked for."""
+    """What a step has computed, on the host: one token for each sampled row, and the scores that were asked for; and
+    from when to when the device was at it, in seconds of time.perf_counter()."""
 
     sample: SampleOutput
     scores: Scores | None = None
+    begin: float = 0.0
+    end: float = 0.0
 
 
 class Runner(Protocol):
@@ -96,9 +99,10 @@ class HostRunner:
         if step.num_samples:
             inputs = self.slots.gather(step.sample_slot, step.sample_count, rows)
             sample = self._decoder.ops.sample(logits, inputs)
-        self._done.append(StepOutput(sample, scores))
+        end = time.perf_counter()
+        self._done.append(StepOutput(sample, scores, start, end))
         self.seconds["forward"] += middle - start
-        self.seconds["sample"] += time.perf_counter() - middle
+        self.seconds["sample"] += end - middle
 
     def finish(self) -> StepOutput:
         return self._done.popleft()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from batchinfer.types import ExitCode, JobError
 
@@ -70,6 +70,63 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """``nbytes`` bytes from ``offset`` on of the file ``path``."""
+
+    path: str
+    offset: int
+    nbytes: int
+
+
+T = TypeVar("T")
+B = TypeVar("B", bound=Block)
+
+
+class Source(Protocol):
+    """Where a rank's weights come from: its own reading, or another rank's (cluster/weights.py)."""
+
+    def value(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns here, or on the rank that reads."""
+
+    def stream(self, blocks: Sequence[B], read: Callable[[B, memoryview], None]) -> Iterator[memoryview]:
+        """The bytes of each block, valid until the next are asked for. ``read`` fills in a block from its file."""
+
+
+class OwnReading:
+    """A Source that reads all itself."""
+
+    def value(self, make: Callable[[], T]) -> T:
+        return make()
+
+    def stream(self, blocks: Sequence[B], read: Callable[[B, memoryview], None]) -> Iterator[memoryview]:
+        staging = memoryview(bytearray(max((block.nbytes for block in blocks), default=0)))
+        for block in blocks:
+            read(block, staging[: block.nbytes])
+            yield staging[: block.nbytes]
+
+
+class BlockReader:
+    """Reads blocks of files, of which it keeps the latest open until it is closed (``with``)."""
+
+    def __init__(self) -> None:
+        self._path, self._fd, self._open = "", -1, ExitStack()
+
+    def __enter__(self) -> BlockReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def read(self, block: Block, out: memoryview) -> None:
+        """Fill ``out`` with the block. Raises ModelError."""
+        if block.path != self._path:
+            self._open.close()
+            self._fd, _ = self._open.enter_context(open_for_reading(block.path))
+            self._path = block.path
+        read_at(self._fd, block.offset, out, block.path)
 
 
 class Keys:

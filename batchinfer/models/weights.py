@@ -12,18 +12,24 @@ Matrices have the engine's dtype, vectors (norms and biases) are float32.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from batchinfer.models.files import ModelError, StoredTensor, open_for_reading, read_at
+from batchinfer.models.files import Block, BlockReader, ModelError, OwnReading, Source, StoredTensor
 from batchinfer.models.gguf import is_gguf, read_gguf
 from batchinfer.models.safetensors import open_folder
 from batchinfer.models.spec import ModelSpec
 
-BLOCK_BYTES = 32 << 20
-"""Read at a time: large enough for a parallel file system, small against a rank's memory."""
+BLOCK_BYTES = 16 << 20
+"""Read at a time: large enough for a parallel file system, small against a rank's memory, which holds up to four."""
+
+ALIGNMENT = 8
+"""Of a tensor in its block, in bytes: an element's address is a multiple of its size."""
+
+PADDING = 64
+"""Most bytes between two tensors that are read along; GGUF has up to 31."""
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -40,6 +46,24 @@ class Part:
     row: int
     shape: tuple[int, ...]
     heads: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``rows`` rows of a stored tensor from ``row`` on: the bytes from ``start`` to ``end`` of a block."""
+
+    tensor: StoredTensor
+    row: int
+    rows: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class WeightBlock(Block):
+    """A block and the rows in it."""
+
+    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -100,35 +124,69 @@ def layout(spec: ModelSpec, gguf: bool = False) -> Layout:
     return Layout(parts, targets, frozenset({"rope_freqs.weight"} if gguf else {head} if spec.tied_embeddings else ()))
 
 
-def load_weights(model_path: str, spec: ModelSpec, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def load_weights(
+    model_path: str, spec: ModelSpec, dtype: torch.dtype, source: Source | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every target of the model's layout once, in about the order of the files.
 
-    Everything that headers can tell is checked before the first tensor is read. Raises ModelError naming the file and
-    the tensor: missing, left over, wrong shape, unsupported dtype, truncated.
+    Everything that headers can tell is checked before the first tensor is read. ``source`` None reads all here. Raises
+    ModelError naming the file and the tensor: missing, left over, wrong shape, unsupported dtype, truncated.
     """
-    gguf = is_gguf(model_path)
-    files = [read_gguf(model_path)] if gguf else open_folder(model_path)
-    plan = layout(spec, gguf)
-    stored = [(file.path, [tensor for tensor in file.tensors if not _unused(tensor.name, plan)]) for file in files]
+    source = source or OwnReading()
+    plan = layout(spec, is_gguf(model_path))
+    stored = [
+        (path, [tensor for tensor in tensors if not _unused(tensor.name, plan)])
+        for path, tensors in source.value(lambda: _stored(model_path))
+    ]
     _check(stored, plan, spec, model_path)
+    blocks = [block for path, tensors in stored for block in cut(path, tensors)]
     missing_rows = {target: shape[0] for target, shape in plan.targets.items()}
     open_targets: dict[str, torch.Tensor] = {}
-    staging = bytearray(BLOCK_BYTES)
-    for path, tensors in stored:
-        with open_for_reading(path) as (fd, _):
-            for tensor in tensors:
-                part = plan.parts[tensor.name]
+    with BlockReader() as reader:
+        for block, data in zip(blocks, source.stream(blocks, reader.read), strict=True):
+            for piece in block.pieces:
+                part = plan.parts[piece.tensor.name]
                 if part.target not in open_targets:
                     shape = plan.targets[part.target]
                     open_targets[part.target] = torch.empty(shape, dtype=dtype if len(shape) == 2 else torch.float32)
-                rows = part.shape[0]
-                out = open_targets[part.target][part.row : part.row + rows]
-                _read_tensor(fd, path, tensor, staging, out)
-                if part.heads:
+                out = open_targets[part.target][part.row : part.row + part.shape[0]]
+                out[piece.row : piece.row + piece.rows].copy_(_decode(data, piece, block.path))
+                if part.heads and piece.row + piece.rows == part.shape[0]:
                     out.copy_(_halves(out, part.heads))
-                missing_rows[part.target] -= rows
+                missing_rows[part.target] -= piece.rows
                 if missing_rows[part.target] == 0:
                     yield part.target, open_targets.pop(part.target)
+
+
+def cut(path: str, tensors: Sequence[StoredTensor]) -> list[WeightBlock]:
+    """The tensors of a file, in its order, as blocks of whole rows: neighbours share one of up to BLOCK_BYTES. Only a
+    single row may be larger."""
+    blocks: list[WeightBlock] = []
+    pieces: list[Piece] = []
+    begin = end = 0
+
+    def close() -> None:
+        if pieces:
+            blocks.append(WeightBlock(path, begin, end - begin, tuple(pieces)))
+            pieces.clear()
+
+    for tensor in tensors:
+        rows = tensor.shape[0]
+        row_bytes = tensor.nbytes // max(rows, 1)
+        # Dequantising makes several float32 copies of a piece, so those are smaller.
+        limit = BLOCK_BYTES if tensor.dtype in DTYPES else BLOCK_BYTES // 8
+        step = max(1, limit // max(row_bytes, 1))
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            at, size = tensor.offset + row * row_bytes, count * row_bytes
+            near = at - end < PADDING and (at - begin) % ALIGNMENT == 0
+            if not near or at + size - begin > BLOCK_BYTES:
+                close()
+            begin = begin if pieces else at
+            pieces.append(Piece(tensor, row, count, at - begin, at - begin + size))
+            end = at + size
+    close()
+    return blocks
 
 
 def dummy_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
@@ -142,6 +200,12 @@ def dummy_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> 
             yield name, torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
         else:
             yield name, torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=device)
+
+
+def _stored(model_path: str) -> list[tuple[str, tuple[StoredTensor, ...]]]:
+    """Path and tensors of each file."""
+    files = [read_gguf(model_path)] if is_gguf(model_path) else open_folder(model_path)
+    return [(file.path, file.tensors) for file in files]
 
 
 def _unused(name: str, plan: Layout) -> bool:
@@ -166,32 +230,17 @@ def _check(stored: list[tuple[str, list[StoredTensor]]], plan: Layout, spec: Mod
         raise ModelError(f"{model_path} lacks {len(missing)} tensors of the model, the first is {missing[0]!r}{hint}")
 
 
-def _read_tensor(fd: int, path: str, tensor: StoredTensor, staging: bytearray, out: torch.Tensor) -> None:
-    """Read the tensor in blocks of whole rows and convert them into ``out``."""
-    rows = tensor.shape[0]
-    row_bytes = tensor.nbytes // max(rows, 1)
-    # Dequantising makes several float32 copies of a block, so those blocks are smaller.
-    limit = len(staging) if tensor.dtype in DTYPES else len(staging) // 16
-    step = max(1, limit // max(row_bytes, 1))
-    if row_bytes > len(staging):
-        staging = bytearray(row_bytes)
-    for row in range(0, rows, step):
-        count = min(step, rows - row)
-        block = memoryview(staging)[: count * row_bytes]
-        read_at(fd, tensor.offset + row * row_bytes, block, path)
-        out[row : row + count].copy_(_decode(block, tensor, count, path))
-
-
-def _decode(block: memoryview, tensor: StoredTensor, rows: int, path: str) -> torch.Tensor:
-    """Bytes of ``rows`` rows -> a tensor, a view where the dtype is torch's own."""
-    shape = (rows, *tensor.shape[1:])
+def _decode(data: memoryview, piece: Piece, path: str) -> torch.Tensor:
+    """The piece in a block's bytes as a tensor, a view where the dtype is torch's own."""
+    block, tensor = data[piece.start : piece.end], piece.tensor
+    shape = (piece.rows, *tensor.shape[1:])
     if tensor.dtype in DTYPES:
         return torch.frombuffer(block, dtype=DTYPES[tensor.dtype]).view(shape)
     import numpy as np
     from gguf import GGMLQuantizationType, dequantize
 
     try:
-        values = dequantize(np.frombuffer(block, np.uint8).reshape(rows, -1), GGMLQuantizationType[tensor.dtype])
+        values = dequantize(np.frombuffer(block, np.uint8).reshape(piece.rows, -1), GGMLQuantizationType[tensor.dtype])
     except (NotImplementedError, ValueError) as error:
         raise ModelError(
             f"{path}: tensor {tensor.name!r} is {tensor.dtype}, which cannot be dequantised: {error}"

@@ -200,3 +200,44 @@ def test_the_wrong_number_of_rows():
 def test_a_template_that_does_not_parse():
     with pytest.raises(JobError, match=r"input\.template, line 1"):
         PromptBuilder(InputConfig(template="{{ x"), SamplingParams(), ByteTokenizer(), 10, 0)
+
+
+SCORED = InputConfig(prompt_column="x", continuation_column="y")
+
+
+def scored(prompts_: list[Any], added: list[Any], limit: int = 1000) -> list[Request | Completion]:
+    return build(pa.array(prompts_, pa.string()), SCORED, limit=limit, y=pa.array(added, pa.string()))
+
+
+@pytest.mark.feature("input", "a continuation to be scored, from a column of texts or token ids")
+def test_a_continuation():
+    first, second, third = scored(["ab", "a  ", ""], ["cd", "b", "xyz"])
+    assert (text_of(first), first.scored_from) == ("abcd", 2)
+    assert (text_of(second), second.scored_from) == ("a  b", 1)  # the spaces are foretold too
+    assert (text_of(third), third.scored_from) == ("xyz", 1)
+
+
+def test_continuations_that_cannot_be_scored():
+    entries = scored(["ab", None, "ab", "", "a" * 7], ["", "b", None, "x", "bcd"], limit=10)
+    codes = [error_of(entry)[0] for entry in entries]
+    assert codes == [
+        ErrorCode.EMPTY_CONTINUATION,
+        ErrorCode.NULL_PROMPT,
+        ErrorCode.NULL_PROMPT,
+        ErrorCode.EMPTY_CONTINUATION,
+        ErrorCode.PROMPT_TOO_LONG,
+    ]
+    assert isinstance(scored(["a" * 7], ["bc"], limit=10)[0], Request)
+
+
+def test_continuations_after_messages_and_token_ids():
+    chat = pa.array([[{"role": "user", "content": "q", "name": None}]], MESSAGES)
+    (entry,) = build(chat, InputConfig(messages_column="x", continuation_column="y"), y=pa.array(["a"]))
+    assert (text_of(entry), entry.scored_from) == ("<user>qa", 7)
+    ids = pa.array([[1, 2], [3], None], pa.list_(pa.int32()))
+    more = pa.array([[5], [255, 7], [1]], pa.list_(pa.int64()))
+    config = InputConfig(token_ids_column="x", continuation_column="y")
+    first, second, third = build(ids, config, y=more)
+    assert (first.prompt.tolist(), first.scored_from) == ([1, 2, 5], 2)
+    assert (second.prompt.tolist(), second.scored_from) == ([3, 255, 7], 1)
+    assert error_of(third)[0] is ErrorCode.NULL_PROMPT

@@ -96,3 +96,31 @@ def test_tokens_do_not_depend_on_the_batch_in_bf16(smollm_dir: Path, prompts: li
     wide, _ = generate(smollm_dir, prompts[:16])
     narrow, _ = generate(smollm_dir, prompts[:16], max_slots=3, max_step_tokens=100, prefix_cache=False, threads=1)
     assert [t.tolist() for t in narrow] == [t.tolist() for t in wide]
+
+
+@pytest.mark.feature("engine", "the real model's log-probabilities of given texts are those of transformers in float32")
+def test_scores_are_those_of_transformers(smollm_dir: Path, prompts: list[list[int]]) -> None:
+    """Within 1e-4 in float32, and the same tokens count as greedy; the LM head works in slices of 8 rows."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from batchinfer import LLM
+
+    model = AutoModelForCausalLM.from_pretrained(smollm_dir, dtype=torch.float32).eval()
+    chosen = prompts[:12]
+    starts = [1 if i % 3 == 0 else len(ids) // 2 for i, ids in enumerate(chosen)]
+    llm = LLM(str(smollm_dir), max_model_len=1024, dtype="fp32", max_step_tokens=64, max_slots=8)
+    done = llm.score(
+        [i[:s] for i, s in zip(chosen, starts, strict=True)], [i[s:] for i, s in zip(chosen, starts, strict=True)]
+    )
+    llm.close()
+    for ids, start, completion in zip(chosen, starts, done, strict=True):
+        with torch.inference_mode():
+            expected = model(torch.tensor([ids])).logits[0].double().log_softmax(1)[start - 1 : -1]
+        sample = completion.samples[0]
+        assert sample.logprobs is not None
+        tokens = torch.tensor(ids[start:])
+        theirs = expected.gather(1, tokens[:, None])[:, 0].numpy()
+        np.testing.assert_allclose(sample.logprobs.chosen, theirs, atol=1e-4)
+        assert abs(sample.logprobs.chosen.sum(dtype=np.float64) - theirs.sum()) < 1e-4 * max(1.0, abs(theirs.sum()))
+        assert sample.logprobs.top_ids[:, 0].tolist() == expected.argmax(1).tolist()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from engine.tiny_engine import VOCAB, LetterTokenizer, make_decoder, make_engine, random_prompts, run
 
+from batchinfer.feed import steps
 from batchinfer.models.decoder import Decoder, StepInput
 from batchinfer.ops import AttentionInput
 from batchinfer.types import ErrorCode, Request, Sample, SamplingParams
@@ -249,3 +250,37 @@ def test_counters(decoder: Decoder) -> None:
     assert 0 < stats.cached_prompt_tokens < stats.prompt_tokens
     assert stats.running == stats.waiting == stats.pages_used == 0
     assert set(stats.step_seconds) == {"schedule", "forward", "sample", "output"}
+
+
+@pytest.mark.feature("engine", "rows in hand are ordered by common beginning, and longest first at the end of a job")
+def test_the_order_of_requests_changes_no_token(decoder: Decoder) -> None:
+    rng = np.random.default_rng(3)
+    begins = rng.integers(2, VOCAB, (8, 20))
+    requests = [
+        Request(
+            i,
+            np.concatenate([begins[i % 8], rng.integers(2, VOCAB, 1 + i % 5)]).astype(np.int32),
+            replace(PLAIN, max_tokens=3 + i % 7, temperature=1.0),
+            seed=i,
+        )
+        for i in range(32)
+    ]
+    got = {}
+    for reorder in (False, True):
+        engine = make_engine(decoder, num_pages=20, max_slots=4, max_step_tokens=30)
+        done = [completion for step in steps(engine, requests, reorder) for completion in step]
+        got[reorder] = {c.id: [s.token_ids.tolist() for s in c.samples] for c in done}, [c.id for c in done]
+        got[reorder] += (engine.stats().cached_prompt_tokens,)
+    assert got[True][0] == got[False][0]
+    assert got[True][1] != got[False][1]
+    assert got[True][2] > got[False][2]
+
+
+def test_an_expected_length_is_what_is_left(decoder: Decoder) -> None:
+    engine = make_engine(decoder, expected_share=0.5)
+    prompt = np.arange(2, 12, dtype=np.int32)
+    begun = (Sample(np.zeros(7, np.int32), "", ""), Sample(np.zeros(40, np.int32), "", "stop"))
+    assert engine.expected_tokens(Request(0, prompt, SamplingParams(max_tokens=60))) == 30
+    assert engine.expected_tokens(Request(0, prompt, SamplingParams(max_tokens=60, n=2), so_far=begun)) == 23
+    assert engine.expected_tokens(Request(0, prompt, SamplingParams(max_tokens=10_000))) == 118  # positions left
+    assert engine.expected_tokens(Request(0, prompt, SamplingParams(), scored_from=5)) == 1

@@ -14,6 +14,7 @@ from batchinfer._engine import Scheduler
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.runner import HostRunner, Runner
+from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder
 from batchinfer.models.rope import RopeSpec
 from batchinfer.models.spec import ModelSpec
@@ -83,7 +84,11 @@ RunnerMaker = Callable[[Decoder, int, int], Runner]
 
 
 def make_engine(
-    decoder: Decoder, expected_share: float = 0.0, make_runner: RunnerMaker = HostRunner, **options: Any
+    decoder: Decoder,
+    expected_share: float = 0.0,
+    make_runner: RunnerMaker = HostRunner,
+    trace: Trace | None = None,
+    **options: Any,
 ) -> Engine:
     given = {"num_pages": 200, "page_size": 4, "max_slots": 8, "max_step_tokens": 64, "prefix_cache": True} | options
     scheduler = Scheduler(max_seq_len=128, **given)
@@ -97,7 +102,9 @@ def make_engine(
         max_seq_len=128,
         max_slots=given["max_slots"],
         num_pages=given["num_pages"],
+        page_size=given["page_size"],
         vocab_size=VOCAB,
+        trace=trace,
     )
 
 

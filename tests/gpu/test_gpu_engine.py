@@ -93,6 +93,7 @@ def make_engine(decoder: Decoder, **options: Any) -> Engine:
         max_seq_len=512,
         max_slots=given["max_slots"],
         num_pages=given["num_pages"],
+        page_size=given["page_size"],
         vocab_size=VOCAB,
     )
 

@@ -16,7 +16,7 @@ from models.tiny_models import TinyModel, assert_relative, edit_json
 from safetensors.torch import load_file, save_file
 
 from batchinfer.models import weights as module
-from batchinfer.models.files import ModelError
+from batchinfer.models.files import ModelError, StoredTensor
 from batchinfer.models.spec import load_spec
 from batchinfer.models.weights import layout, load_weights
 
@@ -83,6 +83,22 @@ def test_blocks_smaller_than_a_tensor_change_nothing(tiny: Callable[[str], TinyM
         assert same(load(folder), whole)
 
 
+def test_blocks_are_large_and_hold_whole_rows() -> None:
+    def tensor(name: str, rows: int, offset: int, dtype: str = "BF16") -> StoredTensor:
+        return StoredTensor(name, dtype, (rows, 1 << 19), offset, rows << 20)
+
+    large, small, far = tensor("a", 20, 0), tensor("b", 3, 20 << 20), tensor("c", 1, 40 << 20)
+    blocks = module.cut("file", [large, small, far])
+    assert [(b.offset >> 20, b.nbytes >> 20) for b in blocks] == [(0, 16), (16, 7), (40, 1)]
+    assert [(p.tensor.name, p.row, p.rows, p.start >> 20) for p in blocks[1].pieces] == [
+        ("a", 16, 4, 0),
+        ("b", 0, 3, 4),
+    ]
+    odd = StoredTensor("odd", "F32", (1,), (20 << 20) + 4, 4)
+    assert len(module.cut("file", [StoredTensor("a", "BF16", (2,), 20 << 20, 4), odd])) == 2  # it would lie across
+    assert len(module.cut("file", [tensor("q", 4, 0, "Q4_1")])[0].pieces) == 2  # smaller pieces, in one block
+
+
 def test_tied_models_may_store_the_head_and_old_ones_their_frequencies(copy_of: Copy) -> None:
     folder = copy_of("qwen2")
     before = load(folder)
@@ -138,7 +154,8 @@ def test_a_truncated_file_names_the_tensor_before_anything_is_read(copy_of: Copy
         next(load_weights(str(folder), load_spec(str(folder)), torch.float32))
 
 
-def test_a_file_that_shrinks_while_it_is_read(copy_of: Copy) -> None:
+def test_a_file_that_shrinks_while_it_is_read(copy_of: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK_BYTES", 20_000)
     folder = copy_of()
     file = folder / "model.safetensors"
     stream = load_weights(str(folder), load_spec(str(folder)), torch.float32)

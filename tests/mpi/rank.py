@@ -39,13 +39,14 @@ from fake_engine import FakeEngine, identify_fake  # noqa: E402
 
 from batchinfer import __main__ as command  # noqa: E402
 from batchinfer import job  # noqa: E402
-from batchinfer.cluster import dispatch, world  # noqa: E402
+from batchinfer.cluster import dispatch, weights, world  # noqa: E402
 from batchinfer.types import JobError, Request  # noqa: E402
 
 world.START_SECONDS = START_SECONDS
 dispatch.SILENCE_SECONDS = float(os.environ.get("SILENCE_SECONDS", 60))
 dispatch.HEARTBEAT_SECONDS = dispatch.SILENCE_SECONDS / 6
 job.SILENCE_SECONDS = dispatch.SILENCE_SECONDS
+weights.CLOSE_SECONDS = 1.0
 
 
 class Failing(FakeEngine):
@@ -77,7 +78,9 @@ class Failing(FakeEngine):
             raise JobError("the last breath failed", 74)
 
 
-def load(model: object, engine: object, *, threads: int, rank_on_node: int, ranks_on_node: int) -> FakeEngine:
+def load(
+    model: object, engine: object, *, threads: int, rank_on_node: int, ranks_on_node: int, source: object
+) -> FakeEngine:
     if WHEN == "killed at the start":
         time.sleep(0.5)  # the exchange before is over everywhere
         os.kill(os.getpid(), signal.SIGKILL)
