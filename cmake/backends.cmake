@@ -47,6 +47,17 @@ function(batchinfer_use_compiler_cache)
   endif()
 endfunction()
 
+# As many compilers at once as MAX_JOBS says (ninja; without it one per core): a login node has many cores, and little
+# memory for each user.
+function(batchinfer_limit_jobs)
+  if("$ENV{MAX_JOBS}" MATCHES "^[1-9][0-9]*$")
+    set_property(GLOBAL PROPERTY JOB_POOLS compile=$ENV{MAX_JOBS})
+    set(CMAKE_JOB_POOL_COMPILE compile PARENT_SCOPE)
+  elseif(NOT "$ENV{MAX_JOBS}" STREQUAL "")
+    message(FATAL_ERROR "MAX_JOBS=$ENV{MAX_JOBS} is no number of compilers: give 1 or more, or unset it")
+  endif()
+endfunction()
+
 # _engine: page allocator, prefix tree, scheduler. No device code.
 function(batchinfer_add_engine)
   file(GLOB sources CONFIGURE_DEPENDS csrc/engine/*.cpp)

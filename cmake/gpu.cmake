@@ -2,7 +2,7 @@
 #
 # Architectures: -DCMAKE_CUDA_ARCHITECTURES, else what this nvcc knows of 7.0 to 10.0. CUDA 13 no longer compiles for 7.0;
 # the newest also travels as PTX, for GPUs that come later. 9.0 is always built as 90a, which has the warpgroup products of
-# attention_prefill_sm90.cu and runs on every GPU of 9.0.
+# attention_prefill_sm90.cu and runs on every GPU of 9.0 (from CUDA 12 on).
 function(batchinfer_cuda_architectures out)
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known ERROR_QUIET)
   set(chosen "")
@@ -47,7 +47,9 @@ macro(batchinfer_add_cuda)
 endmacro()
 
 function(batchinfer_add_gpu)
-  list(TRANSFORM CMAKE_CUDA_ARCHITECTURES REPLACE "^90(-real)?$" "90a-real")
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.0) # 11.8 knows 9.0 but not 90a: the general kernels then
+    list(TRANSFORM CMAKE_CUDA_ARCHITECTURES REPLACE "^90(-real)?$" "90a-real")
+  endif()
   message(STATUS "batchinfer: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
   file(GLOB sources CONFIGURE_DEPENDS csrc/gpu/*.cu)
   add_library(batchinfer_gpu STATIC ${sources})
@@ -61,7 +63,10 @@ function(batchinfer_add_gpu)
     CUDA_RUNTIME_LIBRARY Static POSITION_INDEPENDENT_CODE ON)
   pybind11_add_module(_gpu csrc/bindings/gpu.cpp)
   target_link_libraries(_gpu PRIVATE batchinfer_gpu)
-  target_compile_definitions(_gpu PRIVATE BATCHINFER_GPU_VENDOR="cuda")
+  list(JOIN CMAKE_CUDA_ARCHITECTURES " " architectures)
+  target_compile_definitions(_gpu PRIVATE BATCHINFER_GPU_VENDOR="cuda"
+                             BATCHINFER_GPU_TOOLKIT="${CMAKE_CUDA_COMPILER_VERSION}"
+                             BATCHINFER_GPU_ARCHITECTURES="${architectures}")
   set_target_properties(_gpu PROPERTIES CUDA_RUNTIME_LIBRARY Static)
   install(TARGETS _gpu LIBRARY DESTINATION batchinfer)
 endfunction()

@@ -20,7 +20,7 @@ if [ -n "${SLURM_ARRAY_TASK_ID-}" ]; then
   set -- "$@" cluster.mpi=off
 fi
 # A wrong type would make every rank a job of its own, which batchinfer refuses. doctor names that of the MPI library.
-mpi=${BATCHINFER_MPI_TYPE:-$(batchinfer doctor | sed -n 's/.*"srun_mpi": "\(.*\)".*/\1/p')}
+mpi=${BATCHINFER_MPI_TYPE:-$(batchinfer doctor --json | sed -n 's/.*"srun_mpi": "\(.*\)".*/\1/p')}
 end=$(squeue -h -j "$id" -o %e) cpus=${SLURM_JOB_CPUS_PER_NODE%%[(,]*}  # as in 64(x4)
 BATCHINFER_END_TIME=${SLURM_JOB_END_TIME:-${end:+$(date -d "$end" +%s)}}
 SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$((cpus / tasks))}  # srun binds to one CPU by default

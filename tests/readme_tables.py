@@ -12,30 +12,43 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from models.drawn_models import CONFIGS, FAMILIES
+from models.tiny_models import BF16, GGUF, TINY
+
+from batchinfer.models.architectures import ARCHITECTURES, GGUF_ARCHITECTURES
 from batchinfer.models.rope import ROPE_TYPES
-from batchinfer.models.spec import ARCHITECTURES, GGUF_ARCHITECTURES
 
 TESTS = Path(__file__).parent
 README = TESTS.parent / "README.md"
-CONFIGS = TESTS.parent / "configs"
+SETTINGS = TESTS.parent / "configs"
 PACKAGE = TESTS.parent / "batchinfer"
+FAMILIES_BY_MODEL = {family.model: name for name, family in FAMILIES.items()}
 
 
 def feature_matrix() -> str:
     """A line for each ``@pytest.mark.feature("area", "feature")``: what no test proves is not listed."""
     found: dict[tuple[str, str], set[str]] = defaultdict(set)
     for path in sorted(TESTS.rglob("test_*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "feature":
-                area, feature = (ast.literal_eval(argument) for argument in node.args)
-                found[area, feature].add(f"`{path.relative_to(TESTS).as_posix()}`")
+        for test in ast.walk(ast.parse(path.read_text())):
+            for node in test.decorator_list if isinstance(test, ast.FunctionDef) else []:
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "feature":
+                    area, feature = (ast.literal_eval(argument) for argument in node.args)
+                    found[area, feature].add(f"`{path.relative_to(TESTS).as_posix()}`{_device_of(test)}")
     lines = [f"| {area} | {feature} | {', '.join(sorted(files))} |" for (area, feature), files in sorted(found.items())]
     return "\n".join(["| area | feature | proved by, in tests/ |", "|---|---|---|", *lines])
 
 
+def _device_of(test: ast.FunctionDef) -> str:
+    """What the fixtures of tests/gpu/conftest.py say. What has run on a GPU is in tests/gpu/RESULTS.md."""
+    fixtures = {argument.arg for argument in test.args.args}
+    if "real_gpu" in fixtures:
+        return " (needs a GPU: not in CI)"
+    return " (emulated in CI)" if "gpu" in fixtures else ""
+
+
 def configuration() -> str:
     """A line for each key of the YAML files, with the comment that stands above it there."""
-    files = [CONFIGS / "config.yaml", *sorted(CONFIGS.glob("*/default.yaml"))]
+    files = [SETTINGS / "config.yaml", *sorted(SETTINGS.glob("*/default.yaml"))]
     lines = [line for path in files for line in _keys_of(path)]
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *sorted(lines)])
 
@@ -57,14 +70,47 @@ def _keys_of(path: Path) -> list[str]:
 
 
 def models() -> str:
-    gguf = {name: key for key, name in GGUF_ARCHITECTURES.items()}
+    """A line for each architecture: what it adds to Llama."""
+    gguf = {name: key for key, name in GGUF_ARCHITECTURES.items()} | {"MistralForCausalLM": "llama"}
     lines = []
     for name, traits in ARCHITECTURES.items():
-        possible = (("query/key norms", traits.qk_norm), ("window up to its length", traits.window))
+        possible = (
+            ("LayerNorm", traits.layer_norm),
+            ("norms behind attention and MLP", traits.post_norm),
+            ("query/key norms", traits.qk_norm),
+            ("sliding windows", traits.windows),
+            ("two rope tables", traits.local_rope),
+            ("part of a head rotates", traits.partial_rope),
+            ("layers without rope", traits.nope_layers),
+            ("learned positions", not traits.rope),
+            ("soft caps", traits.soft_caps),
+            ("scaled embedding", traits.scaled_embedding),
+            ("multipliers", traits.multipliers),
+            ("MLP without a gate", not traits.gated),
+            ("MLP beside attention", traits.parallel),
+            ("mixture of experts", traits.experts),
+        )
         notes = [note for note, has in possible if has]
-        lines.append(f"| `{name}` | `{gguf.get(name, 'llama')}` | {', '.join(notes)} |")
+        file = f"`{gguf[name]}`" if name in gguf else ""
+        lines.append(f"| `{name}` | {file} | {', '.join(notes)} |")
     footer = f"Rope types: {', '.join(ROPE_TYPES)}."
-    return "\n".join(["| architecture (config.json) | GGUF | notes |", "|---|---|---|", *lines, "", footer])
+    return "\n".join(["| architecture (config.json) | GGUF | besides Llama |", "|---|---|---|", *lines, "", footer])
+
+
+def parity() -> str:
+    """A line for each architecture, with what the tests compare it with; a test that fails stops every change."""
+    tiny: dict[str, list[str]] = defaultdict(list)
+    for name, (family, _) in TINY.items():
+        tiny[FAMILIES_BY_MODEL[family]].append(name)
+    lines = []
+    for name in ARCHITECTURES:
+        logits = len(tiny[name]) or ""
+        bf16 = "yes" if set(tiny[name]) & set(BF16) else ""
+        gguf = "yes" if set(tiny[name]) & set(GGUF) else ""
+        greedy = CONFIGS if name in FAMILIES else ""
+        lines.append(f"| `{name}` | {logits} | {greedy} | {bf16} | {gguf} |")
+    checks = ("logits, reference and CPU: models", "greedy tokens, CPU: random configs", "bf16 logits near", "GGUF")
+    return "\n".join([f"| architecture | {' | '.join(checks)} |", "|---|---|---|---|---|", *lines])
 
 
 def tree() -> str:
@@ -78,7 +124,13 @@ def tree() -> str:
     return "\n".join(["| batchinfer/ | |", "|---|---|", *lines])
 
 
-TABLES = {"configuration": configuration, "models": models, "feature matrix": feature_matrix, "modules": tree}
+TABLES = {
+    "configuration": configuration,
+    "models": models,
+    "parity": parity,
+    "feature matrix": feature_matrix,
+    "modules": tree,
+}
 
 
 def in_readme(name: str) -> str:

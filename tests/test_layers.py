@@ -26,7 +26,7 @@ ALLOWED = {
     "report": set(),
     "bench": {"data", "engine", "feed", "models", "workloads"},
     "workloads": set(),
-    "doctor": {"cluster", "engine", "ops", "_ops", "_engine"},
+    "doctor": {"cluster", "engine", "ops", "_ops", "_engine", "_gpu"},
     "llm": {"engine", "feed"},
     "data": {"sandbox"},
     "cluster": {"_process"},

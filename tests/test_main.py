@@ -180,7 +180,7 @@ def test_an_mpi_mode_in_a_file_comes_too_late(tmp_path: Path, capsys: pytest.Cap
 def test_what_no_one_foresaw_has_an_exit_code(
     raised: BaseException, code: int, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> int:
+    def fail(paths: list[str], as_json: bool) -> int:
         raise raised
 
     monkeypatch.setattr("batchinfer.doctor.main", fail)

@@ -300,16 +300,16 @@ def _place_on_node(env: Mapping[str, str]) -> tuple[int, int]:
     return (int(env["SLURM_LOCALID"]), int(size[0])) if size and env.get("SLURM_LOCALID", "").isdecimal() else (0, 1)
 
 
-def mpi_library() -> str | None:
-    """Version of the MPI library that would be used, first line; None if there is none. Does not initialise MPI."""
+def mpi_library() -> tuple[str | None, str]:
+    """Version of the MPI library that would be used, first line; or None and the reason. Does not initialise MPI."""
     try:
         import mpi4py
 
         mpi4py.rc.initialize = False
         from mpi4py import MPI
-    except (ImportError, RuntimeError):
-        return None
-    return MPI.Get_library_version().split("\n")[0].strip()
+    except (ImportError, RuntimeError) as error:
+        return None, str(error).split("\n")[0]
+    return MPI.Get_library_version().split("\n")[0].strip(), ""
 
 
 def _survive_dead_ranks(library: str) -> None:

@@ -1,16 +1,32 @@
-"""The one decoder of the Llama family, driven by ModelSpec: a step of tokens in, logits of the sampled rows out."""
+"""The one decoder, driven by ModelSpec: a step of tokens in, logits of the sampled rows out."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from batchinfer.models.layers import Attention, Layer, Linear, Workspace, attend, keep_rows, mlp, project
-from batchinfer.models.spec import ModelSpec
-from batchinfer.ops import AttentionInput, HeadNorm, Ops, Rope
+from batchinfer.models.files import ModelError
+from batchinfer.models.layers import (
+    Attention,
+    Layer,
+    Linear,
+    Mixture,
+    Mlp,
+    Norm,
+    Workspace,
+    attend,
+    feed,
+    keep_rows,
+    normed,
+    project,
+)
+from batchinfer.models.model_spec import LayerKind, ModelSpec
+from batchinfer.ops import AttentionInput, Experts, HeadNorm, Ops, Rope
 
 
 @dataclass(frozen=True)
@@ -49,7 +65,10 @@ class StepInput:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all pages: per layer one tensor [P, G, B, E] each, in the engine's dtype."""
+    """Keys and values of all pages: per layer one tensor [P, G, B, E] each, in the engine's dtype.
+
+    Layers with a sliding window keep all positions too: pages belong to all layers together, and so does a prefix.
+    """
 
     k: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
@@ -78,9 +97,16 @@ class Decoder:
         max_step_tokens: int,
         max_samples: int,
     ):
+        _check_ops(spec, ops)
         self.spec, self.ops, self.dtype = spec, ops, dtype
-        self.layers, self.embed, self.norm, self.head = _assemble(spec, weights, ops)
-        self.rope = Rope(torch.from_numpy(spec.rope.table(max_positions)).to(ops.device))
+        self.layers, self.embed, self.positions, self.norm, self.head = _assemble(spec, weights, ops)
+        self.kinds = spec.layer_kinds(max_positions)
+        tables = {"global": spec.rope, "local": spec.local_rope}
+        self.ropes = {
+            name: Rope(torch.from_numpy(rope.table(max_positions)).to(ops.device))
+            for name, rope in tables.items()
+            if rope is not None
+        }
         self.max_positions, self.max_step_tokens = max_positions, max_step_tokens
         self.workspace = Workspace.allocate(spec, max_step_tokens, ops, dtype)
         self.sampled = Workspace.allocate(spec, max_samples, ops, dtype)
@@ -96,30 +122,57 @@ class Decoder:
         """Logits float32 [N, V] of the sampled rows, a view that the next call overwrites; and the scores that the step
         asks for. Writes the step's keys and values to ``cache``."""
         ops, spec, w = self.ops, self.spec, self.workspace.first(len(step.token_ids))
-        plan = ops.plan_attention(step.attention, spec.heads, cache.k[0])
-        attention = Attention(step.positions, step.kv_index, plan, self.rope, spec.head_dim**-0.5)
-        ops.embed(step.token_ids, self.embed, w.residual)
+        attention = self._attention(step, cache)
+        ops.embed(step.token_ids, self.embed, w.residual, spec.embed_scale)
+        if self.positions is not None:
+            ops.embed(step.positions, self.positions, w.delta)
         for i, layer in enumerate(self.layers):
-            # Each norm first adds w.delta to the residual; the first one finds the embedding there.
-            ops.rms_norm(w.delta if i else w.residual, layer.attn_norm, spec.norm_eps, w.x, w.residual if i else None)
-            attend(ops, layer, w, attention, cache.k[i], cache.v[i])
+            # What was left in w.delta is added to the residual first.
+            x = normed(ops, layer.attn_norm, w, pending=i > 0 or self.positions is not None)
+            attend(ops, layer, x, w, attention[self.kinds[i]], cache.k[i], cache.v[i])
             if i == spec.layers - 1 and step.score is None:
                 # All keys and values are in the cache: from here on only the sampled rows matter.
                 if not len(step.sample_row):
                     return self.logits[:0], None
                 w = keep_rows(ops, w, step.sample_row, self.sampled)
-            project(ops, layer, w)
-            ops.rms_norm(w.delta, layer.mlp_norm, spec.norm_eps, w.x, w.residual)
-            mlp(ops, layer, w)
-        ops.rms_norm(w.delta, self.norm, spec.norm_eps, w.x, w.residual)
+            if spec.parallel:
+                feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=False), w)
+                project(ops, layer, w, w.y)
+                ops.add(w.y, w.residual)
+            else:
+                project(ops, layer, w, w.delta)
+                feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=True), w)
+        normed(ops, self.norm, w, pending=True)
         if step.score is None:
             return self._logits(w.x), None
         scores = self._score(w.x, step.score)
         return self._logits_of(w.x, step.sample_row), scores
 
+    def _attention(self, step: StepInput, cache: KVCache) -> dict[LayerKind, Attention]:
+        """What the layers of each kind need of the step."""
+        ops, spec = self.ops, self.spec
+        scale = spec.score_scale or spec.head_dim**-0.5
+        plans = {
+            window: ops.plan_attention(step.attention, spec.heads, cache.k[0], window)
+            for window in sorted({kind.window for kind in self.kinds})
+        }
+        return {
+            kind: Attention(
+                step.positions,
+                step.kv_index,
+                plans[kind.window],
+                self.ropes.get(kind.rope),
+                scale,
+                spec.score_softcap,
+            )
+            for kind in set(self.kinds)
+        }
+
     def _logits(self, x: Tensor) -> Tensor:
         logits = self.logits[: len(x)]
         self.ops.linear(x, self.head, logits)
+        if self.spec.logit_softcap:
+            self.ops.softcap(logits, self.spec.logit_softcap)
         return logits
 
     def _logits_of(self, x: Tensor, row: Tensor) -> Tensor:
@@ -138,31 +191,71 @@ class Decoder:
         return Scores(*(torch.cat(parts) for parts in zip(*slices, strict=True)))
 
 
-def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops) -> tuple:
-    """(layers, embedding [V, D], final norm, packed LM head). A matrix is packed as it comes."""
-    got = {
-        name: ops.pack_weight(t, gated=name.endswith(".gate_up"))
-        if t.ndim == 2 and name != "embed"
-        else t.to(ops.device)
-        for name, t in weights
+def _check_ops(spec: ModelSpec, ops: Ops) -> None:
+    """Raises ModelError where a backend is not so far as to have all ops of the model."""
+    needs = {
+        "layer_norm": spec.layer_norm,
+        "add": spec.parallel or not spec.pre_norm,
+        "softcap": spec.logit_softcap > 0,
+        "gelu_mul": spec.gated and spec.activation != "silu",
+        "activate": not spec.gated,
+        "mix_experts": spec.experts is not None,
     }
+    lacking = [op for op, needed in needs.items() if needed and not hasattr(ops, op)]
+    if lacking:
+        raise ModelError(
+            f"{spec.architecture} needs {', '.join(lacking)}, which is not there for {ops.device.type}: "
+            "set engine.device=cpu"
+        )
+
+
+def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops) -> tuple:
+    """(layers, embedding [V, D], table of positions or None, final norm, packed LM head). A matrix is packed as it
+    comes."""
+    tables = ("embed", "positions")
+
+    def pack(name: str, weight: Tensor) -> Any:
+        return ops.pack_weight(
+            weight, gated=spec.fused_gate and re.fullmatch(r"layers\.\d+\.gate_up", name) is not None
+        )
+
+    got = {name: pack(name, t) if t.ndim == 2 and name not in tables else t.to(ops.device) for name, t in weights}
     head = got.get("lm_head") if not spec.tied_embeddings else ops.pack_weight(got["embed"])
 
     def linear(name: str) -> Linear:
         return Linear(got[name], got.get(f"{name}_bias"))
 
+    def norm(name: str, scale: float = 1.0) -> Norm | None:
+        weight = got.get(name)
+        if weight is None:
+            return None
+        return Norm(weight * scale, got.get(f"{name}_bias"), spec.norm_eps, spec.layer_norm)
+
+    def mlp(prefix: str, layer: int) -> Mlp | Mixture:
+        if spec.experts is None or not spec.mixed(layer):
+            return Mlp(linear(prefix + "gate_up"), linear(prefix + "down"))
+        mixture, parts = spec.experts, ("gate_up", "down")
+        widths = mixture.widths
+        gate_up, down = (tuple(got[f"{prefix}experts.{j}.{part}"] for j in range(len(widths))) for part in parts)
+        experts = Experts(gate_up, down, widths, mixture.per_token, mixture.renormalise, mixture.shared_width > 0)
+        return Mixture(linear(prefix + "router"), experts)
+
     layers = []
-    for prefix in (f"layers.{i}." for i in range(spec.layers)):
-        norm = HeadNorm(got[prefix + "q_norm"], got[prefix + "k_norm"], spec.norm_eps) if spec.qk_norm else None
+    for i in range(spec.layers):
+        prefix = f"layers.{i}."
+        heads = HeadNorm(got[prefix + "q_norm"], got[prefix + "k_norm"], spec.norm_eps) if spec.qk_norm else None
         layers.append(
             Layer(
-                attn_norm=got[prefix + "attn_norm"],
+                attn_norm=norm(prefix + "attn_norm"),
                 qkv=linear(prefix + "qkv"),
-                head_norm=norm,
+                head_norm=heads,
                 o=linear(prefix + "o"),
-                mlp_norm=got[prefix + "mlp_norm"],
-                gate_up=linear(prefix + "gate_up"),
-                down=linear(prefix + "down"),
+                attn_post_norm=norm(prefix + "attn_post_norm"),
+                mlp_norm=norm(prefix + "mlp_norm"),
+                mlp=mlp(prefix, i),
+                mlp_post_norm=norm(prefix + "mlp_post_norm"),
             )
         )
-    return tuple(layers), got["embed"], got["norm"], head
+    # The head is linear, so a scale of its logits may as well stand in the norm before it.
+    positions = got["positions"][spec.position_offset :] if spec.position_rows else None
+    return tuple(layers), got["embed"], positions, norm("norm", spec.logit_scale), head

@@ -130,28 +130,32 @@ class BlockReader:
 
 
 class Keys:
-    """Typed access to a config: a wrong or missing value names its key and file."""
+    """Typed access to a config: a wrong or missing value names its key and file. ``names``: what the file calls some of
+    the keys."""
 
-    def __init__(self, config: Mapping[str, Any], where: str):
-        self.config, self.where = config, where
+    def __init__(self, config: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None):
+        self.config, self.where, self.names = config, where, names or {}
 
     def value(self, key: str, default: Any = None) -> Any:
         value = self.config.get(key)
         if value is None:
             value = default
         if value is None:
+            key = self.names.get(key, key)
             raise ModelError(f"{self.where} has no {key!r}, which the architecture needs: the file is incomplete")
         return value
 
     def count(self, key: str, default: int | None = None) -> int:
         value = self.value(key, default)
         if type(value) is not int or not 0 < value < 2**31:
+            key = self.names.get(key, key)
             raise ModelError(f"{self.where}: {key}={value!r} must be a whole number above 0 (and below 2**31)")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.value(key, default)
         if type(value) not in (int, float) or not 0 < value < 1e300:
+            key = self.names.get(key, key)
             raise ModelError(f"{self.where}: {key}={value!r} must be a number above 0")
         return float(value)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchinfer.models.spec import ModelSpec
-from batchinfer.ops import HeadNorm, Ops, Rope
+from batchinfer.models.model_spec import ModelSpec
+from batchinfer.ops import Experts, HeadNorm, Ops, Rope
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,50 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Weights of one layer. Norms float32 [D]; qkv and gate_up are merged, in the order of their names."""
+class Norm:
+    """RMSNorm, or LayerNorm if ``center``. Weight and bias float32 [D]."""
 
-    attn_norm: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    center: bool = False
+
+    def __call__(self, ops: Ops, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
+        """out = norm(x); with ``residual``, that of residual += x. out may be x."""
+        if self.center:
+            ops.layer_norm(x, self.weight, self.bias, self.eps, out, residual)
+        else:
+            ops.rms_norm(x, self.weight, self.eps, out, residual)
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """``gate_up`` merged in this order, or what stands for it in an MLP without a gate."""
+
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts in the place of an MLP."""
+
+    router: Linear
+    experts: Experts
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one layer; norms are None where the architecture has none. qkv is merged in this order."""
+
+    attn_norm: Norm | None
     qkv: Linear
     head_norm: HeadNorm | None
     o: Linear
-    mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    attn_post_norm: Norm | None
+    mlp_norm: Norm | None
+    mlp: Mlp | Mixture
+    mlp_post_norm: Norm | None
 
 
 @dataclass(frozen=True)
@@ -43,12 +77,14 @@ class Workspace:
     residual: Tensor
     x: Tensor
     delta: Tensor  # the memory of x where both have the same dtype
+    y: Tensor  # [T, D], attention's part where the MLP goes first
     qkv: Tensor  # [T, (H+2G)*E]
     q: Tensor  # [T, H, E]
     attn: Tensor  # [T, H, E]
     lse: Tensor  # [T, H]
-    gate_up: Tensor  # [T, 2*I], for gated_linear
+    gate_up: Tensor  # [T, 2*I], or [T, I] without a gate
     gated: Tensor  # [T, I]
+    router: Tensor  # [T, X]
 
     @staticmethod
     def allocate(spec: ModelSpec, tokens: int, ops: Ops, weights: torch.dtype) -> Workspace:
@@ -59,17 +95,20 @@ class Workspace:
         def buffer(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(tokens, *shape, dtype=dtype, device=ops.device)
 
-        x = buffer(read, spec.width)
+        # A mixture gathers rows of x, which only ``linear`` may read shortened.
+        x = buffer(read if spec.experts is None else kept, spec.width)
         return Workspace(
             residual=buffer(kept, spec.width),
             x=x,
-            delta=x if kept == read else buffer(kept, spec.width),
+            delta=x if x.dtype == kept else buffer(kept, spec.width),
+            y=buffer(kept, spec.width if spec.parallel else 0),
             qkv=buffer(kept, (h + 2 * g) * e),
             q=buffer(kept, h, e),
             attn=buffer(read, h, e),
             lse=buffer(torch.float32, h),
-            gate_up=buffer(kept, 2 * spec.mlp_width),
+            gate_up=buffer(kept, (1 + spec.gated) * spec.mlp_width),
             gated=buffer(read, spec.mlp_width),
+            router=buffer(torch.float32, 0 if spec.experts is None else len(spec.experts.widths)),
         )
 
     def first(self, tokens: int) -> Workspace:
@@ -79,31 +118,65 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Attention:
-    """What attention needs besides the layer's weights; the same for every layer of a step."""
+    """What attention needs besides the layer's weights; the same for every layer of a kind in a step."""
 
     positions: Tensor
     kv_index: Tensor
     plan: Any
-    rope: Rope
+    rope: Rope | None
     scale: float
+    softcap: float
 
 
-def attend(ops: Ops, layer: Layer, w: Workspace, step: Attention, k_cache: Tensor, v_cache: Tensor) -> None:
-    """w.attn = attention heads of the normalised w.x; writes this step's keys and values to the caches."""
-    ops.linear(w.x, layer.qkv.weight, w.qkv, layer.qkv.bias)
+def normed(ops: Ops, norm: Norm | None, w: Workspace, pending: bool) -> Tensor:
+    """What attention or MLP reads: the residual through ``norm``. ``pending``: w.delta is still to be added."""
+    if norm is None:
+        if pending:
+            ops.add(w.delta, w.residual)
+        return w.residual
+    norm(ops, w.delta if pending else w.residual, w.x, w.residual if pending else None)
+    return w.x
+
+
+def attend(ops: Ops, layer: Layer, x: Tensor, w: Workspace, step: Attention, k_cache: Tensor, v_cache: Tensor) -> None:
+    """w.attn = attention heads of x; writes this step's keys and values to the caches."""
+    ops.linear(x, layer.qkv.weight, w.qkv, layer.qkv.bias)
     ops.rope_and_cache(w.qkv, step.positions, step.kv_index, step.rope, k_cache, v_cache, w.q, layer.head_norm)
-    ops.attention(w.q, k_cache, v_cache, step.plan, step.scale, w.attn, w.lse)
+    ops.attention(w.q, k_cache, v_cache, step.plan, step.scale, w.attn, w.lse, step.softcap)
 
 
-def project(ops: Ops, layer: Layer, w: Workspace) -> None:
-    """w.delta = what attention adds to the residual."""
-    ops.linear(w.attn.flatten(1), layer.o.weight, w.delta, layer.o.bias)
+def project(ops: Ops, layer: Layer, w: Workspace, out: Tensor) -> None:
+    """out = what attention adds to the residual."""
+    ops.linear(w.attn.flatten(1), layer.o.weight, out, layer.o.bias)
+    if layer.attn_post_norm is not None:
+        layer.attn_post_norm(ops, out, out)
 
 
-def mlp(ops: Ops, layer: Layer, w: Workspace) -> None:
-    """w.delta = down(silu(gate(w.x)) * up(w.x)), which is what the MLP adds to the residual."""
-    ops.gated_linear(w.x, layer.gate_up.weight, w.gated, w.gate_up, layer.gate_up.bias)
-    ops.linear(w.gated, layer.down.weight, w.delta, layer.down.bias)
+def feed(ops: Ops, spec: ModelSpec, layer: Layer, x: Tensor, w: Workspace) -> None:
+    """w.delta = what the MLP adds to the residual. x may be w.x."""
+    if isinstance(layer.mlp, Mixture):
+        _mix(ops, layer.mlp, x, w)
+    else:
+        _mlp(ops, spec, layer.mlp, x, w)
+    if layer.mlp_post_norm is not None:
+        layer.mlp_post_norm(ops, w.delta, w.delta)
+
+
+def _mlp(ops: Ops, spec: ModelSpec, mlp: Mlp, x: Tensor, w: Workspace) -> None:
+    if spec.fused_gate:
+        ops.gated_linear(x, mlp.gate_up.weight, w.gated, w.gate_up, mlp.gate_up.bias)
+    else:
+        ops.linear(x, mlp.gate_up.weight, w.gate_up, mlp.gate_up.bias)
+        if spec.gated:
+            ops.gelu_mul(w.gate_up, w.gated)
+        else:
+            ops.activate(spec.activation, w.gate_up, w.gated)
+    ops.linear(w.gated, mlp.down.weight, w.delta, mlp.down.bias)
+
+
+def _mix(ops: Ops, mixture: Mixture, x: Tensor, w: Workspace) -> None:
+    ops.linear(x, mixture.router.weight, w.router)
+    ops.mix_experts(x, w.router, mixture.experts, w.delta)
 
 
 def keep_rows(ops: Ops, w: Workspace, index: Tensor, into: Workspace) -> Workspace:

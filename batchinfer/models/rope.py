@@ -108,26 +108,49 @@ def longrope_magnitude(factor: float, trained_positions: int) -> float:
     return math.sqrt(1 + math.log(factor) / math.log(trained_positions)) if factor > 1 else 1.0
 
 
-def rope_from_config(keys: Keys, head_dim: int, max_positions: int) -> tuple[RopeSpec, int]:
+def rope_from_config(keys: Keys, head_dim: int, max_positions: int, partial: bool = False) -> tuple[RopeSpec, int]:
     """Rope parameters of a Hugging Face config, in the old spelling (rope_theta, rope_scaling) or the new one
-    (rope_parameters), and how many positions the model reaches with them. Raises ModelError."""
+    (rope_parameters), and how many positions the model reaches with them. ``partial``: partial_rotary_factor says how
+    much of a head is rotated. Raises ModelError."""
     name = "rope_parameters" if keys.config.get("rope_parameters") else "rope_scaling"
     scaling = keys.config.get(name) or {}
     if not isinstance(scaling, dict):
         raise ModelError(f"{keys.where}: {name} must be an object, not {scaling!r}")
-    inner = Keys(scaling, f"{keys.where} ({name})")
+    if isinstance(scaling.get("full_attention"), dict):
+        scaling = scaling["full_attention"]
+    theta = keys.number("rope_theta", 10000.0)
+    return _from_parameters(keys, Keys(scaling, f"{keys.where} ({name})"), theta, head_dim, max_positions, partial)
+
+
+def local_rope_from_config(keys: Keys, head_dim: int, max_positions: int) -> RopeSpec:
+    """Rope parameters of the layers with a window, where they have their own (Gemma 3)."""
+    both = keys.config.get("rope_parameters")
+    scaling = both.get("sliding_attention") if isinstance(both, dict) else None
+    inner = Keys(scaling if isinstance(scaling, dict) else {}, f"{keys.where} (rope_parameters)")
+    theta = keys.number("rope_local_base_freq", 10000.0)
+    return _from_parameters(keys, inner, theta, head_dim, max_positions, False)[0]
+
+
+def _from_parameters(
+    keys: Keys, inner: Keys, theta: float, head_dim: int, max_positions: int, partial: bool
+) -> tuple[RopeSpec, int]:
+    """``inner`` are the parameters of one table; the config's own ``keys`` hold some of them in the old spelling."""
+    scaling = inner.config
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise ModelError(f"{inner.where}: rope_type={kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
-    for source in (keys, inner):
-        if source.number("partial_rotary_factor", 1.0) != 1.0:
-            raise ModelError(f"{source.where}: partial_rotary_factor must be 1: these architectures rotate whole heads")
+    share = inner.number("partial_rotary_factor", keys.number("partial_rotary_factor", 1.0))
+    width = int(head_dim * share)
+    if share != 1.0 and not partial:
+        raise ModelError(f"{inner.where}: partial_rotary_factor must be 1: this architecture rotates whole heads")
+    if share > 1 or width < 2 or (share != 1.0 and width % 2):
+        raise ModelError(f"{inner.where}: partial_rotary_factor={share} makes {width} of {head_dim} rotate: not even")
     trained = max_positions
     if kind in ("llama3", "yarn", "longrope"):
         key = "original_max_position_embeddings"
         trained = (keys if keys.config.get(key) else inner).count(key, max_positions)
-    theta = inner.number("rope_theta", keys.number("rope_theta", 10000.0))
-    given: dict[str, Any] = {"type": kind, "theta": theta, "width": head_dim, "trained_positions": trained}
+    theta = inner.number("rope_theta", theta)
+    given: dict[str, Any] = {"type": kind, "theta": theta, "width": width, "trained_positions": trained}
     if kind in ("linear", "dynamic", "llama3"):
         given["factor"] = inner.number("factor")
     if kind == "llama3":
@@ -146,8 +169,10 @@ def rope_from_config(keys: Keys, head_dim: int, max_positions: int) -> tuple[Rop
         # Qwen's configs keep the trained length in max_position_embeddings; rope_scaling alone says how far it reaches.
         max_positions = max(max_positions, int(factor * trained))
     if kind == "longrope":
+        if trained < 2:
+            raise ModelError(f"{inner.where}: original_max_position_embeddings={trained} must be above 1")
         given["factor"] = factor = inner.number("factor", max_positions / trained)
-        given |= {name: inner.numbers(f"{name}_factor", head_dim // 2) for name in ("short", "long")}
+        given |= {name: inner.numbers(f"{name}_factor", width // 2) for name in ("short", "long")}
         given["magnitude"] = inner.number("attention_factor", longrope_magnitude(factor, trained))
     return RopeSpec(**given), max_positions
 

@@ -1,99 +1,41 @@
-"""What kind of decoder a model is: ModelSpec, from config.json or from GGUF metadata. No torch.
-
-``ARCHITECTURES`` is the whole list of what is supported: an architecture is a row of flags for the one decoder.
-"""
+"""ModelSpec from a model's config.json. No torch."""
 
 from __future__ import annotations
 
-import difflib
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from batchinfer.models.architectures import ARCHITECTURES, Traits, unknown_architecture
 from batchinfer.models.files import Keys, ModelError, read_json
-from batchinfer.models.gguf import GgufFile, is_gguf, read_gguf
-from batchinfer.models.rope import RopeSpec, rope_from_config, rope_from_gguf
+from batchinfer.models.gguf import is_gguf, read_gguf
+from batchinfer.models.gguf_spec import spec_from_gguf
+from batchinfer.models.model_spec import MAX_LAYERS, Activation, ExpertSpec, ModelSpec, checked, token_ids
+from batchinfer.models.rope import local_rope_from_config, rope_from_config
 
-MAX_LAYERS = 10_000
-"""Names are made for every tensor of every layer before the files are compared with them."""
-
-
-@dataclass(frozen=True)
-class Traits:
-    """Where an architecture differs: each bias is True, False, or the config key that decides."""
-
-    qkv_bias: bool | str = False
-    o_bias: bool | str = False
-    mlp_bias: bool | str = False
-    qk_norm: bool = False
-    window: str = ""  # config key of the sliding window
-    window_switch: str = ""  # config key that must be true for the window to count
-
-
-ARCHITECTURES = {
-    "LlamaForCausalLM": Traits(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
-    "MistralForCausalLM": Traits(window="sliding_window"),
-    "Qwen2ForCausalLM": Traits(qkv_bias=True, window="sliding_window", window_switch="use_sliding_window"),
-    "Qwen3ForCausalLM": Traits(
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        qk_norm=True,
-        window="sliding_window",
-        window_switch="use_sliding_window",
-    ),
+PLAIN: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
 }
-GGUF_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+GATED: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""hidden_act of MLPs without and with a gate."""
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """A decoder of the Llama family. ``max_positions`` is the longest sequence the model is meant for;
-    ``sliding_window`` the number of positions a token sees (None: all)."""
-
-    architecture: str
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp_width: int
-    vocab_size: int
-    norm_eps: float
-    tied_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    rope: RopeSpec
-    max_positions: int
-    sliding_window: int | None = None
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-
-    def resolve_length(self, max_model_len: int = 0) -> int:
-        """The longest sequence of a run: ``max_model_len``, or the model's own for 0. Raises ModelError."""
-        length = max_model_len or self.max_positions
-        # Dynamic scaling stretches the frequencies of a run that is longer than the training, and of no other.
-        limit = int(self.max_positions * (self.rope.factor if self.rope.type == "dynamic" else 1))
-        if length > limit:
-            raise ModelError(f"engine.max_model_len={length} is above the model's {limit} positions: lower it")
-        if self.sliding_window is not None and self.sliding_window < length:
-            raise ModelError(
-                f"the model's sliding_window={self.sliding_window} is shorter than its sequences ({length}), which is "
-                f"not supported: set engine.max_model_len={self.sliding_window} or less, where no token needs a window"
-            )
-        return length
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights, biases and norms, a tied embedding counted once."""
-        attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        bias = self.qkv_bias * (self.heads + 2 * self.kv_heads) * self.head_dim + self.o_bias * self.width
-        bias += self.mlp_bias * (2 * self.mlp_width + self.width)
-        norms = 2 * self.width + self.qk_norm * 2 * self.head_dim
-        layer = attention + 3 * self.width * self.mlp_width + bias + norms
-        return self.layers * layer + self.width + self.vocab_size * self.width * (1 if self.tied_embeddings else 2)
+HARMLESS = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "do_layer_norm_before": True,
+    "layer_norm_elementwise_affine": True,
+    "_remove_final_layer_norm": False,
+    "use_bidirectional_attention": False,
+}
+"""Keys of variants that the decoder lacks, with the value that leaves them out."""
 
 
 def load_spec(model_path: str) -> ModelSpec:
@@ -113,40 +55,41 @@ def load_spec(model_path: str) -> ModelSpec:
 
 def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
     """ModelSpec of a Hugging Face config. Raises ModelError naming the key and ``where``."""
-    keys = Keys(config, where)
     names = config.get("architectures") or []
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     if name not in ARCHITECTURES:
-        raise _unknown_architecture(name, "architectures", list(ARCHITECTURES), where, "auto_map" in config)
+        raise unknown_architecture(name, "architectures", list(ARCHITECTURES), where, "auto_map" in config)
     traits = ARCHITECTURES[name]
-    if config.get("quantization_config"):
-        quantisation = config["quantization_config"]
-        method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else quantisation
-        raise ModelError(
-            f"{where}: quantization_config ({method}) is not supported: use the unquantised (bf16, fp16, fp32) weights "
-            "or a GGUF file of the model"
-        )
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise ModelError(f"{where}: hidden_act={activation!r} is not supported; it must be 'silu'")
+    keys = _renamed(config, traits, where)
+    _refuse_unsupported(keys)
 
     heads, width = keys.count("num_attention_heads"), keys.count("hidden_size")
-    if config.get("head_dim") is None and width % heads:
+    if keys.config.get("head_dim") is None and width % heads:
         raise ModelError(f"{where}: hidden_size={width} is not a multiple of num_attention_heads={heads}; set head_dim")
-    head_dim = keys.count("head_dim", width // heads)
-    max_positions = keys.count("max_position_embeddings")
-    rope, max_positions = rope_from_config(keys, head_dim, max_positions)
-    return _checked(
+    layers, head_dim = keys.count("num_hidden_layers"), keys.count("head_dim", width // heads)
+    if layers > MAX_LAYERS:
+        raise ModelError(f"{where}: num_hidden_layers={layers} is more than any model has ({MAX_LAYERS})")
+    max_positions, rope, local_rope = keys.count("max_position_embeddings"), None, None
+    position_rows = 0 if traits.rope else max_positions + traits.positions_offset
+    if traits.rope:
+        rope, max_positions = rope_from_config(keys, head_dim, max_positions, traits.partial_rope)
+    if traits.local_rope:
+        local_rope = local_rope_from_config(keys, head_dim, max_positions)
+    nope = _nope(keys, layers) if traits.nope_layers else ()
+    residual = keys.number("residual_multiplier", 1.0) if traits.multipliers else 1.0
+    return checked(
         ModelSpec(
             architecture=name,
-            layers=keys.count("num_hidden_layers"),
+            layers=layers,
             width=width,
             heads=heads,
             kv_heads=keys.count("num_key_value_heads", heads),
             head_dim=head_dim,
-            mlp_width=keys.count("intermediate_size"),
+            mlp_width=keys.count("intermediate_size", 4 * width if name == "GPT2LMHeadModel" else None),
             vocab_size=keys.count("vocab_size"),
-            norm_eps=keys.number("rms_norm_eps"),
+            # Norms forget the scale of what they read. So a residual of which all terms but the first are multiplied by
+            # m is kept divided by m (here and in embed_scale), and no term is multiplied at all.
+            norm_eps=keys.number("rms_norm_eps") / residual**2,
             tied_embeddings=keys.flag("tie_word_embeddings"),
             qkv_bias=keys.flag(traits.qkv_bias),
             o_bias=keys.flag(traits.o_bias),
@@ -154,7 +97,24 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
             qk_norm=traits.qk_norm,
             rope=rope,
             max_positions=max_positions,
-            sliding_window=_window(keys, traits),
+            local_rope=local_rope,
+            windows=_windows(keys, traits, layers, nope),
+            nope=nope,
+            position_rows=position_rows,
+            position_offset=traits.positions_offset,
+            layer_norm=traits.layer_norm,
+            pre_norm=traits.pre_norm,
+            post_norm=traits.post_norm,
+            norm_offset=traits.norm_offset,
+            parallel=bool(traits.parallel) and keys.flag(traits.parallel),
+            activation=_activation(keys, traits),
+            gated=traits.gated,
+            experts=_experts(keys, layers) if traits.experts else None,
+            embed_scale=_embed_scale(keys, traits, width) / residual,
+            score_scale=_score_scale(keys, traits, head_dim),
+            logit_scale=1 / keys.number("logits_scaling", 1.0) if traits.multipliers else 1.0,
+            score_softcap=_cap(keys, "attn_logit_softcapping") if traits.soft_caps else 0.0,
+            logit_softcap=_cap(keys, "final_logit_softcapping") if traits.soft_caps else 0.0,
             bos_id=(token_ids(config.get("bos_token_id")) or (None,))[0],
             eos_ids=token_ids(config.get("eos_token_id")),
         ),
@@ -162,93 +122,105 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
     )
 
 
-def spec_from_gguf(file: GgufFile) -> ModelSpec:
-    """ModelSpec of a GGUF file. Raises ModelError naming file and key."""
-    arch = file.get("general.architecture", str, required=True)
-    if arch not in GGUF_ARCHITECTURES:
-        raise _unknown_architecture(arch, "general.architecture", list(GGUF_ARCHITECTURES), file.path)
-    tensors = {tensor.name: tensor for tensor in file.tensors}
-
-    def need(key: str, kind: type = int) -> Any:
-        return file.get(f"{arch}.{key}", kind, required=True)
-
-    def have(key: str, kind: type, default: Any = None) -> Any:
-        return file.get(f"{arch}.{key}", kind, default)
-
-    width, heads = need("embedding_length"), need("attention.head_count")
-    head_dim = have("attention.key_length", int, width // max(heads, 1))
-    if have("attention.value_length", int, head_dim) != head_dim:
-        raise ModelError(f"{file.path}: {arch}.attention.value_length differs from key_length, which is not supported")
-    if have("rope.dimension_count", int, head_dim) != head_dim:
-        raise ModelError(f"{file.path}: {arch}.rope.dimension_count must be the head's width {head_dim}")
-    if have("expert_count", int, 0):
-        raise ModelError(f"{file.path}: {arch}.expert_count: mixtures of experts are not supported")
-    positions = need("context_length")
-    return _checked(
-        ModelSpec(
-            architecture=GGUF_ARCHITECTURES[arch],
-            layers=need("block_count"),
-            width=width,
-            heads=heads,
-            kv_heads=have("attention.head_count_kv", int, heads),
-            head_dim=head_dim,
-            mlp_width=need("feed_forward_length"),
-            vocab_size=tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else need("vocab_size"),
-            norm_eps=need("attention.layer_norm_rms_epsilon", float),
-            tied_embeddings="output.weight" not in tensors,
-            qkv_bias="blk.0.attn_q.bias" in tensors,
-            o_bias="blk.0.attn_output.bias" in tensors,
-            mlp_bias="blk.0.ffn_up.bias" in tensors,
-            qk_norm=ARCHITECTURES[GGUF_ARCHITECTURES[arch]].qk_norm,
-            rope=rope_from_gguf(file, arch, head_dim, positions),
-            max_positions=positions,
-            sliding_window=have("attention.sliding_window", int) or None,
-            bos_id=file.get("tokenizer.ggml.bos_token_id", int),
-            eos_ids=token_ids(file.get("tokenizer.ggml.eos_token_id", int)),
-        ),
-        file.path,
-    )
+def _renamed(config: Mapping[str, Any], traits: Traits, where: str) -> Keys:
+    """The config under Llama's names, defaults included."""
+    given = {key: value for key, value in config.items() if value is not None}
+    theirs = {ours: given[name] for ours, name in traits.keys.items() if name in given}
+    return Keys({**traits.defaults, **given, **theirs}, where, traits.keys)
 
 
-def token_ids(value: Any) -> tuple[int, ...]:
-    """A config's token id: absent, one number or a list of them."""
-    values = value if isinstance(value, list) else [value]
-    return tuple(item for item in values if type(item) is int and item >= 0)
-
-
-def _unknown_architecture(name: str, key: str, known: list[str], where: str, remote_code: bool = False) -> ModelError:
-    if not name:
-        return ModelError(f"{where} does not name its architecture ({key}); supported are {', '.join(known)}")
-    near = difflib.get_close_matches(name, known, 1, 0.6)
-    return ModelError(
-        f"{where}: the architecture {name!r} is not supported; supported are {', '.join(known)}"
-        + (f" (the nearest is {near[0]})" if near else "")
-        + (". The model brings its own Python code (auto_map), which is never run" if remote_code else "")
-    )
-
-
-def _checked(spec: ModelSpec, where: str) -> ModelSpec:
-    """What must hold between the numbers."""
-    if spec.layers > MAX_LAYERS:
+def _refuse_unsupported(keys: Keys) -> None:
+    quantisation = keys.config.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else quantisation
         raise ModelError(
-            f"{where}: {spec.layers} layers are more than any model has ({MAX_LAYERS}): the file is damaged"
+            f"{keys.where}: quantization_config ({method}) is not supported: use the unquantised (bf16, fp16, fp32) "
+            "weights or a GGUF file of the model"
         )
-    if spec.heads % spec.kv_heads:
-        raise ModelError(f"{where}: {spec.heads} attention heads cannot share {spec.kv_heads} key/value heads evenly")
-    if spec.head_dim % 2:
-        raise ModelError(f"{where}: head_dim={spec.head_dim} is odd; rotary embeddings need an even one")
-    return spec
+    for key, harmless in HARMLESS.items():
+        value = keys.config.get(key, harmless)
+        if value is not harmless:
+            raise ModelError(f"{keys.where}: {key}={value!r} is not supported; it must be {str(harmless).lower()}")
+    narrow, width = keys.config.get("word_embed_proj_dim"), keys.config.get("hidden_size")
+    if narrow is not None and narrow != width:
+        raise ModelError(
+            f"{keys.where}: word_embed_proj_dim={narrow!r} is not supported; it must be hidden_size={width}"
+        )
 
 
-def _window(keys: Keys, traits: Traits) -> int | None:
-    """The sliding window, None where no layer has one."""
-    if not traits.window or keys.config.get(traits.window) is None:
-        return None
+def _activation(keys: Keys, traits: Traits) -> Activation:
+    known = GATED if traits.gated else PLAIN
+    name = keys.config.get("hidden_act", "silu")
+    if traits.gelu_is_tanh and name == "gelu":
+        name = "gelu_pytorch_tanh"
+    if not isinstance(name, str) or name not in known:
+        shown = keys.names.get("hidden_act", "hidden_act")
+        raise ModelError(f"{keys.where}: {shown}={name!r} is not supported; it must be one of {', '.join(known)}")
+    return known[name]
+
+
+def _embed_scale(keys: Keys, traits: Traits, width: int) -> float:
+    if traits.scaled_embedding:
+        return math.sqrt(width)
+    return keys.number("embedding_multiplier", 1.0) if traits.multipliers else 1.0
+
+
+def _score_scale(keys: Keys, traits: Traits, head_dim: int) -> float:
+    if traits.multipliers:
+        return keys.number("attention_multiplier", 1.0)
+    return (keys.number("query_pre_attn_scalar", 256) if traits.soft_caps else head_dim) ** -0.5
+
+
+def _cap(keys: Keys, key: str) -> float:
+    return keys.number(key) if keys.config.get(key) is not None else 0.0
+
+
+def _nope(keys: Keys, layers: int) -> tuple[bool, ...]:
+    """Which layers do not rotate."""
+    listed = keys.config.get("no_rope_layers")
+    if listed is None:
+        interval = keys.count("no_rope_layer_interval", 4)
+        return tuple((i + 1) % interval == 0 for i in range(layers))
+    if not isinstance(listed, list) or len(listed) != layers or any(item not in (0, 1) for item in listed):
+        raise ModelError(f"{keys.where}: no_rope_layers must be a list of {layers} zeros (no rope) and ones")
+    return tuple(item == 0 for item in listed)
+
+
+def _windows(keys: Keys, traits: Traits, layers: int, nope: tuple[bool, ...]) -> tuple[int, ...]:
+    """The window of each layer, 0 without one; () where no layer has one."""
+    if not traits.windows or keys.config.get("sliding_window") in (None, 0):
+        return ()
     if traits.window_switch and not keys.flag(traits.window_switch):
-        return None
-    kinds = keys.config.get("layer_types")
-    if isinstance(kinds, list) and kinds and all(kind == "full_attention" for kind in kinds):
-        return None
-    if not kinds and traits.window_switch and keys.count("max_window_layers", 28) >= keys.count("num_hidden_layers"):
-        return None
-    return keys.count(traits.window)
+        return ()
+    window, kinds = keys.count("sliding_window"), keys.config.get("layer_types")
+    if kinds is not None and traits.windows != "all":
+        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in LAYER_TYPES for kind in kinds):
+            raise ModelError(f"{keys.where}: layer_types must be a list of {layers}: {' or '.join(LAYER_TYPES)}")
+        windowed = [kind == "sliding_attention" for kind in kinds]
+    else:
+        pattern, cut = keys.count("sliding_window_pattern", 6), keys.config.get("max_window_layers", 28)
+        if type(cut) is not int or cut < 0:
+            raise ModelError(f"{keys.where}: max_window_layers={cut!r} must be a whole number")
+        rule: Callable[[int], bool] = {
+            "all": lambda i: True,
+            "late": lambda i: i >= cut,
+            "early": lambda i: i < cut and i % 2 == 0,
+            "even": lambda i: i % 2 == 0,
+            "every": lambda i: (i + 1) % pattern != 0,
+            "nope": lambda i: nope[i],
+        }[traits.windows]
+        windowed = [rule(i) for i in range(layers)]
+    return tuple(window * has for has in windowed) if any(windowed) else ()
+
+
+def _experts(keys: Keys, layers: int) -> ExpertSpec | None:
+    step, dense = keys.count("decoder_sparse_step", 1), keys.config.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or any(type(item) is not int for item in dense):
+        raise ModelError(f"{keys.where}: mlp_only_layers={dense!r} must be a list of layers")
+    count, chosen = keys.count("num_experts"), keys.count("num_experts_per_tok")
+    if chosen > count:
+        raise ModelError(f"{keys.where}: num_experts_per_tok={chosen} is more than num_experts={count}")
+    mixed = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+    shared = keys.count("shared_expert_intermediate_size") if keys.config.get("shared_expert_intermediate_size") else 0
+    width = keys.count("moe_intermediate_size")
+    return ExpertSpec(count, chosen, width, keys.flag("norm_topk_prob"), shared, mixed) if any(mixed) else None

@@ -19,7 +19,7 @@ from batchinfer.models.chat import ChatTemplate
 from batchinfer.models.files import ModelError, read_json, read_whole
 from batchinfer.models.gguf import is_gguf, read_gguf
 from batchinfer.models.gguf_tokenizer import build_from_gguf
-from batchinfer.models.spec import token_ids
+from batchinfer.models.model_spec import token_ids
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 

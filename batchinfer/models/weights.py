@@ -1,16 +1,12 @@
 """Weights as a stream of (name, tensor): read in file order, merged, converted; never the whole model twice.
 
-The names and shapes of what comes out (all of :class:`Layout`'s targets, each once):
-
-    embed [V, D], norm [D], lm_head [V, D] (absent when tied), and for every layer i, as ``layers.i.NAME``:
-    attn_norm, mlp_norm [D]; qkv [(H+2G)*E, D]; o [D, H*E]; gate_up [2*I, D]; down [D, I]; q_norm, k_norm [E];
-    qkv_bias, o_bias, gate_up_bias, down_bias
-
-Matrices have the engine's dtype, vectors (norms and biases) are float32.
+Names and shapes are those of :mod:`batchinfer.models.layout`, each once. Matrices have the engine's dtype, vectors
+(norms and biases) are float32.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +15,9 @@ import torch
 
 from batchinfer.models.files import Block, BlockReader, ModelError, OwnReading, Source, StoredTensor
 from batchinfer.models.gguf import is_gguf, read_gguf
+from batchinfer.models.layout import Layout, Part, layout
+from batchinfer.models.model_spec import ModelSpec
 from batchinfer.models.safetensors import open_folder
-from batchinfer.models.spec import ModelSpec
 
 BLOCK_BYTES = 16 << 20
 """Read at a time: large enough for a parallel file system, small against a rank's memory, which holds up to four."""
@@ -33,19 +30,8 @@ PADDING = 64
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Derived values that old checkpoints store."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Where a stored tensor goes: ``shape`` rows from ``row`` on of ``target``. ``heads`` > 0: its rows are stored with
-    each head's rotary pairs side by side and are put back into halves."""
-
-    target: str
-    row: int
-    shape: tuple[int, ...]
-    heads: int = 0
+IGNORED = re.compile(r".*rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias|.*attention\.(masked_)?bias")
+"""Derived values that old checkpoints store: rope's frequencies, causal masks."""
 
 
 @dataclass(frozen=True)
@@ -66,64 +52,6 @@ class WeightBlock(Block):
     pieces: tuple[Piece, ...]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """``parts``: stored name -> Part. ``targets``: streamed name -> shape. ``ignored``: stored names without a use."""
-
-    parts: dict[str, Part]
-    targets: dict[str, tuple[int, ...]]
-    ignored: frozenset[str]
-
-
-def layout(spec: ModelSpec, gguf: bool = False) -> Layout:
-    """What the files of a model must hold, under the names of Hugging Face or of GGUF."""
-    e, d, i = spec.head_dim, spec.width, spec.mlp_width
-    q, kv = spec.heads * e, spec.kv_heads * e
-    # target: ((rows of each part, stored names in Hugging Face and GGUF), ...), columns, bias?
-    per_layer = {
-        "attn_norm": ([(d, "input_layernorm", "attn_norm")], 0, False),
-        "qkv": (
-            [(q, "self_attn.q_proj", "attn_q"), (kv, "self_attn.k_proj", "attn_k"), (kv, "self_attn.v_proj", "attn_v")],
-            d,
-            spec.qkv_bias,
-        ),
-        "q_norm": ([(e, "self_attn.q_norm", "attn_q_norm")] if spec.qk_norm else [], 0, False),
-        "k_norm": ([(e, "self_attn.k_norm", "attn_k_norm")] if spec.qk_norm else [], 0, False),
-        "o": ([(d, "self_attn.o_proj", "attn_output")], q, spec.o_bias),
-        "mlp_norm": ([(d, "post_attention_layernorm", "ffn_norm")], 0, False),
-        "gate_up": ([(i, "mlp.gate_proj", "ffn_gate"), (i, "mlp.up_proj", "ffn_up")], d, spec.mlp_bias),
-        "down": ([(d, "mlp.down_proj", "ffn_down")], i, spec.mlp_bias),
-    }
-    # llama.cpp rotates neighbours (2j, 2j+1) for its llama architecture and stores q and k accordingly.
-    paired = {"attn_q": spec.heads, "attn_k": spec.kv_heads} if gguf and spec.architecture == "LlamaForCausalLM" else {}
-
-    parts: dict[str, Part] = {}
-    targets: dict[str, tuple[int, ...]] = {}
-
-    def add(target: str, sources: list[tuple[int, str]], columns: int, heads: list[int]) -> None:
-        row = 0
-        for (rows, name), count in zip(sources, heads, strict=True):
-            parts[name] = Part(target, row, (rows, columns) if columns else (rows,), count)
-            row += rows
-        targets[target] = (row, columns) if columns else (row,)
-
-    add("embed", [(spec.vocab_size, "token_embd.weight" if gguf else "model.embed_tokens.weight")], d, [0])
-    for layer in range(spec.layers):
-        prefix = f"blk.{layer}" if gguf else f"model.layers.{layer}"
-        for target, (sources, columns, bias) in per_layer.items():
-            names = [(rows, f"{prefix}.{theirs if gguf else ours}") for rows, ours, theirs in sources]
-            heads = [paired.get(theirs, 0) for _, _, theirs in sources]
-            if names:
-                add(f"layers.{layer}.{target}", [(rows, f"{name}.weight") for rows, name in names], columns, heads)
-            if bias:
-                add(f"layers.{layer}.{target}_bias", [(rows, f"{name}.bias") for rows, name in names], 0, heads)
-    add("norm", [(d, "output_norm.weight" if gguf else "model.norm.weight")], 0, [0])
-    head = "output.weight" if gguf else "lm_head.weight"
-    if not spec.tied_embeddings:
-        add("lm_head", [(spec.vocab_size, head)], d, [0])
-    return Layout(parts, targets, frozenset({"rope_freqs.weight"} if gguf else {head} if spec.tied_embeddings else ()))
-
-
 def load_weights(
     model_path: str, spec: ModelSpec, dtype: torch.dtype, source: Source | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -140,21 +68,19 @@ def load_weights(
     ]
     _check(stored, plan, spec, model_path)
     blocks = [block for path, tensors in stored for block in cut(path, tensors)]
-    missing_rows = {target: shape[0] for target, shape in plan.targets.items()}
+    missing = {target: math.prod(shape) for target, shape in plan.targets.items()}  # elements
     open_targets: dict[str, torch.Tensor] = {}
     with BlockReader() as reader:
         for block, data in zip(blocks, source.stream(blocks, reader.read), strict=True):
             for piece in block.pieces:
-                part = plan.parts[piece.tensor.name]
+                part = plan.parts[plan.name(piece.tensor.name)]
                 if part.target not in open_targets:
                     shape = plan.targets[part.target]
                     open_targets[part.target] = torch.empty(shape, dtype=dtype if len(shape) == 2 else torch.float32)
                 out = open_targets[part.target][part.row : part.row + part.shape[0]]
-                out[piece.row : piece.row + piece.rows].copy_(_decode(data, piece, block.path))
-                if part.heads and piece.row + piece.rows == part.shape[0]:
-                    out.copy_(_halves(out, part.heads))
-                missing_rows[part.target] -= piece.rows
-                if missing_rows[part.target] == 0:
+                _put(_decode(data, piece, block.path), piece, part, out)
+                missing[part.target] -= piece.rows * math.prod(piece.tensor.shape[1:])
+                if missing[part.target] == 0:
                     yield part.target, open_targets.pop(part.target)
 
 
@@ -199,7 +125,7 @@ def dummy_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> 
         if len(shape) == 2:
             yield name, torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
         else:
-            yield name, torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=device)
+            yield name, torch.full(shape, 0.0 if name.endswith("_bias") else 1.0, device=device)
 
 
 def _stored(model_path: str) -> list[tuple[str, tuple[StoredTensor, ...]]]:
@@ -214,17 +140,22 @@ def _unused(name: str, plan: Layout) -> bool:
 
 def _check(stored: list[tuple[str, list[StoredTensor]]], plan: Layout, spec: ModelSpec, model_path: str) -> None:
     """The headers against the layout."""
+    seen: set[str] = set()
     for path, tensor in ((path, tensor) for path, tensors in stored for tensor in tensors):
-        if tensor.name not in plan.parts:
+        name = plan.name(tensor.name)
+        if name not in plan.parts:
             raise ModelError(f"{path} holds the tensor {tensor.name!r}, for which {spec.architecture} has no use")
-        wanted = plan.parts[tensor.name].shape
+        if name in seen:
+            raise ModelError(f"{path} holds the tensor {tensor.name!r} twice, with and without {plan.root!r} before it")
+        seen.add(name)
+        wanted = plan.parts[name].stored_shape
         if tensor.shape != wanted:
             raise ModelError(
                 f"{path}: tensor {tensor.name!r} has the shape {tensor.shape}; the config makes it {wanted}"
             )
         if tensor.dtype not in DTYPES and not is_gguf(path):
             raise ModelError(f"{path}: tensor {tensor.name!r} is {tensor.dtype}; supported are {', '.join(DTYPES)}")
-    missing = sorted(plan.parts.keys() - {tensor.name for _, tensors in stored for tensor in tensors})
+    missing = sorted(plan.parts.keys() - seen)
     if missing:
         hint = "; for a tied model set tie_word_embeddings=true in config.json" if missing == ["lm_head.weight"] else ""
         raise ModelError(f"{model_path} lacks {len(missing)} tensors of the model, the first is {missing[0]!r}{hint}")
@@ -248,6 +179,16 @@ def _decode(data: memoryview, piece: Piece, path: str) -> torch.Tensor:
     return torch.from_numpy(values).view(shape)
 
 
-def _halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows (2j, 2j+1) of each head -> (j, j + E/2): from pairs of neighbours to pairs of halves."""
-    return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape).contiguous()
+def _put(values: torch.Tensor, piece: Piece, part: Part, out: torch.Tensor) -> None:
+    """Rows of the stored tensor into its part ``out``, which is brought into the decoder's order with the last."""
+    here = slice(piece.row, piece.row + piece.rows)
+    target = out.T if part.order == "transposed" else out
+    target[here].copy_(values)
+    if here.stop < piece.tensor.shape[0]:
+        return
+    if part.order == "pairs":  # rows (2j, 2j+1) of each head -> (j, j + E/2)
+        out.copy_(out.view(part.heads, -1, 2, *out.shape[1:]).transpose(1, 2).reshape(out.shape))
+    elif part.order == "by_head":  # [H, 3, E] -> [3, H, E]
+        out.copy_(out.view(part.heads, 3, -1, *out.shape[1:]).transpose(0, 1).reshape(out.shape))
+    if part.offset:
+        out.add_(part.offset)

@@ -47,6 +47,23 @@ class HeadNorm:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Gated MLPs (SiLU), packed: gate_up[j] [2*I, D] and down[j] [D, I], with I = widths[j].
+
+    A token goes through its ``top_k`` of them, weighted by the router's softmax (over all of them; ``renormalise``:
+    divided by the sum of the chosen ones). ``shared``: the last one is no choice, all tokens go through it, weighted by
+    the sigmoid of the router's last logit (Qwen2-MoE).
+    """
+
+    gate_up: tuple[Any, ...]
+    down: tuple[Any, ...]
+    widths: tuple[int, ...]
+    top_k: int
+    renormalise: bool
+    shared: bool = False
+
+
+@dataclass(frozen=True)
 class AttentionInput:
     """Which tokens attend to what; the same for every layer of a step. int32 tensors.
 
@@ -200,6 +217,11 @@ class Ops(Protocol):
         """out [T, I] = f(x), where f is "relu", "gelu" or "gelu_tanh", its approximation by tanh (Hendrycks & Gimpel
         2016, arXiv:1606.08415). out may be x."""
 
+    def mix_experts(self, x: Tensor, router: Tensor, experts: Experts, out: Tensor) -> None:
+        """out [T, D] = the weighted sum of the outputs of x's experts (Shazeer et al. 2017, arXiv:1701.06538). router
+        float32 [T, X]: the logits. Of equal logits the smaller expert is chosen; a token's sum is in the order of the
+        experts' numbers, whatever tokens stand beside it. out may be x."""
+
     def gather_rows(self, x: Tensor, index: Tensor, out: Tensor) -> None:
         """out [N, D] = x[index]; index int32 [N]."""
 
@@ -221,9 +243,9 @@ def load(device: str, threads: int = 0, *, rank: int = 0) -> Ops:
     """
     choice = choose(device, find_gpus, rank)
     if choice.backend == "cuda":
-        from batchinfer.ops.gpu import GpuOps
+        from batchinfer.ops.gpu import open_gpu
 
-        return GpuOps(f"cuda:{choice.index}")
+        return open_gpu(f"cuda:{choice.index}")
     if choice.backend == "reference":
         from batchinfer.ops.reference import ReferenceOps
 

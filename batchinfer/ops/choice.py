@@ -63,3 +63,19 @@ def find_gpus() -> Gpus:
         return Gpus(True, 0, f"torch {torch.__version__} is built without CUDA: install one with it")
     count = min(_gpu.device_count(), torch.cuda.device_count())
     return Gpus(True, count, "" if count else "no device or no driver, or CUDA_VISIBLE_DEVICES hides it")
+
+
+def torch_build() -> dict[str, object]:
+    """The installed torch: version, the device that it is built for (cuda, rocm, xpu or cpu), the toolkit's version,
+    the architectures by torch's names, and how many GPUs it can use. Raises ImportError or OSError if it can't load."""
+    import torch
+
+    kinds = {"cuda": torch.version.cuda, "rocm": torch.version.hip, "xpu": getattr(torch.version, "xpu", None)}
+    device = next((name for name, toolkit in kinds.items() if toolkit), "cpu")
+    return {
+        "version": torch.__version__,
+        "device": device,
+        "toolkit": kinds.get(device) or "",
+        "architectures": tuple(torch.cuda.get_arch_list()) if device in ("cuda", "rocm") else (),
+        "usable": torch.xpu.device_count() if device == "xpu" else torch.cuda.device_count(),
+    }

@@ -16,7 +16,9 @@ As ``batchinfer.ops`` promises, with these differences:
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,7 +46,8 @@ PARTIAL_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class Plan:
-    """A step's work lists. Valid until the next ``plan_attention`` on the stream with the same page table shape."""
+    """A step's work lists. Valid until the next ``plan_attention`` on the stream with the same page table shape and
+    window."""
 
     handle: AttentionPlan
     num_heads: int
@@ -53,22 +56,14 @@ class Plan:
 
 
 class GpuOps:
-    """All ops of :class:`batchinfer.ops.Ops` on the CUDA device ``device``, on torch's current stream.
+    """All ops of :class:`batchinfer.ops.Ops` on ``device``, on torch's current stream, by ``extension``: see
+    :func:`open_gpu`. Raises ValueError on shapes and dtypes."""
 
-    Raises RuntimeError where the extension or the device is missing, ValueError on shapes and dtypes.
-    """
-
-    def __init__(self, device: str = "cuda"):
-        self._gpu = _extension()
-        if not torch.cuda.is_available() or self._gpu.device_count() == 0:
-            raise RuntimeError(
-                f"device {device}: no usable GPU (driver, CUDA_VISIBLE_DEVICES, or a torch without CUDA)"
-            )
-        self.device = torch.device(device)
-        if self.device.index is None:
-            self.device = torch.device(self.device.type, torch.cuda.current_device())
-        torch.cuda.set_device(self.device)
+    def __init__(self, device: torch.device, extension: ModuleType):
+        self.device = device
+        self._gpu = extension
         self._workspaces: dict[tuple, tuple[int, tuple[Tensor, ...]]] = {}
+        self._lists: dict[tuple[tuple, int], tuple[Tensor, ...]] = {}
         self._biases: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def activations(self, weights: torch.dtype) -> torch.dtype:
@@ -131,10 +126,10 @@ class GpuOps:
         )
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
-        tokens, width = _shape("out", out, 2)
-        self._check("gate_up", gate_up, None, (tokens, 2 * width))
-        self._check("out", out, gate_up.dtype, (tokens, width))
-        self._gpu.silu_mul(gate_up.data_ptr(), out.data_ptr(), DTYPES[out.dtype], tokens, width, self._stream())
+        self._gate(self._gpu.silu_mul, gate_up, out)
+
+    def gelu_mul(self, gate_up: Tensor, out: Tensor) -> None:
+        self._gate(self._gpu.gelu_mul, gate_up, out)
 
     def rope_and_cache(
         self,
@@ -188,7 +183,7 @@ class GpuOps:
             self._stream(),
         )
 
-    def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor) -> Plan:
+    def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0) -> Plan:
         pages, kv_heads, page_size, width = _shape("k_cache", k_cache, 4)
         slots, slot_pages = _shape("page_table", inputs.page_table, 2)
         (sequences,) = _shape("kv_len", inputs.kv_len, 1)
@@ -202,10 +197,15 @@ class GpuOps:
             )
         if num_heads < 1 or num_heads % kv_heads:
             raise ValueError(f"num_heads={num_heads} must be a positive multiple of the cache's heads, {kv_heads}")
+        if window < 0:
+            raise ValueError(f"window={window} must be 0 (all positions) or a number of positions")
         key = (slots, slot_pages, num_heads, kv_heads, page_size, width)
         if key not in self._workspaces:
             self._workspaces[key] = self._workspace(slots, slot_pages * page_size, num_heads, kv_heads, width)
+        if (key, window) not in self._lists:
+            self._lists[key, window] = tuple(self._empty(torch.int32, slots + 1) for _ in range(4))
         split, workspace = self._workspaces[key]
+        workspace = self._lists[key, window] + workspace
         lists = (inputs.q_start, inputs.kv_len, inputs.slot, inputs.page_table)
         handle = self._gpu.AttentionPlan(
             *(t.data_ptr() for t in lists),
@@ -219,13 +219,22 @@ class GpuOps:
             page_size,
             split,
             inputs.decode_only,
+            window,
             *(t.data_ptr() for t in workspace),
         )
         self._gpu.plan_attention(handle, self._stream())
         return Plan(handle, num_heads, tuple(k_cache.shape), lists + workspace)
 
     def attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Plan, scale: float, out: Tensor, lse: Tensor
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: Plan,
+        scale: float,
+        out: Tensor,
+        lse: Tensor,
+        softcap: float = 0.0,
     ) -> None:
         tokens = _shape("q", q, 3)[0]
         self._check("q", q, None, (tokens, plan.num_heads, plan.cache_shape[3]))
@@ -243,6 +252,7 @@ class GpuOps:
             DTYPES[q.dtype],
             tokens,
             scale,
+            softcap,
             self._stream(),
         )
 
@@ -300,6 +310,12 @@ class GpuOps:
         )
         return out
 
+    def _gate(self, launch: Callable[..., None], gate_up: Tensor, out: Tensor) -> None:
+        tokens, width = _shape("out", out, 2)
+        self._check("gate_up", gate_up, None, (tokens, 2 * width))
+        self._check("out", out, gate_up.dtype, (tokens, width))
+        launch(gate_up.data_ptr(), out.data_ptr(), DTYPES[out.dtype], tokens, width, self._stream())
+
     def _lookup(self, ids_name: str, ids: Tensor, table_name: str, table: Tensor, out: Tensor, scale: float) -> None:
         rows, width = _shape("out", out, 2)
         table_rows = _shape(table_name, table, 2)[0]
@@ -321,14 +337,13 @@ class GpuOps:
     def _workspace(
         self, slots: int, longest: int, heads: int, kv_heads: int, width: int
     ) -> tuple[int, tuple[Tensor, ...]]:
-        """The split, and the plan's arrays from decode_start on. Both follow from the page table's shape alone."""
+        """The split, and the plan's arrays from queues on. Both follow from the page table's shape alone."""
         split = SPLIT
         while slots * heads * width * 4 * _parts(longest, split) > PARTIAL_BYTES:
             split *= 2
         partial_rows = slots * heads * _parts(longest, split)
         row_tiles = -(-heads // kv_heads // DECODE_ROWS)
         return split, (
-            *(self._empty(torch.int32, slots + 1) for _ in range(4)),
             torch.zeros(4, dtype=torch.int32, device=self.device),
             torch.zeros(slots * kv_heads * row_tiles, dtype=torch.int32, device=self.device),
             self._empty(torch.float32, partial_rows, width),
@@ -369,6 +384,19 @@ class GpuOps:
         return ids.numel()
 
 
+def open_gpu(device: str = "cuda") -> GpuOps:
+    """The ops on the CUDA device ``device``, which becomes torch's current one. Raises RuntimeError where the extension
+    or the device is missing."""
+    extension = _extension()
+    if not torch.cuda.is_available() or extension.device_count() == 0:
+        raise RuntimeError(f"device {device}: no usable GPU (driver, CUDA_VISIBLE_DEVICES, or a torch without CUDA)")
+    chosen = torch.device(device)
+    if chosen.index is None:
+        chosen = torch.device(chosen.type, torch.cuda.current_device())
+    torch.cuda.set_device(chosen)
+    return GpuOps(chosen, extension)
+
+
 _MM_FLOAT = hasattr(torch.ops.aten.mm, "dtype_out")
 """Whether torch (2.8 and later) writes the product of 16-bit matrices in float32, which keeps the logits' last bits."""
 
@@ -381,7 +409,7 @@ def forbid(logits: Tensor, allowed: Tensor) -> None:
     logits.masked_fill_(bits.flatten(1)[:, : logits.shape[1]] == 0, float("-inf"))
 
 
-def _extension():
+def _extension() -> ModuleType:
     try:
         return importlib.import_module("batchinfer._gpu")
     except ImportError as e:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchinfer.ops import Activation, AttentionInput, HeadNorm, Rope, SampleInput, SampleOutput
+from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Rope, SampleInput, SampleOutput
+from batchinfer.ops.experts import mix_by_expert
 from batchinfer.ops.fields import SAMPLE_FIELDS
 
 if TYPE_CHECKING:
@@ -294,6 +295,13 @@ class NativeOps:
         if kind not in ACTIVATIONS:
             raise ValueError(f"kind={kind!r} must be one of {', '.join(ACTIVATIONS)}")
         self._cpu.activate(ACTIVATIONS[kind], x.data_ptr(), out.data_ptr(), DTYPES[out.dtype], tokens, width)
+
+    def mix_experts(self, x: Tensor, router: Tensor, experts: Experts, out: Tensor) -> None:
+        tokens, width = _shape("x", x, 2)
+        _check("x", x, torch.float32, (tokens, width))
+        _check("router", router, torch.float32, (tokens, len(experts.down)))
+        _check("out", out, torch.float32, (tokens, width))
+        mix_by_expert(self, x, router, experts, out)
 
     def gather_rows(self, x: Tensor, index: Tensor, out: Tensor) -> None:
         x_rows, width = _shape("x", x, 2)

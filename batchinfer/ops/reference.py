@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from batchinfer.ops import Activation, AttentionInput, HeadNorm, Rope, SampleInput, SampleOutput
+from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Rope, SampleInput, SampleOutput
 from batchinfer.ops.reference_sampler import sample
 
 
@@ -158,6 +158,20 @@ class ReferenceOps:
             out.copy_(0.5 * x * torch.erfc(-x / math.sqrt(2)))
         else:
             out.copy_(_gelu_tanh(x))
+
+    def mix_experts(self, x: Tensor, router: Tensor, experts: Experts, out: Tensor) -> None:
+        mixed = torch.zeros(x.shape, dtype=self.dtype)
+        choices = router.to(self.dtype)[:, : len(experts.down) - experts.shared].softmax(dim=-1)
+        for t, row in enumerate(x.to(self.dtype)):
+            chosen = sorted(choices[t].argsort(descending=True, stable=True)[: experts.top_k].tolist())
+            total = choices[t, chosen].sum() if experts.renormalise else 1.0
+            weights = [(j, choices[t, j] / total) for j in chosen]
+            if experts.shared:
+                weights.append((len(experts.down) - 1, router[t, -1].to(self.dtype).sigmoid()))
+            for j, weight in weights:
+                gate, up = (experts.gate_up[j] @ row).chunk(2)
+                mixed[t] += weight * (experts.down[j] @ (gate * gate.sigmoid() * up))
+        out.copy_(mixed)
 
     def gather_rows(self, x: Tensor, index: Tensor, out: Tensor) -> None:
         _check_range("index", index, len(x))

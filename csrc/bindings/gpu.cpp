@@ -34,6 +34,9 @@ void bind_rows(py::module_& m) {
     m.def("silu_mul", [](uintptr_t gate_up, uintptr_t out, int dtype, int64_t tokens, int64_t width, uintptr_t stream) {
         gpu::silu_mul({at<void>(gate_up), at<void>(out), gpu::GpuDtype(dtype), tokens, width}, stream_at(stream));
     });
+    m.def("gelu_mul", [](uintptr_t gate_up, uintptr_t out, int dtype, int64_t tokens, int64_t width, uintptr_t stream) {
+        gpu::gelu_mul({at<void>(gate_up), at<void>(out), gpu::GpuDtype(dtype), tokens, width}, stream_at(stream));
+    });
     m.def("rope_and_cache",
           [](uintptr_t qkv, uintptr_t positions, uintptr_t kv_index, uintptr_t cos_sin, uintptr_t q_norm,
              uintptr_t k_norm, uintptr_t k_cache, uintptr_t v_cache, uintptr_t q_out, int dtype, int64_t tokens,
@@ -52,7 +55,7 @@ void bind_attention(py::module_& m) {
                                    "Addresses of a step's work lists; the tensors are the caller's.")
         .def(py::init([](uintptr_t q_start, uintptr_t kv_len, uintptr_t slot, uintptr_t page_table, int sequences,
                          int slots, int slot_pages, int heads, int kv_heads, int head_width, int pages, int page_size,
-                         int split, bool decode_only, uintptr_t decode_start, uintptr_t prefill_start,
+                         int split, bool decode_only, int window, uintptr_t decode_start, uintptr_t prefill_start,
                          uintptr_t partial_start, uintptr_t shared, uintptr_t queues, uintptr_t arrivals,
                          uintptr_t partial_out, uintptr_t partial_lse) {
             return gpu::AttentionPlan{at<int32_t>(q_start),
@@ -69,6 +72,7 @@ void bind_attention(py::module_& m) {
                                       page_size,
                                       split,
                                       decode_only,
+                                      window,
                                       at<int32_t>(decode_start),
                                       at<int32_t>(prefill_start),
                                       at<int32_t>(partial_start),
@@ -80,12 +84,13 @@ void bind_attention(py::module_& m) {
         }));
     m.def("plan_attention",
           [](const gpu::AttentionPlan& plan, uintptr_t stream) { gpu::plan_attention(plan, stream_at(stream)); });
-    m.def("attention", [](const gpu::AttentionPlan& plan, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache,
-                          uintptr_t out, uintptr_t lse, int dtype, int tokens, float scale, uintptr_t stream) {
-        gpu::attention({plan, at<void>(q), at<void>(k_cache), at<void>(v_cache), at<void>(out), at<float>(lse),
-                        gpu::GpuDtype(dtype), tokens, scale},
-                       stream_at(stream));
-    });
+    m.def("attention",
+          [](const gpu::AttentionPlan& plan, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, uintptr_t out,
+             uintptr_t lse, int dtype, int tokens, float scale, float softcap, uintptr_t stream) {
+              gpu::attention({plan, at<void>(q), at<void>(k_cache), at<void>(v_cache), at<void>(out), at<float>(lse),
+                              gpu::GpuDtype(dtype), tokens, scale, softcap},
+                             stream_at(stream));
+          });
 }
 
 void bind_sample(py::module_& m) {
@@ -112,11 +117,25 @@ void bind_sample(py::module_& m) {
     });
 }
 
+// What compiled the kernels, and for which architectures, as CMake names them.
+py::dict build_info() {
+    py::dict info;
+#ifdef BATCHINFER_GPU_TOOLKIT
+    info["toolkit"] = BATCHINFER_GPU_TOOLKIT;
+    info["architectures"] = py::str(BATCHINFER_GPU_ARCHITECTURES).attr("split")();
+#else
+    info["toolkit"] = "";
+    info["architectures"] = py::list();
+#endif
+    return info;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_gpu, m) {
     m.doc() = "Compiled GPU ops; batchinfer.ops.gpu is the door.";
     m.attr("compiled_for") = BATCHINFER_GPU_VENDOR;
+    m.attr("build_info") = build_info();
     m.def("device_count", &gpu::device_count, "Devices that the driver shows; 0 without a driver.");
     bind_rows(m);
     bind_attention(m);

@@ -13,7 +13,12 @@
 // the query heads of several sequences. Decoding sequences are taken in fixed groups of so many as fit; what all of a
 // group have in common at their beginning, by the page table, is read once for the group: as items of its own, whose
 // results are parts of each sequence like those of any split. With 4 heads on a kv head that is a quarter of the reads.
+//
+// Windows and soft caps (Gemma 2, arXiv:2408.00118) are for kernels with kExtended; the others are compiled as if there
+// were none, and took no instruction more. With a window nothing is shared, and work items start where it starts.
 #pragma once
+
+#include <type_traits>
 
 #include "gpu/mma.cuh"
 
@@ -54,6 +59,38 @@ __device__ __forceinline__ Sequence sequence_of(const AttentionPlan& p, int s, i
     q.page_row = p.page_table + clamp_index(p.slot[s], p.slots) * int64_t{p.slot_pages};
     return q;
 }
+
+// The first position that a token at `position` sees.
+__device__ __forceinline__ int window_start(const AttentionPlan& p, int position) {
+    return p.window ? max(position - p.window + 1, 0) : 0;
+}
+
+// Before a row has seen a key. Finite, as a window may hide whole tiles from a row, and -inf - -inf is no number; far
+// below any score.
+inline constexpr float kNoScore = -1e30f;
+
+// From q.k to the score in base 2: cap_all(), then a product with `factor`.
+template <bool kExtended>
+struct ScoreMap {
+    float factor, inner, outer;
+
+    __device__ __forceinline__ explicit ScoreMap(const AttentionArgs& a) : factor(a.scale * kLog2e) {
+        if constexpr (kExtended) {
+            inner = a.softcap > 0 ? 2 * factor / a.softcap : 0;
+            outer = a.softcap * kLog2e;
+            if (a.softcap > 0) factor = 1;
+        }
+    }
+    // outer * tanh(inner / (2 log2(e)) * score), within 4e-7 * outer. tanh.approx is within 5e-4.
+    template <int N>
+    __device__ __forceinline__ void cap_all(float (&score)[N]) const {
+        if (outer == 0) return;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            score[i] = outer * (1 - __fdividef(2, 1 + exp2_fast(inner * score[i])));
+        }
+    }
+};
 
 // Where (kv head, position) stands in the caches [pages, kv_heads, page_size, head_width]; page_size is a power of two.
 struct Pages {
@@ -117,6 +154,19 @@ class Queue {
     int* mailbox_;
     int drawn_;
 };
+
+// Calls f with a value of the element type, the head width and whether kExtended is needed, these two as constants.
+template <class F>
+void with_matrix_shape(const AttentionArgs& a, F&& f) {
+    const auto with_width = [&](auto t, auto extended) {
+        a.plan.head_width == 128 ? f(t, std::integral_constant<int, 128>(), extended)
+                                 : f(t, std::integral_constant<int, 64>(), extended);
+    };
+    const auto with_type = [&](auto extended) {
+        a.dtype == GpuDtype::bfloat16 ? with_width(bf16(), extended) : with_width(f16(), extended);
+    };
+    a.plan.window || a.softcap > 0 ? with_type(std::true_type()) : with_type(std::false_type());
+}
 
 // Blocks of a persistent grid: as many as the device can hold at once.
 template <class Kernel>

@@ -35,10 +35,11 @@ struct Item {
     int begin, end;  // positions
 };
 
+template <bool kExtended>
 __device__ __forceinline__ Item decode_item(const AttentionPlan& p, const Sequence& q, int sequence, int index) {
     const int group = p.heads / p.kv_heads, tile = sequences_per_tile(group);
     const int row_tiles = (group + kDecodeRows - 1) / kDecodeRows;
-    const int shared = p.shared[sequence], together = (shared + p.split - 1) / p.split;
+    const int shared = p.shared[sequence], together = kExtended && p.window ? 0 : (shared + p.split - 1) / p.split;
     const int items_together = sequence % tile == 0 ? together * p.kv_heads : 0;
     Item item;
     item.sequence = sequence;
@@ -116,8 +117,11 @@ struct RowState {
         sum[0] = sum[1] = 0;
     }
 
-    __device__ __forceinline__ void add_chunk(uint32_t shared, const uint32_t (&query)[E / 16][4], int left,
-                                              float scale) {
+    // `left` positions are before the item's end, the first `hidden` of them before the window.
+    template <bool kExtended>
+    __device__ __forceinline__ void add_chunk(uint32_t shared, const uint32_t (&query)[E / 16][4], int left, int hidden,
+                                              const ScoreMap<kExtended>& map) {
+        const float scale = map.factor;
         const int lane = threadIdx.x % kWarp;
         float score[2][4] = {};
         const int key_row = lane % 8 + lane / 16 * 8, key_half = lane / 8 % 2;
@@ -127,6 +131,16 @@ struct RowState {
             load_tiles(tiles, shared + key_row * E * 2 + ((2 * k + key_half) ^ key_row % 8) * 16);
             multiply_add<T>(score[0], query[k], tiles[0], tiles[1]);
             multiply_add<T>(score[1], query[k], tiles[2], tiles[3]);
+        }
+        if constexpr (kExtended) {
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                map.cap_all(score[n]);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    if (n * 8 + lane % 4 * 2 + i % 2 < hidden) score[n][i] = -INFINITY;
+                }
+            }
         }
         if (left < kChunk) {
 #pragma unroll
@@ -178,9 +192,10 @@ struct RowState {
 };
 
 // A warp's share of the item: chunks warp, warp + kWarps, ... of the range.
-template <class T, int E>
+template <bool kExtended, class T, int E>
 __device__ __forceinline__ void walk(RowState<T, E>& state, const uint32_t (&query)[E / 16][4], const Pages& pages,
-                                     const T* k, const T* v, const Item& item, uint32_t shared, float scale) {
+                                     const T* k, const T* v, const Item& item, uint32_t shared, int window_begin,
+                                     const ScoreMap<kExtended>& map) {
     const int warp = threadIdx.x / kWarp;
     const int chunks = (item.end - item.begin + kChunk - 1) / kChunk;
     const int mine = (chunks - warp + kWarps - 1) / kWarps;
@@ -200,7 +215,8 @@ __device__ __forceinline__ void walk(RowState<T, E>& state, const uint32_t (&que
         copy_wait<kStages<E> - 2>();
         __syncwarp();  // chunk i is there for all lanes, and all have left chunk i - 1, whose place is filled now
         start(i + kStages<E> - 1);
-        state.add_chunk(shared + i % kStages<E> * kStageBytes<E>, query, item.end - position(i), scale);
+        state.template add_chunk<kExtended>(shared + i % kStages<E> * kStageBytes<E>, query, item.end - position(i),
+                                            window_begin - position(i), map);
     }
     copy_wait<0>();
 }
@@ -234,9 +250,9 @@ __device__ __forceinline__ void store4(T* to, const float4& x) {
     *reinterpret_cast<uint2*>(to) = {pack2<T>(x.x, x.y), pack2<T>(x.z, x.w)};
 }
 
-template <class T, int E>
+template <class T, int E, bool kExtended>
 __global__ void __launch_bounds__(kThreads, kBlocks<E>) decode_kernel(AttentionArgs a) {
-    extern __shared__ __align__(128) unsigned char shared[];
+    BATCHINFER_DYNAMIC_SHARED(shared, 128);
     __shared__ int mailbox;
     __shared__ bool last;
     __shared__ float warp_lse[kWarps][kDecodeRows];
@@ -250,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<E>) decode_kernel(AttentionA
     for (int index = queue.next(); index >= 0; index = queue.next()) {
         const int s = find_sequence(p.decode_start, p.sequences, index);
         const Sequence q = sequence_of(p, s, a.tokens);
-        const Item item = decode_item(p, q, s, index - p.decode_start[s]);
+        const Item item = decode_item<kExtended>(p, q, s, index - p.decode_start[s]);
         const int head = item.kv_head * group + item.row_tile * kDecodeRows;
         const int rows_each = min(group - item.row_tile * kDecodeRows, kDecodeRows);
         const int rows = rows_each * item.members;
@@ -260,8 +276,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<E>) decode_kernel(AttentionA
         load_queries<T, E>(p, static_cast<const T*>(a.q) + out_row * E, rows, query);
         RowState<T, E> state;
         state.clear();
-        walk<T, E>(state, query, Pages(p, q.page_row, item.kv_head), static_cast<const T*>(a.k_cache),
-                   static_cast<const T*>(a.v_cache), item, stages, a.scale * kLog2e);
+        walk<kExtended>(state, query, Pages(p, q.page_row, item.kv_head), static_cast<const T*>(a.k_cache),
+                        static_cast<const T*>(a.v_cache), item, stages, window_start(p, q.length - 1),
+                        ScoreMap<kExtended>(a));
 
         queue.draw();
         __syncthreads();  // all warps have left their chunks
@@ -328,23 +345,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks<E>) decode_kernel(AttentionA
 }
 
 #else
-template <class T, int E>
+template <class T, int E, bool kExtended>
 __global__ void decode_kernel(AttentionArgs) {}
 #endif  // BATCHINFER_MMA
 
-template <class T, int E>
+template <class T, int E, bool kExtended>
 void launch(const AttentionArgs& a, Stream stream) {
-    static const int blocks = persistent_blocks(decode_kernel<T, E>, kThreads, kSharedBytes<E>);
-    decode_kernel<T, E><<<blocks, kThreads, kSharedBytes<E>, native(stream)>>>(a);
+    static const int blocks = persistent_blocks(decode_kernel<T, E, kExtended>, kThreads, kSharedBytes<E>);
+    gpuLaunch(decode_kernel<T, E, kExtended>, blocks, kThreads, kSharedBytes<E>, native(stream), a);
     check_launch("attention (decode)");
 }
 
 }  // namespace
 
 void attention_decode(const AttentionArgs& a, Stream stream) {
-    const bool wide = a.plan.head_width == 128;
-    if (a.dtype == GpuDtype::bfloat16) return wide ? launch<bf16, 128>(a, stream) : launch<bf16, 64>(a, stream);
-    return wide ? launch<f16, 128>(a, stream) : launch<f16, 64>(a, stream);
+    with_matrix_shape(a, [&](auto t, auto width, auto extended) { launch<decltype(t), width, extended>(a, stream); });
 }
 
 }  // namespace batchinfer::gpu

@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(kThreads) generic_kernel(AttentionArgs a) {
             i < pairs ? load_pair(static_cast<const T*>(a.q) + row * p.head_width + 2 * (lane + kLanes * i)) : out[i];
     }
     float maximum = -INFINITY, sum = 0;
-    for (int base = 0; base < length; base += kGroups) {  // all groups together: the shuffles need whole warps
+    for (int base = window_start(p, length - 1); base < length;
+         base += kGroups) {  // all groups together: the shuffles need whole warps
         const int position = base + group;
         const int64_t offset = pages.offset(min(position, length - 1));
         float score = 0;
@@ -61,8 +62,9 @@ __global__ void __launch_bounds__(kThreads) generic_kernel(AttentionArgs a) {
             score += shuffle_xor(score, mask);
         }
         if (position >= length) continue;
-        const float top = fmaxf(maximum, score * scale);
-        const float shrink = exp2f(maximum - top), weight = exp2f(score * scale - top);
+        score = a.softcap > 0 ? a.softcap * kLog2e * tanhf(score * a.scale / a.softcap) : score * scale;
+        const float top = fmaxf(maximum, score);
+        const float shrink = exp2f(maximum - top), weight = exp2f(score - top);
         maximum = top;
         sum = sum * shrink + weight;
 #pragma unroll
@@ -105,11 +107,11 @@ void attention_generic(const AttentionArgs& a, Stream stream) {
     with_dtype(a.dtype, [&](auto t) {
         using T = decltype(t);
         if (a.plan.head_width <= 64) {
-            generic_kernel<T, 4><<<blocks, kThreads, 0, native(stream)>>>(a);
+            gpuLaunch(generic_kernel<T, 4>, blocks, kThreads, 0, native(stream), a);
         } else if (a.plan.head_width <= 128) {
-            generic_kernel<T, 8><<<blocks, kThreads, 0, native(stream)>>>(a);
+            gpuLaunch(generic_kernel<T, 8>, blocks, kThreads, 0, native(stream), a);
         } else {
-            generic_kernel<T, 16><<<blocks, kThreads, 0, native(stream)>>>(a);
+            gpuLaunch(generic_kernel<T, 16>, blocks, kThreads, 0, native(stream), a);
         }
     });
     check_launch("attention (generic)");

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionPlan p) {
         if (s < p.sequences) {
             q = sequence_of(p, s, INT32_MAX);
             const Sequence lead = sequence_of(p, base + first, INT32_MAX);
-            if (q.tokens == 1 && lead.tokens == 1) common[t] = common_length(p, q, lead);
+            if (q.tokens == 1 && lead.tokens == 1 && p.window == 0) common[t] = common_length(p, q, lead);
         }
         __syncthreads();
         if (s < p.sequences) {
@@ -52,11 +52,13 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionPlan p) {
                 shared = min(shared, common[first + m]);
             }
             if (shared < kLeastShared) shared = 0;
-            p.shared[s] = shared;
+            // Chunks of 16 positions never cross pages.
+            const int skipped = p.window ? window_start(p, q.length - 1) & ~15 : shared;
+            p.shared[s] = skipped;
             if (q.tokens == 1) {
                 const int row_tiles = (group + kDecodeRows - 1) / kDecodeRows;
                 const int together = (shared + p.split - 1) / p.split;
-                const int alone = (q.length - shared + p.split - 1) / p.split;
+                const int alone = (q.length - skipped + p.split - 1) / p.split;
                 mine[0] = (alone * row_tiles + (t == first ? together : 0)) * p.kv_heads;
                 mine[2] = together + alone > 1 ? together + alone : 0;
             } else {
@@ -115,7 +117,7 @@ void plan_attention(const AttentionPlan& p, Stream stream) {
                                     "; wanted: pages of a power of two from 16, heads a multiple of kv heads, width a "
                                     "multiple of 16 up to 256");
     }
-    plan_kernel<<<1, kThreads, 0, native(stream)>>>(p);
+    gpuLaunch(plan_kernel, 1, kThreads, 0, native(stream), p);
     check_launch("plan_attention");
 }
 

@@ -42,7 +42,7 @@ struct Rows {
     int before;    // position of the sequence's first token in the step
     int64_t base;  // row 0 of the sequence and kv head in [tokens, heads]
 
-    // Last position that a row may see.
+    // Last position that a row may see; the first is window_start() of it.
     __device__ __forceinline__ int limit(int row) const { return before + (first + row) / group; }
 
     __device__ __forceinline__ int64_t global(int row) const {
@@ -81,14 +81,14 @@ __device__ __forceinline__ void copy_tile(uint32_t to, const T* k, const T* v, c
 }
 
 // Running softmax of a warp's 32 rows. Row (m, h) of a lane: 16 m + 8 h + lane / 4 of the warp.
-template <class T, int E>
+template <class T, int E, bool kExtended>
 struct WarpRows {
     float out[kMTiles][E / 8][4], maximum[kMTiles][2], sum[kMTiles][2];
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
-            maximum[m][0] = maximum[m][1] = -INFINITY;
+            maximum[m][0] = maximum[m][1] = kExtended ? kNoScore : -INFINITY;
             sum[m][0] = sum[m][1] = 0;
 #pragma unroll
             for (int n = 0; n < E / 8; ++n) {
@@ -98,7 +98,7 @@ struct WarpRows {
     }
 
     __device__ __forceinline__ void add_tile(uint32_t queries, uint32_t keys, int begin, const Rows& rows,
-                                             float scale) {
+                                             const AttentionPlan& p, const ScoreMap<kExtended>& map) {
         const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
         float score[kMTiles][kKeys / 8][4] = {};
 #pragma unroll
@@ -119,8 +119,18 @@ struct WarpRows {
                 }
             }
         }
+        if constexpr (kExtended) {
+#pragma unroll
+            for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+                for (int n = 0; n < kKeys / 8; ++n) {
+                    map.cap_all(score[m][n]);
+                }
+            }
+            if (begin < window_start(p, rows.limit(kPrefillRows - 1))) mask_window(score, begin, rows, p);
+        }
         if (begin + kKeys > rows.limit(0) + 1) mask(score, begin, rows);
-        soften(score, scale);
+        soften(score, map.factor);
         const uint32_t values = keys + kTileBytes<E>;
 #pragma unroll
         for (int k = 0; k < kKeys / 16; ++k) {
@@ -162,9 +172,27 @@ struct WarpRows {
         }
     }
 
+    __device__ __forceinline__ void mask_window(float (&score)[kMTiles][kKeys / 8][4], int begin, const Rows& rows,
+                                                const AttentionPlan& p) {
+        const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kMTiles * 16 + lane / 4;
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int hidden = window_start(p, rows.limit(first + m * 16 + h * 8)) - begin - lane % 4 * 2;
+#pragma unroll
+                for (int n = 0; n < kKeys / 8; ++n) {
+                    if (n * 8 < hidden) score[m][n][2 * h] = -INFINITY;
+                    if (n * 8 + 1 < hidden) score[m][n][2 * h + 1] = -INFINITY;
+                }
+            }
+        }
+    }
+
     // Scores to weights, 2**(score - maximum). The maximum is left behind until some row of the warp exceeds it by
     // kSlack: weights up to 2**kSlack are as exact, and the output is rescaled a few times instead of at every tile.
-    // Tiles come in ascending order and every row sees position 0: the maximum is finite from the first tile on.
+    // Tiles come in ascending order and, without a window, every row sees position 0: the maximum is finite from the
+    // first tile on.
     __device__ __forceinline__ void soften(float (&score)[kMTiles][kKeys / 8][4], float scale) {
         float top[kMTiles][2];
         bool exceeded = false;
@@ -213,9 +241,9 @@ struct WarpRows {
 };
 
 // Through the warp's own query rows in shared memory, so that global writes are 16 bytes a lane.
-template <class T, int E>
-__device__ __forceinline__ void store_rows(WarpRows<T, E>& state, unsigned char* queries, const AttentionArgs& a,
-                                           const Rows& rows) {
+template <class T, int E, bool kExtended>
+__device__ __forceinline__ void store_rows(WarpRows<T, E, kExtended>& state, unsigned char* queries,
+                                           const AttentionArgs& a, const Rows& rows) {
     const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kMTiles * 16;
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
@@ -246,9 +274,9 @@ __device__ __forceinline__ void store_rows(WarpRows<T, E>& state, unsigned char*
     }
 }
 
-template <class T, int E>
+template <class T, int E, bool kExtended>
 __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(AttentionArgs a) {
-    extern __shared__ __align__(128) unsigned char shared[];
+    BATCHINFER_DYNAMIC_SHARED(shared, 128);
     __shared__ int mailbox;
     const AttentionPlan& p = a.plan;
     const int group = p.heads / p.kv_heads;
@@ -272,12 +300,13 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(AttentionArgs a) {
         const Pages pages(p, q.page_row, kv_head);
 
         copy_queries<T, E>(queries, static_cast<const T*>(a.q), rows);
-        copy_tile<T, E>(tiles, k_cache, v_cache, pages, 0, length);
+        const int start = kExtended ? window_start(p, rows.limit(0)) & ~(kKeys - 1) : 0;
+        copy_tile<T, E>(tiles, k_cache, v_cache, pages, start, length);
         copy_commit();
-        WarpRows<T, E> state;
+        WarpRows<T, E, kExtended> state;
         state.clear();
         int buffer = 0;
-        for (int begin = 0; begin < length; begin += kKeys, buffer ^= 1) {
+        for (int begin = start; begin < length; begin += kKeys, buffer ^= 1) {
             copy_wait<0>();
             __syncthreads();  // this tile is there for all, and all have left the other buffer
             if (begin + kKeys < length) {
@@ -285,32 +314,30 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(AttentionArgs a) {
                                 length);
                 copy_commit();
             }
-            state.add_tile(queries, tiles + buffer * 2 * kTileBytes<E>, begin, rows, a.scale * kLog2e);
+            state.add_tile(queries, tiles + buffer * 2 * kTileBytes<E>, begin, rows, p, ScoreMap<kExtended>(a));
         }
         queue.draw();
-        store_rows<T, E>(state, shared, a, rows);
+        store_rows(state, shared, a, rows);
     }
     queue.finish();
 }
 
 #else
-template <class T, int E>
+template <class T, int E, bool kExtended>
 __global__ void prefill_kernel(AttentionArgs) {}
 #endif  // BATCHINFER_MMA
 
-template <class T, int E>
+template <class T, int E, bool kExtended>
 void launch(const AttentionArgs& a, Stream stream) {
-    static const int blocks = persistent_blocks(prefill_kernel<T, E>, kThreads, kSharedBytes<E>);
-    prefill_kernel<T, E><<<blocks, kThreads, kSharedBytes<E>, native(stream)>>>(a);
+    static const int blocks = persistent_blocks(prefill_kernel<T, E, kExtended>, kThreads, kSharedBytes<E>);
+    gpuLaunch(prefill_kernel<T, E, kExtended>, blocks, kThreads, kSharedBytes<E>, native(stream), a);
     check_launch("attention (prefill)");
 }
 
 }  // namespace
 
 void attention_prefill(const AttentionArgs& a, Stream stream) {
-    const bool wide = a.plan.head_width == 128;
-    if (a.dtype == GpuDtype::bfloat16) return wide ? launch<bf16, 128>(a, stream) : launch<bf16, 64>(a, stream);
-    return wide ? launch<f16, 128>(a, stream) : launch<f16, 64>(a, stream);
+    with_matrix_shape(a, [&](auto t, auto width, auto extended) { launch<decltype(t), width, extended>(a, stream); });
 }
 
 }  // namespace batchinfer::gpu

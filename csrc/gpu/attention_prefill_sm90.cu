@@ -38,6 +38,12 @@ __device__ __forceinline__ uint32_t place(int row, int piece, int rows) {
     return piece / 8 * rows * kPanel + row * kPanel + (piece % 8 ^ row % 8) * 16;
 }
 
+// Descriptor of an operand with the 128-byte swizzle. `panel_stride`: bytes between panels, for operands whose panels
+// lie along the product's columns (values); the other operands ignore it.
+__device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t panel_stride) {
+    return uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{panel_stride / 16} << 16 | (address & 0x3ffff) / 16;
+}
+
 struct Barriers {
     uint64_t keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
     uint64_t item_full[kItemsAhead], item_empty[kItemsAhead];
@@ -58,10 +64,12 @@ __device__ __forceinline__ void post_item(Barriers& b, int n, int item) {
     barrier_arrive(shared_address(&b.item_full[n % kItemsAhead]));
 }
 
+template <bool kExtended>
 struct Item {
     Sequence sequence;
-    int kv_head, first, count, group, heads, before, length;
-    int64_t base;  // row 0 of the sequence and kv head in [tokens, heads]
+    int kv_head, first, count, group, heads, before;
+    int start, length;  // positions that some row sees, whole tiles from the start
+    int64_t base;       // row 0 of the sequence and kv head in [tokens, heads]
 
     __device__ __forceinline__ Item(const AttentionPlan& p, int index, int step_tokens) {
         const int s = find_sequence(p.prefill_start, p.sequences, index);
@@ -74,9 +82,11 @@ struct Item {
         count = min(sequence.tokens * group - first, kPrefillRows);
         before = sequence.length - sequence.tokens;
         length = limit(count - 1) + 1;
+        start = kExtended ? window_start(p, limit(0)) & ~(kKeys - 1) : 0;
         base = int64_t{sequence.token} * heads + kv_head * group;
     }
-    // Last position that a row of the item may see, and the row's place in [tokens, heads].
+    // Last position that a row of the item may see (the first is window_start() of it), and the row's place in [tokens,
+    // heads].
     __device__ __forceinline__ int limit(int row) const { return before + (first + row) / group; }
     __device__ __forceinline__ int64_t global(int row) const {
         return base + int64_t{(first + row) / group} * heads + (first + row) % group;
@@ -86,7 +96,7 @@ struct Item {
 // The copying warpgroup. It never waits for data: the copies themselves arrive at the barrier. What bounds it is the
 // number of instructions between the release of a buffer and the next copy, so a tile's eight pages are looked up by
 // eight lanes, a tile ahead, and a thread's place in shared memory differs between tiles and runs by constants alone.
-template <class T, int E>
+template <class T, int E, bool kExtended>
 __device__ void copy_tiles(const AttentionArgs& a, Barriers& b, uint32_t buffers) {
     constexpr int kPieces = E / 8, kRowsAtOnce = kCopyThreads / kPieces;  // 8 or 16: a page holds whole runs of 16
     const AttentionPlan& p = a.plan;
@@ -100,13 +110,13 @@ __device__ void copy_tiles(const AttentionArgs& a, Barriers& b, uint32_t buffers
     for (int n = 0;; ++n) {
         const int index = take_item(b, n);
         if (index < 0) return;
-        const Item item(p, index, a.tokens);
+        const Item<kExtended> item(p, index, a.tokens);
         const Pages pages(p, item.sequence.page_row, item.kv_head);
         const auto look_up = [&](int begin) {
             return pages.cache_row(min(begin + lane % (kKeys / 16) * 16, item.length - 1) & ~15);
         };
-        int next = look_up(0);
-        for (int begin = 0; begin < item.length; begin += kKeys, ++tile) {
+        int next = look_up(item.start);
+        for (int begin = item.start; begin < item.length; begin += kKeys, ++tile) {
             const int found = next, stage = tile % kStages, left = item.length - begin - row;
             next = look_up(begin + kKeys);
             const auto copy = [&](const void* cache, uint32_t target, uint64_t* full, uint64_t* empty) {
@@ -135,7 +145,7 @@ __device__ void copy_tiles(const AttentionArgs& a, Barriers& b, uint32_t buffers
 }
 
 // A computing warpgroup's 64 rows. Row h of a lane: 16 warp + 8 h + lane / 4.
-template <class T, int E>
+template <class T, int E, bool kExtended>
 struct GroupRows {
     float out[E / 2], maximum[2], sum[2];
     uint32_t weight[kKeys / 16][4];
@@ -202,8 +212,24 @@ struct GroupRows {
             weight[i / 4][i % 4] = pack2<T>(score[2 * i], score[2 * i + 1]);
         }
     }
-    __device__ __forceinline__ static void mask(float (&score)[kKeys / 2], const Item& item, int first, int begin) {
+    // The soft cap, and -inf for what a row may not see.
+    __device__ __forceinline__ static void mask(float (&score)[kKeys / 2], const Item<kExtended>& item, int first,
+                                                int begin, const AttentionPlan& p, const ScoreMap<kExtended>& map) {
         const int lane = threadIdx.x % kWarp, row = first + threadIdx.x / kWarp % 4 * 16 + lane / 4;
+        if constexpr (kExtended) {
+            map.cap_all(score);
+            if (begin < window_start(p, item.limit(first + kGroupRows - 1))) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const int hidden = window_start(p, item.limit(row + 8 * h)) - begin - lane % 4 * 2;
+#pragma unroll
+                    for (int n = 0; n < kKeys / 8; ++n) {
+                        if (n * 8 < hidden) score[4 * n + 2 * h] = -INFINITY;
+                        if (n * 8 + 1 < hidden) score[4 * n + 2 * h + 1] = -INFINITY;
+                    }
+                }
+            }
+        }
         if (begin + kKeys <= item.limit(first) + 1) return;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -218,8 +244,9 @@ struct GroupRows {
 };
 
 // The warpgroup's rows of q into its part of shared memory, or its results from there to `out`.
-template <class T, int E>
-__device__ __forceinline__ void copy_queries(uint32_t to, const AttentionArgs& a, const Item& item, int first) {
+template <class T, int E, bool kExtended>
+__device__ __forceinline__ void copy_queries(uint32_t to, const AttentionArgs& a, const Item<kExtended>& item,
+                                             int first) {
     constexpr int kPieces = E / 8;
 #pragma unroll 4
     for (int i = threadIdx.x % 128; i < kGroupRows * kPieces; i += 128) {
@@ -233,9 +260,9 @@ __device__ __forceinline__ void copy_queries(uint32_t to, const AttentionArgs& a
     fence_async_proxy();
 }
 
-template <class T, int E>
-__device__ __forceinline__ void store_rows(GroupRows<T, E>& state, unsigned char* rows, const AttentionArgs& a,
-                                           const Item& item, int first) {
+template <class T, int E, bool kExtended>
+__device__ __forceinline__ void store_rows(GroupRows<T, E, kExtended>& state, unsigned char* rows,
+                                           const AttentionArgs& a, const Item<kExtended>& item, int first) {
     constexpr int kPieces = E / 8;
     const int lane = threadIdx.x % kWarp, warp_row = threadIdx.x / kWarp % 4 * 16;
 #pragma unroll
@@ -265,13 +292,14 @@ __device__ __forceinline__ void store_rows(GroupRows<T, E>& state, unsigned char
     }
 }
 
-template <class T, int E>
+template <class T, int E, bool kExtended>
 __device__ void compute(const AttentionArgs& a, Barriers& b, unsigned char* shared, int group) {
     unsigned char* my_rows = shared + group * kGroupRows * E * 2;
     const uint32_t queries = shared_address(my_rows);
     const uint32_t keys = shared_address(shared) + kQueryBytes<E>, values = keys + kStages * kTileBytes<E>;
     const int first = group * kGroupRows;
-    const float scale = a.scale * kLog2e;
+    const ScoreMap<kExtended> map(a);
+    const float scale = map.factor;
     const auto wait_full = [&](uint64_t* full, int tile) {
         barrier_wait(shared_address(full + tile % kStages), tile / kStages & 1);
     };
@@ -282,12 +310,12 @@ __device__ void compute(const AttentionArgs& a, Barriers& b, unsigned char* shar
     for (int n = 0;; ++n) {
         const int index = take_item(b, n);
         if (index < 0) return;
-        const Item item(a.plan, index, a.tokens);
+        const Item<kExtended> item(a.plan, index, a.tokens);
         copy_queries<T, E>(queries, a, item, first);
         named_barrier(1 + group);
 
-        GroupRows<T, E> state;
-        state.maximum[0] = state.maximum[1] = -INFINITY;
+        GroupRows<T, E, kExtended> state;
+        state.maximum[0] = state.maximum[1] = kExtended ? kNoScore : -INFINITY;
         state.sum[0] = state.sum[1] = 0;
 #pragma unroll
         for (int i = 0; i < E / 2; ++i) {
@@ -301,10 +329,10 @@ __device__ void compute(const AttentionArgs& a, Barriers& b, unsigned char* shar
         products_wait<0>();
         pin(score);
         release(b.keys_empty, tile);
-        state.mask(score, item, first, 0);
+        state.mask(score, item, first, item.start, a.plan, map);
         state.soften(score, scale, moved);
         state.pack(score);
-        for (int begin = kKeys; begin < item.length; begin += kKeys) {
+        for (int begin = item.start + kKeys; begin < item.length; begin += kKeys) {
             wait_full(b.values_full, tile);
             wait_full(b.keys_full, tile + 1);
             fence_async_proxy();  // the copies were ordinary writes
@@ -314,7 +342,7 @@ __device__ void compute(const AttentionArgs& a, Barriers& b, unsigned char* shar
             products_wait<1>();
             pin(score);
             release(b.keys_empty, tile + 1);
-            state.mask(score, item, first, begin);
+            state.mask(score, item, first, begin, a.plan, map);
             const float2 shrink = state.soften(score, scale, moved);
             pin(score);  // or the compiler moves the exponentials behind the wait, where they overlap with nothing
             products_wait<0>();
@@ -333,14 +361,14 @@ __device__ void compute(const AttentionArgs& a, Barriers& b, unsigned char* shar
         release(b.values_empty, tile);
         ++tile;
         named_barrier(1 + group);  // the group's products have read the queries
-        store_rows<T, E>(state, my_rows, a, item, first);
+        store_rows(state, my_rows, a, item, first);
         named_barrier(1 + group);
     }
 }
 
-template <class T, int E>
+template <class T, int E, bool kExtended>
 __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(AttentionArgs a) {
-    extern __shared__ unsigned char unaligned[];
+    BATCHINFER_DYNAMIC_SHARED(unaligned, 1);
     __shared__ Barriers b;
     unsigned char* shared = unaligned + (-shared_address(unaligned) & 1023);
     if (threadIdx.x == 0) {
@@ -359,7 +387,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(AttentionArgs a) {
     __syncthreads();
     if (threadIdx.x < kCopyThreads) {
         registers_give<56>();
-        copy_tiles<T, E>(a, b, shared_address(shared) + kQueryBytes<E>);
+        copy_tiles<T, E, kExtended>(a, b, shared_address(shared) + kQueryBytes<E>);
         if (threadIdx.x == 0) {
             int32_t* queue = a.plan.queues + 2;
             __threadfence();
@@ -367,28 +395,26 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(AttentionArgs a) {
         }
     } else {
         registers_take<224>();
-        compute<T, E>(a, b, shared, threadIdx.x / 128 - 1);
+        compute<T, E, kExtended>(a, b, shared, threadIdx.x / 128 - 1);
     }
 }
 
 #else
-template <class T, int E>
+template <class T, int E, bool kExtended>
 __global__ void prefill_kernel(AttentionArgs) {}
 #endif  // BATCHINFER_WGMMA
 
-template <class T, int E>
+template <class T, int E, bool kExtended>
 void launch(const AttentionArgs& a, Stream stream) {
-    static const int blocks = persistent_blocks(prefill_kernel<T, E>, kThreads, kSharedBytes<E>);
-    prefill_kernel<T, E><<<blocks, kThreads, kSharedBytes<E>, native(stream)>>>(a);
+    static const int blocks = persistent_blocks(prefill_kernel<T, E, kExtended>, kThreads, kSharedBytes<E>);
+    gpuLaunch(prefill_kernel<T, E, kExtended>, blocks, kThreads, kSharedBytes<E>, native(stream), a);
     check_launch("attention (prefill, 9.0)");
 }
 
 }  // namespace
 
 void attention_prefill_sm90(const AttentionArgs& a, Stream stream) {
-    const bool wide = a.plan.head_width == 128;
-    if (a.dtype == GpuDtype::bfloat16) return wide ? launch<bf16, 128>(a, stream) : launch<bf16, 64>(a, stream);
-    return wide ? launch<f16, 128>(a, stream) : launch<f16, 64>(a, stream);
+    with_matrix_shape(a, [&](auto t, auto width, auto extended) { launch<decltype(t), width, extended>(a, stream); });
 }
 
 }  // namespace batchinfer::gpu

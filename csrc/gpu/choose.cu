@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) choose_kernel(SampleArgs a)
 
 void choose(const SampleArgs& a, Stream stream) {
     if (a.rows == 0) return;
-    choose_kernel<<<a.rows, kSampleThreads, 0, native(stream)>>>(a);
+    gpuLaunch(choose_kernel, a.rows, kSampleThreads, 0, native(stream), a);
     check_launch("sample");
 }
 

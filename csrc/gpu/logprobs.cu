@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) logprobs_kernel(SampleArgs 
 
 void logprobs(const SampleArgs& a, const float* raw, Stream stream) {
     if (a.rows == 0 || !a.num_logprobs) return;
-    logprobs_kernel<<<a.rows, kSampleThreads, 0, native(stream)>>>(a, raw);
+    gpuLaunch(logprobs_kernel, a.rows, kSampleThreads, 0, native(stream), a, raw);
     check_launch("sample (logprobs)");
 }
 

@@ -36,7 +36,8 @@ struct RmsNormArgs {
     float eps;
 };
 
-struct SiluMulArgs {
+// Of silu_mul and gelu_mul.
+struct GateArgs {
     const void* gate_up;  // [tokens, 2 * width]
     void* out;            // [tokens, width]
     GpuDtype dtype;
@@ -72,11 +73,13 @@ struct AttentionPlan {
     int32_t pages, page_size;
     int32_t split;     // KV positions that one decode item covers at most
     bool decode_only;  // no sequence has more than one token: no launch looks for others
+    int32_t window;    // a token sees so many positions, its own included; 0: all
 
     int32_t* decode_start;   // [sequences + 1]
     int32_t* prefill_start;  // [sequences + 1]
     int32_t* partial_start;  // [sequences + 1], in parts; a sequence has none if one item covers it
-    int32_t* shared;         // [sequences]; leading positions that its tile's sequences read together (attention.cuh)
+    int32_t* shared;         // [sequences]; leading positions that its tile's sequences read together (attention.cuh);
+                             // with a window those that nobody reads
     int32_t* queues;         // [4]: next item and finished blocks, for decode and for prefill; zero between launches
     int32_t* arrivals;       // [sequences, kv_heads * row_tiles]: finished parts; zero between launches
     float* partial_out;      // [partial rows, head_width], partial rows = sequences * (splits + 1) * heads
@@ -93,12 +96,14 @@ struct AttentionArgs {
     GpuDtype dtype;
     int32_t tokens;
     float scale;
+    float softcap;  // scores are softcap * tanh(scale * q.k / softcap); 0: scale * q.k
 };
 
 // Each throws std::invalid_argument for a shape it cannot do and std::runtime_error if the launch fails.
 void lookup(const LookupArgs&, Stream);
 void rms_norm(const RmsNormArgs&, Stream);
-void silu_mul(const SiluMulArgs&, Stream);
+void silu_mul(const GateArgs&, Stream);
+void gelu_mul(const GateArgs&, Stream);
 void rope_and_cache(const RopeAndCacheArgs&, Stream);
 void plan_attention(const AttentionPlan&, Stream);
 void attention(const AttentionArgs&, Stream);

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kSampleThreads) penalise_kernel(SampleArgs a) 
 
 void penalise(const SampleArgs& a, Stream stream) {
     if (a.rows == 0 || (!a.repetition && !a.banned_ids)) return;
-    penalise_kernel<<<a.rows, kSampleThreads, 0, native(stream)>>>(a);
+    gpuLaunch(penalise_kernel, a.rows, kSampleThreads, 0, native(stream), a);
     check_launch("sample (penalties)");
 }
 

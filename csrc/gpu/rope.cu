@@ -92,8 +92,9 @@ void rope_and_cache(const RopeAndCacheArgs& a, Stream stream) {
         group *= 2;
     }
     const int64_t blocks = ceil_div(a.tokens * (a.heads + 2 * a.kv_heads) * group, kThreads);
-    with_dtype(a.dtype,
-               [&](auto t) { rope_and_cache_kernel<decltype(t)><<<blocks, kThreads, 0, native(stream)>>>(a, group); });
+    with_dtype(a.dtype, [&](auto t) {
+        gpuLaunch(rope_and_cache_kernel<decltype(t)>, blocks, kThreads, 0, native(stream), a, group);
+    });
     check_launch("rope_and_cache");
 }
 

@@ -1,6 +1,6 @@
-// Row-wise ops: table lookup, RMSNorm with residual, SiLU times up.
+// Row-wise ops: table lookup, RMSNorm with residual, SiLU or GELU times up.
 //
-// All three are bound by memory: 16-byte accesses, every element read and written once. A row of RMSNorm stays in
+// All are bound by memory: 16-byte accesses, every element read and written once. A row of RMSNorm stays in
 // registers between its sum of squares and its scaling (32 elements a thread, so rows up to 32,768), one block a row.
 // Rows whose width or address does not allow 16-byte accesses take the same kernels with one element an access.
 #include <algorithm>
@@ -70,8 +70,19 @@ __global__ void __launch_bounds__(1024) rms_norm_kernel(RmsNormArgs a) {
     }
 }
 
-template <class T, int N>
-__global__ void silu_mul_kernel(SiluMulArgs a) {
+struct Silu {
+    __device__ __forceinline__ float operator()(float x) const { return x / (1 + __expf(-x)); }
+};
+
+// Its tanh form: x / 2 (1 + tanh u) = x / (1 + e**-2u).
+struct Gelu {
+    __device__ __forceinline__ float operator()(float x) const {
+        return x / (1 + __expf(-1.5957691216f * (x + 0.044715f * x * x * x)));
+    }
+};
+
+template <class T, int N, class Activation>
+__global__ void gate_kernel(GateArgs a) {
     const int64_t column = (int64_t{blockIdx.y} * blockDim.x + threadIdx.x) * N;
     if (column >= a.width) return;
     const T* gate_up = static_cast<const T*>(a.gate_up) + 2 * blockIdx.x * a.width + column;
@@ -80,7 +91,7 @@ __global__ void silu_mul_kernel(SiluMulArgs a) {
     load<N>(gate_up + a.width, up);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        gate[i] = gate[i] / (1 + __expf(-gate[i])) * up[i];
+        gate[i] = Activation()(gate[i]) * up[i];
     }
     store<N>(static_cast<T*>(a.out) + blockIdx.x * a.width + column, gate);
 }
@@ -94,6 +105,19 @@ dim3 grid_of(int64_t rows, int64_t pieces) {
     return dim3(rows, ceil_div(pieces, kThreads));
 }
 
+template <class Activation>
+void gate(const GateArgs& a, Stream stream) {
+    if (a.tokens == 0) return;
+    with_dtype(a.dtype, [&](auto t) {
+        using T = decltype(t);
+        if (wide(a.width, {a.gate_up, a.out})) {
+            gpuLaunch(gate_kernel<T, 8, Activation>, grid_of(a.tokens, a.width / 8), kThreads, 0, native(stream), a);
+        } else {
+            gpuLaunch(gate_kernel<T, 1, Activation>, grid_of(a.tokens, a.width), kThreads, 0, native(stream), a);
+        }
+    });
+}
+
 }  // namespace
 
 void lookup(const LookupArgs& a, Stream stream) {
@@ -101,9 +125,9 @@ void lookup(const LookupArgs& a, Stream stream) {
     with_dtype(a.dtype, [&](auto t) {
         using T = decltype(t);
         if (wide(a.width, {a.table, a.out})) {
-            lookup_kernel<T, 8><<<grid_of(a.rows, a.width / 8), kThreads, 0, native(stream)>>>(a);
+            gpuLaunch(lookup_kernel<T, 8>, grid_of(a.rows, a.width / 8), kThreads, 0, native(stream), a);
         } else {
-            lookup_kernel<T, 1><<<grid_of(a.rows, a.width), kThreads, 0, native(stream)>>>(a);
+            gpuLaunch(lookup_kernel<T, 1>, grid_of(a.rows, a.width), kThreads, 0, native(stream), a);
         }
     });
     check_launch("lookup");
@@ -122,25 +146,22 @@ void rms_norm(const RmsNormArgs& a, Stream stream) {
     with_dtype(a.dtype, [&](auto t) {
         using T = decltype(t);
         if (wide(a.width, {a.x, a.weight, a.residual, a.out})) {
-            rms_norm_kernel<T, 8><<<a.tokens, threads, 0, native(stream)>>>(a);
+            gpuLaunch(rms_norm_kernel<T, 8>, a.tokens, threads, 0, native(stream), a);
         } else {
-            rms_norm_kernel<T, 1><<<a.tokens, threads, 0, native(stream)>>>(a);
+            gpuLaunch(rms_norm_kernel<T, 1>, a.tokens, threads, 0, native(stream), a);
         }
     });
     check_launch("rms_norm");
 }
 
-void silu_mul(const SiluMulArgs& a, Stream stream) {
-    if (a.tokens == 0) return;
-    with_dtype(a.dtype, [&](auto t) {
-        using T = decltype(t);
-        if (wide(a.width, {a.gate_up, a.out})) {
-            silu_mul_kernel<T, 8><<<grid_of(a.tokens, a.width / 8), kThreads, 0, native(stream)>>>(a);
-        } else {
-            silu_mul_kernel<T, 1><<<grid_of(a.tokens, a.width), kThreads, 0, native(stream)>>>(a);
-        }
-    });
+void silu_mul(const GateArgs& a, Stream stream) {
+    gate<Silu>(a, stream);
     check_launch("silu_mul");
+}
+
+void gelu_mul(const GateArgs& a, Stream stream) {
+    gate<Gelu>(a, stream);
+    check_launch("gelu_mul");
 }
 
 }  // namespace batchinfer::gpu

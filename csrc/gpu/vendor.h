@@ -1,5 +1,6 @@
 // One name per runtime call and intrinsic, so that the kernels do not know whose GPU they run on. Only CUDA today; HIP
-// needs one more block here, with the same names, and nothing else outside mma.cuh.
+// needs one more block here, with the same names, and nothing else outside mma.cuh. tests/simt has its own of both, so
+// that the kernels run on a CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -43,6 +44,17 @@ template <class Kernel>
 gpuError_t gpuBlocksPerMultiprocessor(int* blocks, Kernel kernel, int threads, int shared_bytes) {
     return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared_bytes);
 }
+
+template <class... Parameters, class... Arguments>
+void gpuLaunch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared_bytes, gpuStream_t stream,
+               const Arguments&... arguments) {
+    kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
+}
+
+// Declares the shared memory that the launch gives the block. A function that returned it would cost registers.
+#define BATCHINFER_DYNAMIC_SHARED(name, alignment) \
+    extern __shared__ __align__(alignment)         \
+    unsigned char name[]
 
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {

@@ -81,12 +81,6 @@ __device__ __forceinline__ void pin(float (&x)[N]) {
     }
 }
 
-// Descriptor of an operand with the 128-byte swizzle. `panel_stride`: bytes between panels, for operands whose panels
-// lie along the product's columns (values); the other operands ignore it.
-__device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t panel_stride) {
-    return uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{panel_stride / 16} << 16 | (address & 0x3ffff) / 16;
-}
-
 #define BATCHINFER_REGISTERS_64                                                        \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"           \
     " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31," \

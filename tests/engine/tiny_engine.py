@@ -16,8 +16,8 @@ from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.runner import HostRunner, Runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder
+from batchinfer.models.model_spec import ModelSpec
 from batchinfer.models.rope import RopeSpec
-from batchinfer.models.spec import ModelSpec
 from batchinfer.types import Completion, Request
 
 VOCAB, EOS = 64, 1
@@ -35,7 +35,7 @@ SPEC = ModelSpec(
     qkv_bias=False,
     o_bias=False,
     mlp_bias=False,
-    qk_norm=False,
+    qk_norm="",
     rope=RopeSpec("default", theta=10000.0, width=8, trained_positions=128),
     max_positions=128,
 )

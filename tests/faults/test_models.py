@@ -20,9 +20,10 @@ from tokenizers import pre_tokenizers
 
 from batchinfer.models.files import MAX_JSON_BYTES
 from batchinfer.models.identity import model_fingerprint
+from batchinfer.models.layout import layout
 from batchinfer.models.spec import load_spec
 from batchinfer.models.tokenizer import load_tokenizer
-from batchinfer.models.weights import layout, load_weights
+from batchinfer.models.weights import load_weights
 from batchinfer.types import ExitCode
 
 torch = pytest.importorskip("torch")

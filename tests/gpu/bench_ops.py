@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from batchinfer.ops import AttentionInput, Rope, SampleInput
-from batchinfer.ops.gpu import GpuOps
+from batchinfer.ops.gpu import GpuOps, open_gpu
 
 BF16 = torch.bfloat16
 PAGE = 16
@@ -246,7 +246,7 @@ def bench_sample(gpu: GpuOps, copy: float, rows: int, vocab: int = 128_256) -> N
 
 
 def main() -> None:
-    gpu = GpuOps()
+    gpu = open_gpu()
     wanted = sys.argv[1:] or ["decode", "prefill", "rows", "linear", "sample"]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     copy = copy_rate()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from gpu.backend import DEVICE, put, sized
 
 from batchinfer.ops import AttentionInput
 from batchinfer.ops.reference import ReferenceOps
@@ -23,24 +24,27 @@ class Case:
     k: torch.Tensor
     v: torch.Tensor
     inputs: AttentionInput
+    window: int = 0
+    softcap: float = 0.0
 
     def truth(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         out = torch.zeros(self.q.shape, dtype=torch.float64)
         lse = torch.zeros(self.q.shape[:2], dtype=torch.float64)
-        TRUTH.attention(self.q, self.k, self.v, self.inputs, scale, out, lse)
+        plan = TRUTH.plan_attention(self.inputs, self.q.shape[1], self.k, self.window)
+        TRUTH.attention(self.q, self.k, self.v, plan, scale, out, lse, self.softcap)
         return out, lse
 
     def run(self, gpu, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k, v = self.q.cuda(), self.k.cuda(), self.v.cuda()
+        q, k, v = put(self.q), put(self.k), put(self.v)
         out = torch.full_like(q, torch.nan)
-        lse = torch.full(q.shape[:2], torch.nan, device="cuda")
-        plan = gpu.plan_attention(self.on_device(), q.shape[1], k)
-        gpu.attention(q, k, v, plan, scale, out, lse)
+        lse = torch.full(q.shape[:2], torch.nan, device=DEVICE)
+        plan = gpu.plan_attention(self.on_device(), q.shape[1], k, self.window)
+        gpu.attention(q, k, v, plan, scale, out, lse, self.softcap)
         return out.cpu(), lse.cpu()
 
     def on_device(self) -> AttentionInput:
         i = self.inputs
-        return AttentionInput(i.q_start.cuda(), i.kv_len.cuda(), i.slot.cuda(), i.page_table.cuda(), i.decode_only)
+        return AttentionInput(put(i.q_start), put(i.kv_len), put(i.slot), put(i.page_table), i.decode_only)
 
 
 def make_case(shape, dtype, lengths: list[tuple[int, int]], page_size: int = 16, seed: int = 0, slots: int = 0) -> Case:
@@ -90,9 +94,10 @@ def draw_lengths(seed: int, count: int, longest: int) -> list[tuple[int, int]]:
 def assert_attention(case: Case, gpu, scale: float) -> None:
     out, lse = case.run(gpu, scale)
     want, want_lse = case.truth(scale)
-    # The weights are rounded to the dtype (values are of size 1 to 4), then the result.
+    # The weights are rounded to the dtype (values are of size 1 to 4), then the result; before that the scores, in
+    # float32, where a cap is given because they reach it.
     error = ((out.double() - want).abs() / (2 + 2 * want.abs())).max().item()
-    assert error <= ROUNDOFF[out.dtype], error  # false for NaN
+    assert error <= ROUNDOFF[out.dtype] + case.softcap * 2.0**-24, error  # false for NaN
     lse_error = (lse.double() - want_lse).abs().max().item()
     assert lse_error <= 1e-4, lse_error
 
@@ -102,7 +107,7 @@ def assert_attention(case: Case, gpu, scale: float) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_mixed_batches(gpu, shape, dtype, seed):
     page_size = 16 << seed
-    lengths = draw_lengths(seed + 10 * shape[0], 12, 700)
+    lengths = draw_lengths(seed + 10 * shape[0], *sized((12, 700), (5, 150)))
     assert_attention(make_case(shape, dtype, lengths, page_size, seed), gpu, shape[2] ** -0.5)
 
 
@@ -124,12 +129,13 @@ def test_split_boundaries(gpu, shape):
 
 @pytest.mark.parametrize("shape", [(8, 2, 128), (4, 4, 64)])
 def test_long_context(gpu, shape):
-    lengths = [(1, 100_000), (200, 100_001), (1, 131_072), (3, 9)]
+    lengths = sized([(1, 100_000), (200, 100_001), (1, 131_072), (3, 9)], [(1, 5000), (20, 3001), (1, 4096), (3, 9)])
     assert_attention(make_case(shape, torch.bfloat16, lengths, 256), gpu, shape[2] ** -0.5)
 
 
 def test_long_context_float32(gpu):
-    assert_attention(make_case((2, 1, 64), torch.float32, [(1, 100_000), (2, 50_000)], 16), gpu, 0.125)
+    longest = sized(100_000, 4000)
+    assert_attention(make_case((2, 1, 64), torch.float32, [(1, longest), (2, longest // 2)], 16), gpu, 0.125)
 
 
 @pytest.mark.parametrize("scale", [0.02, 4.0])
@@ -138,14 +144,69 @@ def test_extreme_scores(gpu, scale):
     assert_attention(make_case((8, 2, 128), torch.float16, [(1, 900), (90, 200), (300, 300)]), gpu, scale)
 
 
+@pytest.mark.parametrize("window", [1, 16, 33, 100, 1000])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((8, 2, 128), torch.bfloat16),
+        ((9, 3, 64), torch.float16),
+        ((20, 1, 64), torch.bfloat16),
+        ((4, 2, 256), torch.bfloat16),
+        ((3, 1, 64), torch.float32),
+    ],
+)
+@pytest.mark.feature("engine", "sliding windows in the CUDA attention kernels")
+def test_windows(gpu, shape, dtype, window):
+    lengths = [*draw_lengths(window, *sized((12, 700), (5, 200))), (1, 17), (90, 300), (1, 129)]
+    assert_attention(replace(make_case(shape, dtype, lengths, 32), window=window), gpu, shape[2] ** -0.5)
+
+
+@pytest.mark.parametrize("window", [900, 1024, 1025, 2500])
+def test_windows_over_splits(gpu, window):
+    """The split counts from the window's start, and what others read together is not looked for."""
+    lengths = [(1, n) for n in (899, 900, 901, 1040, 2048, 2049, 3000)] + [(5, 2600)]
+    case = replace(make_case((8, 2, 128), torch.bfloat16, lengths, 64), window=window)
+    assert_attention(case, gpu, 0.1)
+    together, _ = share_beginnings(case, [900 // 64 - 1] * 7 + [0])
+    assert_attention(together, gpu, 0.1)
+
+
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize(("softcap", "scale"), [(50.0, 1.0), (2.0, 0.1)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((8, 2, 128), torch.float16),
+        ((9, 3, 64), torch.bfloat16),
+        ((6, 3, 80), torch.float16),
+        ((4, 4, 64), torch.float32),
+    ],
+)
+@pytest.mark.feature("engine", "soft-capped scores in the CUDA attention kernels")
+def test_soft_caps(gpu, shape, dtype, softcap, scale, window):
+    lengths = draw_lengths(7, *sized((12, 700), (5, 150)))
+    case = make_case(shape, dtype, [*lengths, (70, 200)])
+    assert_attention(replace(case, window=window, softcap=softcap), gpu, scale)
+
+
+def test_plans_with_and_without_a_window_live_side_by_side(gpu):
+    case = make_case((8, 2, 64), torch.bfloat16, [(1, 200), (30, 90), (1, 7)])
+    q, k, v = put(case.q), put(case.k), put(case.v)
+    plans = [gpu.plan_attention(case.on_device(), 8, k, window) for window in (0, 20)]
+    for plan, window in zip(plans, (0, 20), strict=True):
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=DEVICE)
+        gpu.attention(q, k, v, plan, 0.125, out, lse)
+        assert torch.equal(out.cpu(), replace(case, window=window).run(gpu, 0.125)[0])
+
+
 @pytest.mark.parametrize("shape", [(32, 8, 128), (9, 3, 64)])
 def test_independent_of_neighbours(gpu, shape):
     """Bit for bit: alone, and among others, in another place of the batch."""
     mine = [(1, 2500), (77, 301)]
     alone = make_case(shape, torch.bfloat16, mine, seed=3)
     out, lse = alone.run(gpu, 0.1)
-    for seed in range(3):
-        others = draw_lengths(seed, 20, 3000)
+    for seed in range(sized(3, 1)):
+        others = draw_lengths(seed, *sized((20, 3000), (6, 200)))
         crowd = make_case(shape, torch.bfloat16, others + mine, seed=seed, slots=64)
         self_start = int(crowd.inputs.q_start[len(others)])
         crowd.q[self_start:] = alone.q
@@ -180,10 +241,11 @@ def share_beginnings(case: Case, shared: list[int]) -> tuple[Case, Case]:
 @pytest.mark.feature("engine", "CUDA attention reads a beginning that sequences share once for several of them")
 def test_shared_beginnings(gpu, shape, page_size):
     """Groups that share all, part or nothing, prompts among them, and one that shares only some of its members."""
-    pages = 2048 // page_size
-    common = [pages] * 9 + [pages // 2] * 4 + [0] * 4 + [pages, 0, pages, pages] * 2 + [pages] * 5
+    pages = sized(2048, 1088 if shape == (9, 3, 64) else 576) // page_size
+    few = [pages] * 5 + [pages // 2] * 2 + [0] * 2 + [pages] * 2
+    common = sized([pages] * 9 + [pages // 2] * 4 + [0] * 4 + [pages, 0, pages, pages] * 2 + [pages] * 5, few)
     lengths = [(1, pages * page_size + 1 + 37 * i % 300) for i in range(len(common))]
-    lengths[13] = (1, 5)  # shares nothing
+    lengths[common.index(0)] = (1, 5)
     lengths += [(40, 90), (1, 700)]
     case = make_case(shape, torch.bfloat16, lengths, page_size, slots=40)
     together, apart = share_beginnings(case, [*common, 0, 0])
@@ -200,23 +262,23 @@ def test_the_promise_of_decodes_alone_changes_nothing(gpu):
     assert all(torch.equal(a, b) for a, b in zip(case.run(gpu, 0.1), want, strict=True))
 
 
-def test_graph_replay(gpu):
+def test_graph_replay(real_gpu):
     """One captured step serves other lengths: nothing of the launch depends on the data."""
     shape, dtype, sizes = (32, 8, 128), torch.bfloat16, 13
     cases = [make_case(shape, dtype, draw_lengths(seed, sizes - 1, 3000), seed=seed, slots=16) for seed in range(4)]
     tokens = max(len(case.q) for case in cases)
     columns = max(case.inputs.page_table.shape[1] for case in cases)
     pages = max(len(case.k) for case in cases)
-    q = torch.zeros(tokens, *shape[::2], dtype=dtype, device="cuda")
-    k = torch.zeros(pages, shape[1], 16, shape[2], dtype=dtype, device="cuda")
+    q = torch.zeros(tokens, *shape[::2], dtype=dtype, device=DEVICE)
+    k = torch.zeros(pages, shape[1], 16, shape[2], dtype=dtype, device=DEVICE)
     v, out = torch.zeros_like(k), torch.zeros_like(q)
-    lse = torch.zeros(q.shape[:2], device="cuda")
+    lse = torch.zeros(q.shape[:2], device=DEVICE)
     inputs = AttentionInput(
-        *(torch.zeros(size, dtype=torch.int32, device="cuda") for size in (sizes + 1, sizes, sizes, (16, columns)))
+        *(torch.zeros(size, dtype=torch.int32, device=DEVICE) for size in (sizes + 1, sizes, sizes, (16, columns)))
     )
 
     def step() -> None:
-        gpu.attention(q, k, v, gpu.plan_attention(inputs, shape[0], k), 0.1, out, lse)
+        real_gpu.attention(q, k, v, real_gpu.plan_attention(inputs, shape[0], k), 0.1, out, lse)
 
     step()
     torch.cuda.synchronize()
@@ -225,11 +287,11 @@ def test_graph_replay(gpu):
         step()
     for case in [*cases, cases[0]]:
         i = case.inputs
-        q[: len(case.q)], k[: len(case.k)], v[: len(case.v)] = case.q.cuda(), case.k.cuda(), case.v.cuda()
+        q[: len(case.q)], k[: len(case.k)], v[: len(case.v)] = put(case.q), put(case.k), put(case.v)
         inputs.q_start.copy_(i.q_start), inputs.kv_len.copy_(i.kv_len), inputs.slot.copy_(i.slot)
-        inputs.page_table[:, : i.page_table.shape[1]] = i.page_table.cuda()
+        inputs.page_table[:, : i.page_table.shape[1]] = put(i.page_table)
         graph.replay()
-        want, want_lse = case.run(gpu, 0.1)
+        want, want_lse = case.run(real_gpu, 0.1)
         assert torch.equal(out[: len(case.q)].cpu(), want)
         assert torch.equal(lse[: len(case.q)].cpu(), want_lse)
 
@@ -249,8 +311,10 @@ def test_wild_metadata_stays_inside(gpu):
 
 def test_rejects_unusable_shapes(gpu):
     case = make_case((8, 2, 64), torch.bfloat16, [(1, 40)])
-    k = torch.zeros(4, 2, 24, 64, dtype=torch.bfloat16, device="cuda")
+    k = torch.zeros(4, 2, 24, 64, dtype=torch.bfloat16, device=DEVICE)
     with pytest.raises(ValueError, match="pages of 24 tokens"):
         gpu.plan_attention(case.on_device(), 8, k)
     with pytest.raises(ValueError, match="num_heads=7"):
-        gpu.plan_attention(case.on_device(), 7, case.k.cuda())
+        gpu.plan_attention(case.on_device(), 7, put(case.k))
+    with pytest.raises(ValueError, match="window=-1"):
+        gpu.plan_attention(case.on_device(), 8, put(case.k), -1)

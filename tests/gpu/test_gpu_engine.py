@@ -19,9 +19,9 @@ from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.loading import load_engine
 from batchinfer.engine.runner import make_runner
 from batchinfer.models.decoder import Decoder, StepInput
+from batchinfer.models.layout import layout
+from batchinfer.models.model_spec import ModelSpec
 from batchinfer.models.rope import RopeSpec
-from batchinfer.models.spec import ModelSpec
-from batchinfer.models.weights import layout
 from batchinfer.ops import AttentionInput, Ops
 from batchinfer.ops.reference import ReferenceOps
 from batchinfer.types import Completion, JobError, Request, SamplingParams
@@ -135,9 +135,9 @@ def step_logits(decoder: Decoder) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.feature("engine", "CUDA logits are those of the CPU in float32, to rounding")
-def test_logits(gpu, name: str, dtype: torch.dtype) -> None:
+def test_logits(real_gpu, name: str, dtype: torch.dtype) -> None:
     want = step_logits(make_decoder(SPECS[name], ReferenceOps(), torch.float32))
-    got = step_logits(make_decoder(SPECS[name], gpu, dtype))
+    got = step_logits(make_decoder(SPECS[name], real_gpu, dtype))
     assert (got - want).norm() <= BOUND[dtype] * want.norm()  # false for NaN
 
 
@@ -161,13 +161,13 @@ def tokens(done: dict[int, Completion]) -> dict[int, list[list[int]]]:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.feature("engine", "CUDA gives the CPU's tokens, greedy and sampled, with graphs and a step ahead")
-def test_tokens_in_float32_are_the_cpus(gpu, case: str, options: dict[str, Any]) -> None:
+def test_tokens_in_float32_are_the_cpus(real_gpu, case: str, options: dict[str, Any]) -> None:
     """Sums in another order move logits by 1e-6 of their size, which decides a token once in many thousands."""
     from batchinfer.ops.native import NativeOps
 
     requests = [Request(i, p, CASES[case], seed=i) for i, p in enumerate(prompts(30))]
     want = run(make_engine(make_decoder(LLAMA, NativeOps(), torch.float32), **options), requests)
-    engine = make_engine(make_decoder(LLAMA, gpu, torch.float32), **options)
+    engine = make_engine(make_decoder(LLAMA, real_gpu, torch.float32), **options)
     got = run(engine, requests)
     same = [a == b for i in want for a, b in zip(tokens(want)[i], tokens(got)[i], strict=True)]
     assert sum(same) >= 0.9 * len(same), f"{len(same) - sum(same)} of {len(same)} samples differ"
@@ -182,9 +182,9 @@ def test_tokens_in_float32_are_the_cpus(gpu, case: str, options: dict[str, Any])
     engine.close()
 
 
-def test_a_captured_step_gives_the_tokens_of_a_launched_one(gpu) -> None:
+def test_a_captured_step_gives_the_tokens_of_a_launched_one(real_gpu) -> None:
     requests = [Request(i, p, replace(PLAIN, temperature=0.9), seed=i) for i, p in enumerate(prompts(40))]
-    decoder = make_decoder(LLAMA, gpu, torch.float32)
+    decoder = make_decoder(LLAMA, real_gpu, torch.float32)
     captured, launched = make_engine(decoder), make_engine(decoder)
     launched._runner._captured = lambda tokens: False  # type: ignore[method-assign]
     want, got = run(launched, requests), run(captured, requests)
@@ -193,9 +193,9 @@ def test_a_captured_step_gives_the_tokens_of_a_launched_one(gpu) -> None:
     assert sum(same) >= 0.95 * len(same)
 
 
-def test_greedy_in_bfloat16_stays_near_float32(gpu) -> None:
+def test_greedy_in_bfloat16_stays_near_float32(real_gpu) -> None:
     """Given the tokens so far, the token chosen in bfloat16 is within rounding of the best one in float32."""
-    decoder = make_decoder(LLAMA, gpu, torch.bfloat16)
+    decoder = make_decoder(LLAMA, real_gpu, torch.bfloat16)
     done = run(make_engine(decoder), [Request(i, p, PLAIN) for i, p in enumerate(prompts(16))])
     truth, worst, agreed, count = make_decoder(LLAMA, ReferenceOps(), torch.float32), 0.0, 0, 0
     for i, prompt in enumerate(prompts(16)):
@@ -235,7 +235,7 @@ def config_folder(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_an_engine_from_a_configuration_takes_what_the_device_has(gpu, tmp_path: Path) -> None:
+def test_an_engine_from_a_configuration_takes_what_the_device_has(real_gpu, tmp_path: Path) -> None:
     model = ModelConfig(config_folder(tmp_path), dummy_weights=True)
     tokenizer: Any = Letters()
     engine = load_engine(model, EngineConfig(max_slots=64), tokenizer=tokenizer)

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from gpu.backend import put
 
 from batchinfer.ops import SampleInput
 from batchinfer.ops.reference import ReferenceOps
@@ -16,7 +17,7 @@ def on_device(inputs: SampleInput) -> SampleInput:
     def move(value):
         if isinstance(value, tuple):
             return tuple(move(v) for v in value)
-        return None if value is None else value.cuda()
+        return None if value is None else put(value)
 
     moved = {f.name: move(getattr(inputs, f.name)) for f in fields(inputs) if f.name != "num_logprobs"}
     return SampleInput(**moved, num_logprobs=inputs.num_logprobs)
@@ -52,7 +53,7 @@ def logits_of(kind: str, rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
 
 def assert_same(gpu, logits: torch.Tensor, inputs: SampleInput) -> None:
     want = ReferenceOps().sample(logits.clone(), inputs)
-    got = gpu.sample(logits.cuda(), on_device(inputs))
+    got = gpu.sample(put(logits), on_device(inputs))
     assert got.tokens.tolist() == want.tokens.tolist()
     if inputs.num_logprobs is None:
         assert got.chosen is None
@@ -142,17 +143,17 @@ def test_logprobs_of_nearly_equal_logits(gpu, kind):
     assert_same(gpu, logits_of(kind, 3, 30_000), inputs)
 
 
-def test_logits_are_not_needed_on_the_host(gpu):
+def test_logits_are_not_needed_on_the_host(real_gpu):
     """A step with sampling can be captured; the random stream follows the position in device memory."""
     rows, vocab = 5, 3000
     inputs = plain(rows, top_p=0.9)
     moved, logits = on_device(inputs), logits_of("normal", rows, vocab)
-    static = logits.cuda()
-    gpu.sample(static, moved)
+    static = put(logits)
+    real_gpu.sample(static, moved)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        tokens = gpu.sample(static, moved).tokens
+        tokens = real_gpu.sample(static, moved).tokens
     for position in range(3):
         moved.position.fill_(position)
         graph.replay()

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from models.tiny_models import TINY, TinyModel, assert_relative
+from models.tiny_models import BF16, TINY, TinyModel, assert_relative
 
 from batchinfer.models.decoder import Decoder, KVCache, StepInput
+from batchinfer.models.files import ModelError
 from batchinfer.models.spec import load_spec
 from batchinfer.models.weights import load_weights
 from batchinfer.ops import AttentionInput, Ops
@@ -88,7 +89,7 @@ def test_float32_is_that_of_transformers(name: str, tiny: Callable[[str], TinyMo
 
 
 @pytest.mark.feature("models", "bf16 logits within 3e-2 of float32")
-@pytest.mark.parametrize("name", ["llama", "llama-biased-tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", BF16)
 def test_bfloat16_is_near_float32(name: str, tiny: Callable[[str], TinyModel], ops: Ops) -> None:
     model = tiny(name)
     ours, theirs = run_steps(make(model, ops, torch.bfloat16), model)
@@ -100,6 +101,15 @@ def test_float64_ops_leave_only_the_rounding_of_activations(tiny: Callable[[str]
     model = tiny("qwen3")
     ours, theirs = run_steps(make(model, ReferenceOps(torch.float64), torch.float32), model)
     assert_relative(ours, theirs, 1e-5)
+
+
+def test_a_backend_without_an_op_of_the_model_says_so(tiny: Callable[[str], TinyModel]) -> None:
+    class Few:
+        device = torch.device("meta")
+        activate = add = None
+
+    with pytest.raises(ModelError, match="GPTNeoXForCausalLM needs layer_norm, which is not there for meta"):
+        make(tiny("gpt-neox"), Few(), torch.float32)  # type: ignore[arg-type]
 
 
 def test_a_step_without_samples_gives_no_logits(tiny: Callable[[str], TinyModel]) -> None:

@@ -70,7 +70,7 @@ def test_saved_configs_keep_their_scaling(name: str, tiny: Callable[[str], TinyM
     from transformers import AutoModelForCausalLM
 
     folder = tiny(name).folder
-    rotary = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb
+    rotary = AutoModelForCausalLM.from_pretrained(folder).base_model.rotary_emb
     got = load_spec(str(folder)).rope.frequencies(1)
     np.testing.assert_allclose(got, rotary.inv_freq.double().numpy(), rtol=1e-5)
 

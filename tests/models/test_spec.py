@@ -12,9 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models.tiny_models import TINY, TinyModel
 
+from batchinfer.models.architectures import ARCHITECTURES
 from batchinfer.models.files import ModelError
 from batchinfer.models.gguf import GgufFile
-from batchinfer.models.spec import ARCHITECTURES, ModelSpec, load_spec, spec_from_config, spec_from_gguf
+from batchinfer.models.gguf_spec import spec_from_gguf
+from batchinfer.models.layout import num_parameters
+from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.spec import load_spec, spec_from_config
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -40,8 +44,14 @@ def test_plain_llama() -> None:
     got = spec()
     assert (got.layers, got.width, got.heads, got.kv_heads, got.head_dim, got.mlp_width) == (3, 64, 8, 2, 8, 96)
     assert (got.vocab_size, got.norm_eps, got.max_positions) == (100, 1e-6, 4096)
-    assert (got.qkv_bias, got.o_bias, got.mlp_bias, got.qk_norm, got.tied_embeddings) == (False,) * 5
-    assert (got.bos_id, got.eos_ids, got.sliding_window) == (1, (2, 5), None)
+    assert (got.qkv_bias, got.o_bias, got.mlp_bias, got.qk_norm, got.tied_embeddings) == (
+        False,
+        False,
+        False,
+        "",
+        False,
+    )
+    assert (got.bos_id, got.eos_ids, got.windows) == (1, (2, 5), ())
     assert (got.rope.type, got.rope.theta, got.rope.width) == ("default", 10000.0, 8)
 
 
@@ -52,12 +62,12 @@ def test_llama_1_has_as_many_kv_heads_as_heads() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "expected"),
     [  # qkv_bias, o_bias, mlp_bias, qk_norm
-        ("LlamaForCausalLM", {"attention_bias": True}, (True, True, False, False)),
-        ("LlamaForCausalLM", {"mlp_bias": True}, (False, False, True, False)),
-        ("MistralForCausalLM", {"attention_bias": True}, (False, False, False, False)),
-        ("Qwen2ForCausalLM", {}, (True, False, False, False)),
-        ("Qwen3ForCausalLM", {}, (False, False, False, True)),
-        ("Qwen3ForCausalLM", {"attention_bias": True}, (True, True, False, True)),
+        ("LlamaForCausalLM", {"attention_bias": True}, (True, True, False, "")),
+        ("LlamaForCausalLM", {"mlp_bias": True}, (False, False, True, "")),
+        ("MistralForCausalLM", {"attention_bias": True}, (False, False, False, "")),
+        ("Qwen2ForCausalLM", {}, (True, False, False, "")),
+        ("Qwen3ForCausalLM", {}, (False, False, False, "head")),
+        ("Qwen3ForCausalLM", {"attention_bias": True}, (True, True, False, "head")),
     ],
 )
 def test_flags_of_architectures(name: str, changes: dict[str, Any], expected: tuple[bool, ...]) -> None:
@@ -70,7 +80,7 @@ def test_parameters_are_counted_as_transformers_does(name: str, tiny: Callable[[
     from transformers import AutoModelForCausalLM
 
     folder = tiny(name).folder
-    assert load_spec(str(folder)).num_parameters == AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+    assert num_parameters(load_spec(str(folder))) == AutoModelForCausalLM.from_pretrained(folder).num_parameters()
 
 
 def test_rope_in_the_old_spelling_is_that_in_the_new() -> None:
@@ -99,28 +109,68 @@ def test_resolve_length() -> None:
         dynamic.resolve_length(8193)
 
 
-def test_sliding_window_is_fine_where_it_changes_nothing() -> None:
-    mistral = spec(architectures=["MistralForCausalLM"], sliding_window=1024)
-    assert mistral.resolve_length(1024) == 1024
-    for length in (0, 1025):
-        with pytest.raises(ModelError, match=r"sliding_window=1024 .* engine\.max_model_len=1024"):
-            mistral.resolve_length(length)
+LATE = ["full_attention", "full_attention", "sliding_attention"]
+QWEN, ON = "Qwen2ForCausalLM", {"use_sliding_window": True}
 
 
 @pytest.mark.parametrize(
-    ("changes", "window"),
+    ("name", "changes", "windows"),
     [
-        ({}, None),
-        ({"sliding_window": 512}, None),
-        ({"sliding_window": 512, "use_sliding_window": False}, None),
-        ({"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 3}, None),
-        ({"sliding_window": 512, "use_sliding_window": True, "layer_types": ["full_attention"] * 3}, None),
-        ({"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 2}, 512),
-        ({"sliding_window": 512, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 3}, 512),
+        ("MistralForCausalLM", {}, (512, 512, 512)),
+        ("MistralForCausalLM", {"sliding_window": None}, ()),
+        ("LlamaForCausalLM", {}, ()),
+        (QWEN, {}, ()),
+        (QWEN, {"use_sliding_window": False}, ()),
+        (QWEN, ON | {"max_window_layers": 3}, ()),
+        (QWEN, ON | {"layer_types": ["full_attention"] * 3}, ()),
+        (QWEN, ON | {"max_window_layers": 2}, (0, 0, 512)),
+        (QWEN, ON | {"layer_types": LATE}, (0, 0, 512)),
+        ("Qwen3MoeForCausalLM", ON, (512, 512, 512)),
+        ("Qwen2MoeForCausalLM", ON, (512, 0, 512)),
+        ("Gemma2ForCausalLM", {}, (512, 0, 512)),
+        ("Gemma3ForCausalLM", {"sliding_window_pattern": 2}, (512, 0, 512)),
+        ("Gemma3ForCausalLM", {"layer_types": LATE}, (0, 0, 512)),
+        ("SmolLM3ForCausalLM", ON | {"no_rope_layer_interval": 2}, (0, 512, 0)),
     ],
 )
-def test_when_qwen_has_a_window(changes: dict[str, Any], window: int | None) -> None:
-    assert spec(architectures=["Qwen2ForCausalLM"], **changes).sliding_window == window
+def test_windows(name: str, changes: dict[str, Any], windows: tuple[int, ...]) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    assert spec(architectures=[name], **{"sliding_window": 512} | experts | changes).windows == windows
+
+
+def test_a_window_wider_than_the_run_is_none() -> None:
+    gemma = spec(architectures=["Gemma3ForCausalLM"], sliding_window=512, sliding_window_pattern=2)
+    assert gemma.layer_kinds(513) == ((512, "local"), (0, "global"), (512, "local"))
+    assert gemma.layer_kinds(512) == ((0, "local"), (0, "global"), (0, "local"))
+    assert (gemma.local_rope.theta, gemma.rope.theta) == (1e4, 1e6)
+
+
+def test_layers_without_rope() -> None:
+    kinds = spec(architectures=["SmolLM3ForCausalLM"], no_rope_layers=[1, 0, 1]).layer_kinds(9)
+    assert [kind.rope for kind in kinds] == ["global", "", "global"]
+    assert {kind.rope for kind in spec(architectures=["OPTForCausalLM"]).layer_kinds(9)} == {""}
+
+
+def test_gemma_3_in_both_spellings() -> None:
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    old = spec(architectures=["Gemma3ForCausalLM"], rope_local_base_freq=2e4, rope_theta=2e6, rope_scaling=scaling)
+    both = {"full_attention": scaling | {"rope_theta": 2e6}, "sliding_attention": {"rope_theta": 2e4}}
+    assert old == spec(architectures=["Gemma3ForCausalLM"], rope_parameters=both)
+    assert (old.rope.factor, old.local_rope.type) == (8.0, "default")
+
+
+def test_granite_keeps_a_residual_that_is_divided_by_its_multiplier() -> None:
+    got = spec(architectures=["GraniteForCausalLM"], residual_multiplier=0.5, embedding_multiplier=12.0)
+    assert (got.embed_scale, got.norm_eps) == (24.0, 4e-6)
+
+
+def test_experts() -> None:
+    given = {"architectures": ["Qwen2MoeForCausalLM"], "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    got = spec(**given, num_experts=4, mlp_only_layers=[2], shared_expert_intermediate_size=16).experts
+    assert (got.widths, got.renormalise, got.layers) == ((8, 8, 8, 8, 16), False, (True, True, False))
+    assert spec(**given, num_experts=4, decoder_sparse_step=2).experts.layers == (False, True, False)
+    with pytest.raises(ModelError, match="num_experts_per_tok=2 is more than num_experts=1"):
+        spec(**given, num_experts=1)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +190,16 @@ def test_when_qwen_has_a_window(changes: dict[str, Any], window: int | None) -> 
         ({"num_attention_heads": 7}, "hidden_size=64 is not a multiple of num_attention_heads=7"),
         ({"num_key_value_heads": 3}, "8 attention heads cannot share 3 key/value heads"),
         ({"head_dim": 7}, "head_dim=7 is odd"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; it must be 'silu'"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; it must be one of silu, swish"),
+        ({"hidden_act": "tanh", "architectures": ["OPTForCausalLM"]}, "activation_function='tanh' is not supported"),
+        ({"architectures": ["GPT2LMHeadModel"], "hidden_size": None}, "no 'n_embd'"),
+        ({"architectures": ["OPTForCausalLM"], "word_embed_proj_dim": 32}, "word_embed_proj_dim=32 .* hidden_size=64"),
+        ({"architectures": ["OPTForCausalLM"], "do_layer_norm_before": False}, "do_layer_norm_before=False .* be true"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]}, "no_rope_layers must be a list of 3"),
+        ({"architectures": ["Gemma2ForCausalLM"], "sliding_window": 9, "layer_types": ["x"]}, "layer_types must be a"),
+        ({"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 makes 3 of"),
+        ({"architectures": ["DeepseekV3ForCausalLM"]}, "'DeepseekV3ForCausalLM' is not supported; supported are"),
+        ({"architectures": ["Phi4ForCausalLM"]}, "nearest is Phi3ForCausalLM"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\) is not supported: use"),
         ({"rope_scaling": {"type": "mrope"}}, "rope_type='mrope' is not supported; supported are default, linear"),
         ({"rope_scaling": {"type": "linear"}}, r"config.json \(rope_scaling\) has no 'factor'"),
@@ -174,6 +233,8 @@ JSON = st.recursive(
     max_leaves=5,
 )
 KEYS = [*LLAMA, "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "quantization_config"]
+KEYS += ["no_rope_layers", "num_experts", "num_experts_per_tok", "mlp_only_layers", "decoder_sparse_step", "n_embd"]
+KEYS += ["partial_rotary_factor", "residual_multiplier", "query_pre_attn_scalar", "attn_logit_softcapping"]
 KEYS += ["layer_types", "sliding_window", "use_sliding_window", "max_window_layers", "tie_word_embeddings", "mlp_bias"]
 
 

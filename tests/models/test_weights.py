@@ -12,13 +12,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from models.tiny_models import TinyModel, assert_relative, edit_json
+from models.tiny_models import GGUF, TinyModel, assert_relative, edit_json
 from safetensors.torch import load_file, save_file
 
 from batchinfer.models import weights as module
 from batchinfer.models.files import ModelError, StoredTensor
+from batchinfer.models.layout import layout
 from batchinfer.models.spec import load_spec
-from batchinfer.models.weights import layout, load_weights
+from batchinfer.models.weights import load_weights
 
 Copy = Callable[..., Path]
 
@@ -31,7 +32,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("name", ["llama-biased-tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama-biased-tied", "qwen2", "qwen3", "qwen2-moe", "gpt2", "opt"])
 def test_every_target_once_with_the_shape_of_the_layout(name: str, tiny: Callable[[str], TinyModel]) -> None:
     folder = tiny(name).folder
     spec = load_spec(str(folder))
@@ -52,6 +53,32 @@ def test_parts_are_merged_in_order(tiny: Callable[[str], TinyModel]) -> None:
     gate_up = torch.cat([stored[f"{layer}mlp.{part}_proj.weight"] for part in ("gate", "up")])
     assert torch.equal(got["layers.1.gate_up"], gate_up)
     assert torch.equal(got["layers.1.mlp_norm"], stored[f"{layer}post_attention_layernorm.weight"])
+
+
+def test_other_orders_of_rows(tiny: Callable[[str], TinyModel]) -> None:
+    folder = tiny("gpt2").folder
+    stored, got = load_file(folder / "model.safetensors"), load(folder)
+    assert torch.equal(got["layers.1.qkv"], stored["transformer.h.1.attn.c_attn.weight"].T)
+    folder = tiny("gpt-neox").folder
+    stored, got = load_file(folder / "model.safetensors"), load(folder)
+    by_head = stored["gpt_neox.layers.0.attention.query_key_value.weight"].view(4, 3, 16, 64)
+    for i, part in enumerate(got["layers.0.qkv"].chunk(3)):
+        assert torch.equal(part.view(4, 16, 64), by_head[:, i])
+    folder = tiny("gemma").folder
+    stored, got = load_file(folder / "model.safetensors"), load(folder)
+    assert torch.equal(got["norm"], stored["model.norm.weight"] + 1)
+
+
+def test_names_may_come_without_their_root(copy_of: Copy) -> None:
+    folder = copy_of("gpt2")
+    stored = load_file(folder / "model.safetensors")
+    want = load(folder)
+    plain = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+    save_file(plain | {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}, folder / "model.safetensors")
+    assert same(load(folder), want)
+    save_file(stored | {"ln_f.bias": torch.ones(64)}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"ln_f\.bias' twice, with and without 'transformer\.'"):
+        load(folder)
 
 
 def test_shards_give_the_same_as_one_file(tiny: Callable[[str], TinyModel], tmp_path: Path) -> None:
@@ -186,21 +213,29 @@ GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
 }
+POST_NORMS = {"post_attention_layernorm": "post_attention_norm"}
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, arch: str) -> str:
     base, kind = name.rsplit(".", 1)
+    names = GGUF_NAMES | (POST_NORMS if arch in ("gemma2", "gemma3", "olmo2") else {})
     if base.startswith("model.layers."):
         _, _, layer, rest = base.split(".", 3)
-        return f"blk.{layer}.{GGUF_NAMES[rest]}.{kind}"
-    return f"{GGUF_NAMES[base]}.{kind}"
+        return f"blk.{layer}.{names[rest]}.{kind}"
+    return f"{names[base]}.{kind}"
 
 
 def interleave(array: np.ndarray, heads: int) -> np.ndarray:
@@ -212,7 +247,7 @@ def interleave(array: np.ndarray, heads: int) -> np.ndarray:
 def write_gguf(folder: Path, path: Path, kind: str) -> Path:
     """The model of a folder as GGUF; matrices of type ``kind``, vectors F32, as converters write them."""
     config = json.loads((folder / "config.json").read_text())
-    arch = config["model_type"]
+    arch = config["model_type"].removesuffix("_text")
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -220,20 +255,36 @@ def write_gguf(folder: Path, path: Path, kind: str) -> Path:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    if "norm_epsilon" in config:
+        writer.add_layer_norm_eps(config["norm_epsilon"])
+    else:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    if config.get("head_dim") and arch == "qwen3":
+    if config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
+    optional = {
+        "sliding_window": writer.add_sliding_window,
+        "attn_logit_softcapping": writer.add_attn_logit_softcapping,
+        "final_logit_softcapping": writer.add_final_logit_softcapping,
+        "embedding_multiplier": writer.add_embedding_scale,
+        "residual_multiplier": writer.add_residual_scale,
+        "attention_multiplier": writer.add_attention_scale,
+        "logits_scaling": writer.add_logit_scale,
+    }
+    for key, add in optional.items():
+        if config.get(key) is not None:
+            add(config[key])
     for name, tensor in load_file(folder / "model.safetensors").items():
-        array = tensor.numpy()
+        array = tensor.numpy() + (arch.startswith("gemma") and "norm" in name)
         for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-            if arch == "llama" and f"{part}." in name:
+            if arch in ("llama", "granite") and f"{part}." in name:
                 array = interleave(array, config[heads])
         ggml = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
-        writer.add_tensor(gguf_name(name), gguf.quantize(array, ggml), raw_dtype=ggml)
+        writer.add_tensor(gguf_name(name, arch), gguf.quantize(array, ggml), raw_dtype=ggml)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -248,6 +299,10 @@ def wide(tiny: Callable[[str], TinyModel], tmp_path: Path) -> Callable[[str], Pa
 
     def build(name: str) -> Path:
         config = AutoConfig.from_pretrained(tiny(name).folder, intermediate_size=96)
+        if hasattr(config, "query_pre_attn_scalar"):  # GGUF does not hold it: it is known of every model
+            config.query_pre_attn_scalar = config.head_dim
+        if hasattr(config, "layer_types") and name == "gemma3":
+            config.layer_types = ["sliding_attention"] * 3
         model = AutoModelForCausalLM.from_config(config)
         for weight in model.parameters():
             weight.data.normal_(0.0, 0.2)
@@ -258,13 +313,18 @@ def wide(tiny: Callable[[str], TinyModel], tmp_path: Path) -> Callable[[str], Pa
 
 
 @pytest.mark.feature("models", "GGUF, dequantised")
-@pytest.mark.parametrize("name", ["llama", "llama-biased-tied", "qwen2", "qwen3-biased"])
+@pytest.mark.parametrize("name", GGUF)
 def test_gguf_is_the_same_model(name: str, wide: Callable[[str], Path], tmp_path: Path) -> None:
     folder = wide(name)
     path = write_gguf(folder, tmp_path / "x.gguf", "F32")
     ours, theirs = load_spec(str(path)), load_spec(str(folder))
-    assert ours.norm_eps == np.float32(theirs.norm_eps)
-    assert replace(ours, norm_eps=theirs.norm_eps) == theirs
+    rounded = {
+        name: pytest.approx(getattr(theirs, name), rel=1e-6)
+        for name in ("norm_eps", "embed_scale", "score_scale", "logit_scale")
+    }
+    # Metadata are float32; norms are stored with their offset.
+    assert {name: getattr(ours, name) for name in rounded} == rounded
+    assert replace(ours, norm_offset=theirs.norm_offset, **{name: getattr(theirs, name) for name in rounded}) == theirs
     assert same(load(path), load(folder))
 
 

@@ -26,6 +26,8 @@ COMMON = {
 }
 ROPE = {"rope_theta": 10000.0}
 TRAINED = {"original_max_position_embeddings": 32}
+MHA = {"num_key_value_heads": None}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -66,7 +68,66 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-yarn": ("Qwen2", {"rope_parameters": {**ROPE, **TRAINED, "rope_type": "yarn", "factor": 2.0}}),
     "qwen3": ("Qwen3", {"head_dim": 32, "rope_parameters": {"rope_theta": 1e6}}),
     "qwen3-biased": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+    "qwen2-late-windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 20}),
+    "qwen2-moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 48, "tie_word_embeddings": True}),
+    "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 32, "norm_topk_prob": True, "mlp_only_layers": [0]}),
+    "gemma": ("Gemma", {"head_dim": 32}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 32, "sliding_window": 13, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "head_dim": 32,
+            "sliding_window": 13,
+            "num_hidden_layers": 3,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 48,
+        },
+    ),
+    "phi3": ("Phi3", {"sliding_window": 17}),
+    "phi3-longrope": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                **ROPE,
+                "rope_type": "longrope",
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0 + i / 8 for i in range(6)],
+                "long_factor": [1.0 + i / 2 for i in range(6)],
+            },
+        },
+    ),
+    "olmo2": ("Olmo2", {"attention_bias": True}),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 8.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 21, "norm_epsilon": 1e-5}),
+    "gpt2": ("GPT2", {**MHA, "intermediate_size": None, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "gpt-neox": ("GPTNeoX", {**MHA, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}),
+    "gpt-neox-sequential": ("GPTNeoX", {**MHA, "use_parallel_residual": False, "attention_bias": False}),
+    "opt": ("OPT", {**MHA, "ffn_dim": 80, "word_embed_proj_dim": 64}),
 }
+"""Name: (transformers' family, what differs from COMMON)."""
+
+BF16 = ["llama", "llama-biased-tied", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "granite", "starcoder2"]
+BF16 += ["gpt2", "gpt-neox", "opt", "smollm3"]
+"""Those compared in bfloat16 too. A mixture may choose another expert there, which is a jump."""
+
+GGUF = ["llama", "llama-biased-tied", "qwen2", "qwen3-biased", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "granite"]
+GGUF += ["starcoder2"]
+"""Those also written as GGUF."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +146,9 @@ def build_model(name: str, folder: Path) -> TinyModel:
     family, settings = TINY[name]
     torch.manual_seed(len(name))
     config = getattr(transformers, f"{family}Config")(**{**COMMON, **settings})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for key, weight in model.named_parameters():  # biases and norms come as zeros and ones, which hide mistakes
-        weight.data.normal_(1.0 if "norm" in key else 0.0, 0.2)
+        weight.data.normal_(1.0 if "norm" in key or "ln_" in key else 0.0, 0.2)
     model.save_pretrained(folder)
     ids = torch.randint(3, config.vocab_size, (2, 45))
     with torch.inference_mode():

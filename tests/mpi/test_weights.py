@@ -12,8 +12,8 @@ import torch
 from mpi.test_ranks import mpiexec, pytestmark  # noqa: F401
 from safetensors.torch import save_file
 
+from batchinfer.models.layout import layout
 from batchinfer.models.spec import load_spec
-from batchinfer.models.weights import layout
 
 LOAD = Path(__file__).with_name("load.py")
 

@@ -1,0 +1,53 @@
+"""What the kernel tests run on: a GPU, or the emulator of tests/simt where BATCHINFER_GPU_EMULATOR names its extension.
+
+The emulator takes a million times as long, so tests ask :func:`sized` for what each can do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import importlib.util
+import os
+from typing import TypeVar
+
+import torch
+
+from batchinfer.ops.gpu import GpuOps, open_gpu
+
+T = TypeVar("T")
+EMULATOR = os.environ.get("BATCHINFER_GPU_EMULATOR", "")
+DEVICE = torch.device("cpu" if EMULATOR else "cuda")
+
+
+class EmulatedOps(GpuOps):
+    """The GPU backend with the kernels run by the emulator, on tensors in host memory."""
+
+    def __init__(self) -> None:
+        loader = importlib.machinery.ExtensionFileLoader("_gpu", EMULATOR)
+        extension = importlib.util.module_from_spec(importlib.util.spec_from_loader("_gpu", loader))
+        loader.exec_module(extension)
+        super().__init__(DEVICE, extension)
+
+    def _stream(self) -> int:
+        return 0
+
+
+def open_ops() -> GpuOps:
+    """Raises RuntimeError where there is neither."""
+    return EmulatedOps() if EMULATOR else open_gpu()
+
+
+def put(t: torch.Tensor) -> torch.Tensor:
+    """A copy where the kernels can reach it."""
+    return t.to(DEVICE, copy=True)
+
+
+def draw_schedule(seed: int) -> None:
+    """In which order the emulator runs warps, and when copies happen, from here on. No effect on a GPU."""
+    if EMULATOR:
+        ctypes.CDLL(EMULATOR).simt_seed(ctypes.c_uint64(seed))
+
+
+def sized(on_gpu: T, emulated: T) -> T:
+    return emulated if EMULATOR else on_gpu

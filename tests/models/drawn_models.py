@@ -1,0 +1,158 @@
+"""Random small configs of every architecture: what a config may say, drawn by a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+VOCAB, POSITIONS = 64, 96
+CONFIGS = 20
+"""Of each architecture; 360 of them take 30 s on two cores."""
+
+BOOLEANS = (True, False)
+WINDOWS = (None, 5, 17, 40, 200)
+BIASES = {"attention_bias": BOOLEANS, "mlp_bias": BOOLEANS}
+EXPERTS = {"num_experts": (3, 8), "num_experts_per_tok": (1, 3), "moe_intermediate_size": (24, 40)}
+LATE = {"use_sliding_window": BOOLEANS, "sliding_window": (6, 30), "max_window_layers": (0, 1)}
+SQUARE = ("head_dim", "num_key_value_heads")
+"""Keys that a family lacks: its heads are as wide as they fit, and as many for keys as for queries."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """``model``: its name in transformers. ``choices``: config key -> the values to draw from. ``ropes``: kinds of
+    scaling that it takes. ``without``: common keys that it lacks; ``names``: those with another name."""
+
+    model: str
+    choices: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    ropes: tuple[str, ...] = ("default",)
+    without: tuple[str, ...] = ()
+    names: dict[str, str] = field(default_factory=dict)
+
+
+ALL_ROPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+GEMMA = {"attention_bias": BOOLEANS}
+CAPS = {"attn_logit_softcapping": (2.0, None), "final_logit_softcapping": (1.5, None), "sliding_window": (5, 17, 200)}
+
+FAMILIES = {
+    "LlamaForCausalLM": Family("Llama", BIASES, ALL_ROPES),
+    "MistralForCausalLM": Family("Mistral", {"sliding_window": WINDOWS}, ALL_ROPES),
+    "MixtralForCausalLM": Family(
+        "Mixtral", {"sliding_window": WINDOWS, "num_local_experts": (3, 8), "num_experts_per_tok": (1, 2)}
+    ),
+    "Qwen2ForCausalLM": Family("Qwen2", LATE, ALL_ROPES),
+    "Qwen2MoeForCausalLM": Family(
+        "Qwen2Moe",
+        LATE
+        | EXPERTS
+        | {"shared_expert_intermediate_size": (16, 56), "qkv_bias": BOOLEANS, "decoder_sparse_step": (1, 2)},
+    ),
+    "Qwen3ForCausalLM": Family("Qwen3", LATE | {"attention_bias": BOOLEANS}, ALL_ROPES),
+    "Qwen3MoeForCausalLM": Family("Qwen3Moe", EXPERTS | {"norm_topk_prob": BOOLEANS, "mlp_only_layers": ([], [1])}),
+    "GemmaForCausalLM": Family("Gemma", GEMMA),
+    "Gemma2ForCausalLM": Family("Gemma2", GEMMA | CAPS | {"query_pre_attn_scalar": (16, 50)}),
+    "Gemma3ForCausalLM": Family(
+        "Gemma3Text",
+        GEMMA
+        | CAPS
+        | {"attn_logit_softcapping": (None,), "query_pre_attn_scalar": (16, 50), "sliding_window_pattern": (2, 3)},
+    ),
+    "Phi3ForCausalLM": Family("Phi3", {"sliding_window": WINDOWS}, ("default", "longrope"), ("head_dim",)),
+    "Olmo2ForCausalLM": Family("Olmo2", {"attention_bias": BOOLEANS}, ALL_ROPES, ("head_dim",)),
+    "GraniteForCausalLM": Family(
+        "Granite",
+        BIASES
+        | {
+            "embedding_multiplier": (1.0, 12.0),
+            "residual_multiplier": (0.22, 1.0),
+            "attention_multiplier": (0.1, 0.5),
+            "logits_scaling": (1.0, 8.0),
+        },
+        ALL_ROPES,
+        ("head_dim",),
+    ),
+    "SmolLM3ForCausalLM": Family(
+        "SmolLM3",
+        BIASES | {"no_rope_layer_interval": (2, 3), "use_sliding_window": BOOLEANS, "sliding_window": (6, 30)},
+        ALL_ROPES,
+        ("head_dim",),
+    ),
+    "Starcoder2ForCausalLM": Family(
+        "Starcoder2", {"use_bias": BOOLEANS, "sliding_window": WINDOWS}, ("default", "linear"), ("head_dim",)
+    ),
+    "GPT2LMHeadModel": Family(
+        "GPT2",
+        {"activation_function": ("gelu_new", "gelu", "relu")},
+        (),
+        SQUARE,
+        {
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions",
+        },
+    ),
+    "GPTNeoXForCausalLM": Family(
+        "GPTNeoX",
+        {"use_parallel_residual": BOOLEANS, "attention_bias": BOOLEANS, "rotary_pct": (0.25, 0.5, 1.0)},
+        ("default",),
+        SQUARE,
+    ),
+    "OPTForCausalLM": Family(
+        "OPT",
+        {"enable_bias": BOOLEANS, "activation_function": ("relu", "gelu")},
+        (),
+        SQUARE,
+        {"intermediate_size": "ffn_dim"},
+    ),
+}
+
+
+def draw_config(architecture: str, seed: int) -> Any:
+    """A transformers config of the architecture."""
+    import transformers
+
+    family, rng = FAMILIES[architecture], Random(f"{architecture} {seed}")
+    groups = rng.choice((1, 2, 3))
+    heads, head_dim = groups * rng.choice((1, 2, 4)), rng.choice((8, 16, 24, 32))
+    common = {
+        "vocab_size": VOCAB,
+        "hidden_size": heads * head_dim if "head_dim" in family.without else heads * rng.choice((8, 12)),
+        "intermediate_size": rng.choice((40, 64)),
+        "num_hidden_layers": rng.choice((2, 3)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": head_dim,
+        "max_position_embeddings": POSITIONS,
+        "tie_word_embeddings": rng.choice(BOOLEANS),
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
+    given = {family.names.get(key, key): value for key, value in common.items() if key not in family.without}
+    given |= {key: rng.choice(values) for key, values in family.choices.items()}
+    if family.model == "OPT":
+        given["word_embed_proj_dim"] = given["hidden_size"]
+    if family.ropes and family.model not in ("GPTNeoX", "Gemma3Text"):
+        given["rope_parameters"] = draw_rope(rng.choice(family.ropes), head_dim, rng)
+        if given["rope_parameters"]["rope_type"] == "longrope":
+            given["original_max_position_embeddings"] = given["rope_parameters"]["original_max_position_embeddings"]
+    return getattr(transformers, f"{family.model}Config")(**given)
+
+
+def draw_rope(kind: str, width: int, rng: Random) -> dict[str, Any]:
+    """dynamic does not stretch and longrope does not switch within ``POSITIONS``: transformers does both in the middle
+    of a text, with keys in the cache that were rotated otherwise."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": rng.choice((1e4, 1e6))}
+    if kind in ("linear", "dynamic", "yarn", "llama3"):
+        rope["factor"] = rng.choice((2.0, 4.0))
+    if kind in ("yarn", "llama3"):
+        rope["original_max_position_embeddings"] = 32
+    if kind == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if kind == "longrope":
+        rope["original_max_position_embeddings"] = rng.choice((2, POSITIONS))
+        rope |= {f"{name}_factor": [rng.uniform(1, 8) for _ in range(width // 2)] for name in ("short", "long")}
+    return rope
