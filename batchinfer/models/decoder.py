@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,10 +107,9 @@ class Decoder:
             for name, rope in tables.items()
             if rope is not None
         }
-        activations = ops.activations(dtype)
         self.max_positions, self.max_step_tokens = max_positions, max_step_tokens
-        self.workspace = Workspace.allocate(spec, max_step_tokens, activations, ops.device)
-        self.sampled = Workspace.allocate(spec, max_samples, activations, ops.device)
+        self.workspace = Workspace.allocate(spec, max_step_tokens, ops, dtype)
+        self.sampled = Workspace.allocate(spec, max_samples, ops, dtype)
         self.logits = torch.empty(max_samples, spec.vocab_size, dtype=torch.float32, device=ops.device)
 
     def new_cache(self, num_pages: int, page_size: int) -> KVCache:
@@ -124,9 +125,9 @@ class Decoder:
         attention = self._attention(step, cache)
         ops.embed(step.token_ids, self.embed, w.residual, spec.embed_scale)
         if self.positions is not None:
-            ops.embed(step.positions, self.positions, w.x)
+            ops.embed(step.positions, self.positions, w.delta)
         for i, layer in enumerate(self.layers):
-            # What was left in w.x is added to the residual first.
+            # What was left in w.delta is added to the residual first.
             x = normed(ops, layer.attn_norm, w, pending=i > 0 or self.positions is not None)
             attend(ops, layer, x, w, attention[self.kinds[i]], cache.k[i], cache.v[i])
             if i == spec.layers - 1 and step.score is None:
@@ -139,7 +140,7 @@ class Decoder:
                 project(ops, layer, w, w.y)
                 ops.add(w.y, w.residual)
             else:
-                project(ops, layer, w, w.x)
+                project(ops, layer, w, w.delta)
                 feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=True), w)
         normed(ops, self.norm, w, pending=True)
         if step.score is None:
@@ -212,7 +213,13 @@ def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops) 
     """(layers, embedding [V, D], table of positions or None, final norm, packed LM head). A matrix is packed as it
     comes."""
     tables = ("embed", "positions")
-    got = {name: ops.pack_weight(t) if t.ndim == 2 and name not in tables else t.to(ops.device) for name, t in weights}
+
+    def pack(name: str, weight: Tensor) -> Any:
+        return ops.pack_weight(
+            weight, gated=spec.fused_gate and re.fullmatch(r"layers\.\d+\.gate_up", name) is not None
+        )
+
+    got = {name: pack(name, t) if t.ndim == 2 and name not in tables else t.to(ops.device) for name, t in weights}
     head = got.get("lm_head") if not spec.tied_embeddings else ops.pack_weight(got["embed"])
 
     def linear(name: str) -> Linear:

@@ -71,43 +71,45 @@ class Layer:
 class Workspace:
     """Activations of a step, shared by all layers: for T tokens the first T rows of each.
 
-    ``residual`` [T, D] is the running sum; ``x`` what attention and MLP read (normalised) and then what they add to it.
+    ``residual`` [T, D] is the running sum, ``x`` what attention and MLP read (normalised), ``delta`` what they add.
     """
 
     residual: Tensor
     x: Tensor
+    delta: Tensor  # the memory of x where both have the same dtype
     y: Tensor  # [T, D], attention's part where the MLP goes first
     qkv: Tensor  # [T, (H+2G)*E]
     q: Tensor  # [T, H, E]
     attn: Tensor  # [T, H, E]
     lse: Tensor  # [T, H]
-    gate_up: Tensor  # [T, 2*I]
+    gate_up: Tensor  # [T, 2*I], or [T, I] without a gate
     gated: Tensor  # [T, I]
     router: Tensor  # [T, X]
 
     @staticmethod
-    def allocate(spec: ModelSpec, tokens: int, dtype: torch.dtype, device: torch.device) -> Workspace:
-        """Buffers for ``tokens`` tokens; ``lse`` and ``router`` are float32 whatever ``dtype`` the activations have."""
+    def allocate(spec: ModelSpec, tokens: int, ops: Ops, weights: torch.dtype) -> Workspace:
+        """Buffers for ``tokens`` tokens of a model whose weights have the dtype ``weights``."""
         h, g, e = spec.heads, spec.kv_heads, spec.head_dim
-        routed = 0 if spec.experts is None else len(spec.experts.widths)
-        shapes = {
-            "residual": (spec.width,),
-            "x": (spec.width,),
-            "y": (spec.width if spec.parallel else 0,),
-            "qkv": ((h + 2 * g) * e,),
-            "q": (h, e),
-            "attn": (h, e),
-            "lse": (h,),
-            "gate_up": ((1 + spec.gated) * spec.mlp_width,),
-            "gated": (spec.mlp_width,),
-            "router": (routed,),
-        }
+        kept, read = ops.activations(weights), ops.linear_inputs(weights)
 
-        def buffer(name: str) -> Tensor:
-            kind = torch.float32 if name in ("lse", "router") else dtype
-            return torch.empty(tokens, *shapes[name], dtype=kind, device=device)
+        def buffer(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty(tokens, *shape, dtype=dtype, device=ops.device)
 
-        return Workspace(**{name: buffer(name) for name in shapes})
+        # A mixture gathers rows of x, which only ``linear`` may read shortened.
+        x = buffer(read if spec.experts is None else kept, spec.width)
+        return Workspace(
+            residual=buffer(kept, spec.width),
+            x=x,
+            delta=x if x.dtype == kept else buffer(kept, spec.width),
+            y=buffer(kept, spec.width if spec.parallel else 0),
+            qkv=buffer(kept, (h + 2 * g) * e),
+            q=buffer(kept, h, e),
+            attn=buffer(read, h, e),
+            lse=buffer(torch.float32, h),
+            gate_up=buffer(kept, (1 + spec.gated) * spec.mlp_width),
+            gated=buffer(read, spec.mlp_width),
+            router=buffer(torch.float32, 0 if spec.experts is None else len(spec.experts.widths)),
+        )
 
     def first(self, tokens: int) -> Workspace:
         """The same buffers, for a step of ``tokens`` tokens."""
@@ -127,12 +129,12 @@ class Attention:
 
 
 def normed(ops: Ops, norm: Norm | None, w: Workspace, pending: bool) -> Tensor:
-    """What attention or MLP reads: the residual through ``norm``. ``pending``: w.x is still to be added to it."""
+    """What attention or MLP reads: the residual through ``norm``. ``pending``: w.delta is still to be added."""
     if norm is None:
         if pending:
-            ops.add(w.x, w.residual)
+            ops.add(w.delta, w.residual)
         return w.residual
-    norm(ops, w.x if pending else w.residual, w.x, w.residual if pending else None)
+    norm(ops, w.delta if pending else w.residual, w.x, w.residual if pending else None)
     return w.x
 
 
@@ -151,29 +153,30 @@ def project(ops: Ops, layer: Layer, w: Workspace, out: Tensor) -> None:
 
 
 def feed(ops: Ops, spec: ModelSpec, layer: Layer, x: Tensor, w: Workspace) -> None:
-    """w.x = what the MLP adds to the residual. x may be w.x."""
+    """w.delta = what the MLP adds to the residual. x may be w.x."""
     if isinstance(layer.mlp, Mixture):
         _mix(ops, layer.mlp, x, w)
     else:
         _mlp(ops, spec, layer.mlp, x, w)
     if layer.mlp_post_norm is not None:
-        layer.mlp_post_norm(ops, w.x, w.x)
+        layer.mlp_post_norm(ops, w.delta, w.delta)
 
 
 def _mlp(ops: Ops, spec: ModelSpec, mlp: Mlp, x: Tensor, w: Workspace) -> None:
-    ops.linear(x, mlp.gate_up.weight, w.gate_up, mlp.gate_up.bias)
-    if spec.activation == "silu":
-        ops.silu_mul(w.gate_up, w.gated)
-    elif spec.gated:
-        ops.gelu_mul(w.gate_up, w.gated)
+    if spec.fused_gate:
+        ops.gated_linear(x, mlp.gate_up.weight, w.gated, w.gate_up, mlp.gate_up.bias)
     else:
-        ops.activate(spec.activation, w.gate_up, w.gated)
-    ops.linear(w.gated, mlp.down.weight, w.x, mlp.down.bias)
+        ops.linear(x, mlp.gate_up.weight, w.gate_up, mlp.gate_up.bias)
+        if spec.gated:
+            ops.gelu_mul(w.gate_up, w.gated)
+        else:
+            ops.activate(spec.activation, w.gate_up, w.gated)
+    ops.linear(w.gated, mlp.down.weight, w.delta, mlp.down.bias)
 
 
 def _mix(ops: Ops, mixture: Mixture, x: Tensor, w: Workspace) -> None:
     ops.linear(x, mixture.router.weight, w.router)
-    ops.mix_experts(x, w.router, mixture.experts, w.x)
+    ops.mix_experts(x, w.router, mixture.experts, w.delta)
 
 
 def keep_rows(ops: Ops, w: Workspace, index: Tensor, into: Workspace) -> Workspace:

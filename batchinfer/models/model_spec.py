@@ -93,6 +93,11 @@ class ModelSpec:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
+    @property
+    def fused_gate(self) -> bool:
+        """Whether the MLP is silu(gate) * up, which is one op together with its product."""
+        return self.gated and self.activation == "silu"
+
     def resolve_length(self, max_model_len: int = 0) -> int:
         """The longest sequence of a run: ``max_model_len``, or the model's own for 0. Raises ModelError."""
         length = max_model_len or self.max_positions

@@ -6,7 +6,8 @@ argument; nothing above this package but the engine's runner asks which device i
 
 Notation: T tokens of the step, S sequences of the step, N rows that sample, D model width, H query heads, G key/value
 heads (H is a multiple of G), E head width, V vocabulary, P pages, B tokens per page. Weights and the KV cache have the
-engine's dtype (float32 or bfloat16), activations the dtype that ``activations`` gives. All tensors lie on ``device``.
+engine's dtype (float32 or bfloat16), activations the dtype that ``activations`` gives, and those that only ``linear``
+and ``gated_linear`` read the one of ``linear_inputs``. All tensors lie on ``device``.
 Every op writes into the ``out`` it is given, which is contiguous and may not alias an input unless the op says so.
 """
 
@@ -124,17 +125,26 @@ class Ops(Protocol):
     device: torch.device
 
     def activations(self, weights: torch.dtype) -> torch.dtype:
-        """The dtype of x, q, the residual stream and attention's output, where weights and cache have ``weights``."""
+        """The dtype of q, the residual stream and what ``linear`` gives, where weights and cache have ``weights``."""
+
+    def linear_inputs(self, weights: torch.dtype) -> torch.dtype:
+        """The dtype of normalised x, attention's output and gated products: ``activations``, or a shorter one where
+        ``linear`` would round them to it anyway."""
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Zeros on the device, for a KV cache. May take memory only when it is first written."""
 
-    def pack_weight(self, weight: Tensor) -> Any:
-        """[N, K] weight in the engine's dtype -> opaque packed form for ``linear``; done once at load."""
+    def pack_weight(self, weight: Tensor, gated: bool = False) -> Any:
+        """[N, K] weight in the engine's dtype -> opaque packed form for ``linear``, or with ``gated`` for
+        ``gated_linear``; done once at load."""
 
     def linear(self, x: Tensor, weight: Any, out: Tensor, bias: Tensor | None = None) -> None:
         """out [T, N] = x [T, K] @ weight.T (+ bias float32 [N]). A row's result does not depend on T or on the other
         rows (same order of additions), which is what makes tokens independent of the batch."""
+
+    def gated_linear(self, x: Tensor, weight: Any, out: Tensor, sums: Tensor, bias: Tensor | None = None) -> None:
+        """out [T, I] = silu_mul of what ``linear`` gives for weight [2I, K], the first half of which are the gates.
+        ``sums`` [T, 2I], of the dtype of ``activations``, is room for a backend that needs it."""
 
     def embed(self, ids: Tensor, table: Tensor, out: Tensor, scale: float = 1.0) -> None:
         """out [T, D] = scale * table[ids]; ids int32 [T], table [V, D] in the engine's dtype.
@@ -142,7 +152,8 @@ class Ops(Protocol):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor, residual: Tensor | None = None) -> None:
         """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467). x, out [T, D], weight float32 [D].
-        With ``residual`` [T, D]: residual += x first, in place, and the sum is normalised. out may be x."""
+        With ``residual`` [T, D]: residual += x first, in place, and the sum is normalised. out may be x, if both have
+        the same dtype."""
 
     def layer_norm(
         self,

@@ -52,10 +52,13 @@ class DeviceOps(ABC):
     def activations(self, weights: torch.dtype) -> torch.dtype:
         return weights
 
+    def linear_inputs(self, weights: torch.dtype) -> torch.dtype:
+        return weights
+
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    def pack_weight(self, weight: Tensor) -> Tensor:
+    def pack_weight(self, weight: Tensor, gated: bool = False) -> Tensor:
         shape_of("weight", weight, 2)
         if weight.dtype not in DTYPES:
             raise ValueError(f"weight has dtype {weight.dtype}: one of {', '.join(map(str, DTYPES))} is needed")
@@ -78,6 +81,10 @@ class DeviceOps(ABC):
             torch.mm(x, weight.t(), out=out)
         else:
             torch.addmm(self._bias(bias, weight.dtype), x, weight.t(), out=out)
+
+    def gated_linear(self, x: Tensor, weight: Tensor, out: Tensor, sums: Tensor, bias: Tensor | None = None) -> None:
+        self.linear(x, weight, sums, bias)
+        self.silu_mul(sums, out)
 
     def embed(self, ids: Tensor, table: Tensor, out: Tensor, scale: float = 1.0) -> None:
         self._check_lookup("ids", ids, "table", table, out)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from batchinfer._ops import AttentionPlan, PackedWeight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""Of weights and caches, with their number in csrc/include/batchinfer/ops.h."""
+"""Of weights, caches and what linear reads, with their number in csrc/include/batchinfer/ops.h."""
 ACTIVATIONS: dict[Activation, int] = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
 """With their number there."""
 
@@ -45,23 +45,47 @@ class NativeOps:
     def activations(self, weights: torch.dtype) -> torch.dtype:
         return torch.float32
 
+    def linear_inputs(self, weights: torch.dtype) -> torch.dtype:
+        """Where the dot product would round its inputs to bfloat16, what writes them does: half the memory traffic, and
+        the same bits."""
+        return weights if "bf16" in self.isa else torch.float32
+
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """numpy's zeros are the kernel's: a page takes memory when it is first written, where torch would write all of
         them now (8 GiB take seconds, and a small job uses a hundredth)."""
         return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
-    def pack_weight(self, weight: Tensor) -> PackedWeight:
+    def pack_weight(self, weight: Tensor, gated: bool = False) -> PackedWeight:
         outputs, depth = _shape("weight", weight, 2)
         _check("weight", weight, None, (outputs, depth))
-        return self._cpu.pack_weight(weight.data_ptr(), DTYPES[weight.dtype], outputs, depth)
+        if gated and outputs % 2:
+            raise ValueError(f"weight has shape {tuple(weight.shape)}: a gated one needs an even number of rows")
+        return self._cpu.pack_weight(weight.data_ptr(), DTYPES[weight.dtype], outputs, depth, gated)
 
     def linear(self, x: Tensor, weight: PackedWeight, out: Tensor, bias: Tensor | None = None) -> None:
+        if weight.gated:
+            raise ValueError("weight is packed for gated_linear")
         rows = _shape("x", x, 2)[0]
-        _check("x", x, torch.float32, (rows, weight.depth))
         _check("out", out, torch.float32, (rows, weight.outputs))
+        self._multiply(x, weight, out, bias, weight.outputs)
+
+    def gated_linear(
+        self, x: Tensor, weight: PackedWeight, out: Tensor, sums: Tensor, bias: Tensor | None = None
+    ) -> None:
+        """``sums`` is not touched."""
+        if not weight.gated:
+            raise ValueError("weight is not packed for gated_linear")
+        rows = _shape("x", x, 2)[0]
+        _check("out", out, None, (rows, weight.outputs))
+        self._multiply(x, weight, out, bias, 2 * weight.outputs)
+
+    def _multiply(self, x: Tensor, weight: PackedWeight, out: Tensor, bias: Tensor | None, biases: int) -> None:
+        _check("x", x, None, (len(x), weight.depth))
         if bias is not None:
-            _check("bias", bias, torch.float32, (weight.outputs,))
-        self._cpu.linear(x.data_ptr(), weight, _address(bias), out.data_ptr(), rows)
+            _check("bias", bias, torch.float32, (biases,))
+        self._cpu.linear(
+            x.data_ptr(), DTYPES[x.dtype], weight, _address(bias), out.data_ptr(), DTYPES[out.dtype], len(x)
+        )
 
     def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0) -> AttentionPlan:
         pages, kv_heads, page_size, width = _shape("k_cache", k_cache, 4)
@@ -110,7 +134,7 @@ class NativeOps:
         _check("q", q, torch.float32, plan.query_shape)
         _check("k_cache", k_cache, None, plan.cache_shape)
         _check("v_cache", v_cache, k_cache.dtype, plan.cache_shape)
-        _check("out", out, torch.float32, plan.query_shape)
+        _check("out", out, None, plan.query_shape)
         _check("lse", lse, torch.float32, plan.query_shape[:2])
         self._cpu.attention(
             plan,
@@ -121,6 +145,7 @@ class NativeOps:
             scale,
             softcap,
             out.data_ptr(),
+            DTYPES[out.dtype],
             lse.data_ptr(),
         )
 
@@ -138,10 +163,19 @@ class NativeOps:
         tokens, width = _shape("x", x, 2)
         _check("x", x, torch.float32, (tokens, width))
         _check("weight", weight, torch.float32, (width,))
-        _check("out", out, torch.float32, (tokens, width))
+        _check("out", out, None, (tokens, width))
         if residual is not None:
             _check("residual", residual, torch.float32, (tokens, width))
-        self._cpu.rms_norm(x.data_ptr(), weight.data_ptr(), _address(residual), out.data_ptr(), tokens, width, eps)
+        self._cpu.rms_norm(
+            x.data_ptr(),
+            weight.data_ptr(),
+            _address(residual),
+            out.data_ptr(),
+            DTYPES[out.dtype],
+            tokens,
+            width,
+            eps,
+        )
 
     def layer_norm(
         self,
@@ -155,13 +189,21 @@ class NativeOps:
         tokens, width = _shape("x", x, 2)
         _check("x", x, torch.float32, (tokens, width))
         _check("weight", weight, torch.float32, (width,))
-        _check("out", out, torch.float32, (tokens, width))
+        _check("out", out, None, (tokens, width))
         if bias is not None:
             _check("bias", bias, torch.float32, (width,))
         if residual is not None:
             _check("residual", residual, torch.float32, (tokens, width))
         self._cpu.layer_norm(
-            x.data_ptr(), weight.data_ptr(), _address(bias), _address(residual), out.data_ptr(), tokens, width, eps
+            x.data_ptr(),
+            weight.data_ptr(),
+            _address(bias),
+            _address(residual),
+            out.data_ptr(),
+            DTYPES[out.dtype],
+            tokens,
+            width,
+            eps,
         )
 
     def add(self, x: Tensor, residual: Tensor) -> None:
@@ -237,22 +279,22 @@ class NativeOps:
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         tokens, width = _shape("out", out, 2)
         _check("gate_up", gate_up, torch.float32, (tokens, 2 * width))
-        _check("out", out, torch.float32, (tokens, width))
-        self._cpu.silu_mul(gate_up.data_ptr(), out.data_ptr(), tokens, width)
+        _check("out", out, None, (tokens, width))
+        self._cpu.silu_mul(gate_up.data_ptr(), out.data_ptr(), DTYPES[out.dtype], tokens, width)
 
     def gelu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         tokens, width = _shape("out", out, 2)
         _check("gate_up", gate_up, torch.float32, (tokens, 2 * width))
-        _check("out", out, torch.float32, (tokens, width))
-        self._cpu.gelu_mul(gate_up.data_ptr(), out.data_ptr(), tokens, width)
+        _check("out", out, None, (tokens, width))
+        self._cpu.gelu_mul(gate_up.data_ptr(), out.data_ptr(), DTYPES[out.dtype], tokens, width)
 
     def activate(self, kind: Activation, x: Tensor, out: Tensor) -> None:
         tokens, width = _shape("x", x, 2)
         _check("x", x, torch.float32, (tokens, width))
-        _check("out", out, torch.float32, (tokens, width))
+        _check("out", out, None, (tokens, width))
         if kind not in ACTIVATIONS:
             raise ValueError(f"kind={kind!r} must be one of {', '.join(ACTIVATIONS)}")
-        self._cpu.activate(ACTIVATIONS[kind], x.data_ptr(), out.data_ptr(), tokens, width)
+        self._cpu.activate(ACTIVATIONS[kind], x.data_ptr(), out.data_ptr(), DTYPES[out.dtype], tokens, width)
 
     def mix_experts(self, x: Tensor, router: Tensor, experts: Experts, out: Tensor) -> None:
         tokens, width = _shape("x", x, 2)
@@ -264,10 +306,10 @@ class NativeOps:
     def gather_rows(self, x: Tensor, index: Tensor, out: Tensor) -> None:
         x_rows, width = _shape("x", x, 2)
         (rows,) = _shape("index", index, 1)
-        _check("x", x, torch.float32, (x_rows, width))
+        _check("x", x, None, (x_rows, width))
         _check("index", index, torch.int32, (rows,))
-        _check("out", out, torch.float32, (rows, width))
-        self._cpu.gather_rows(x.data_ptr(), index.data_ptr(), out.data_ptr(), x_rows, rows, width)
+        _check("out", out, x.dtype, (rows, width))
+        self._cpu.gather_rows(x.data_ptr(), index.data_ptr(), out.data_ptr(), DTYPES[x.dtype], x_rows, rows, width)
 
     def sample(self, logits: Tensor, inputs: SampleInput) -> SampleOutput:
         rows, vocab = _shape("logits", logits, 2)

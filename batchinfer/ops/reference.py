@@ -26,15 +26,22 @@ class ReferenceOps:
     def activations(self, weights: torch.dtype) -> torch.dtype:
         return torch.float32
 
+    def linear_inputs(self, weights: torch.dtype) -> torch.dtype:
+        return torch.float32
+
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    def pack_weight(self, weight: Tensor) -> Tensor:
+    def pack_weight(self, weight: Tensor, gated: bool = False) -> Tensor:
         return weight.to(self.dtype)
 
     def linear(self, x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
         y = x.to(self.dtype) @ weight.T
         out.copy_(y if bias is None else y + bias)
+
+    def gated_linear(self, x: Tensor, weight: Tensor, out: Tensor, sums: Tensor, bias: Tensor | None = None) -> None:
+        self.linear(x, weight, sums, bias)
+        self.silu_mul(sums, out)
 
     def embed(self, ids: Tensor, table: Tensor, out: Tensor, scale: float = 1.0) -> None:
         _check_range("ids", ids, len(table))

@@ -31,16 +31,16 @@ void bind_elementwise(py::class_<Cpu>& cls) {
                            scale});
            });
     def_op(cls, "rms_norm",
-           [](Cpu& cpu, uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t out, int64_t tokens, int64_t width,
-              float eps) {
-               rms_norm(cpu,
-                        {at<float>(x), at<float>(weight), at<float>(residual), at<float>(out), tokens, width, eps});
+           [](Cpu& cpu, uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t out, int out_dtype, int64_t tokens,
+              int64_t width, float eps) {
+               rms_norm(cpu, {at<float>(x), at<float>(weight), at<float>(residual), at<void>(out), Dtype(out_dtype),
+                              tokens, width, eps});
            });
     def_op(cls, "layer_norm",
-           [](Cpu& cpu, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t out,
+           [](Cpu& cpu, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t out, int out_dtype,
               int64_t tokens, int64_t width, float eps) {
-               layer_norm(cpu, {at<float>(x), at<float>(weight), at<float>(bias), at<float>(residual), at<float>(out),
-                                tokens, width, eps});
+               layer_norm(cpu, {at<float>(x), at<float>(weight), at<float>(bias), at<float>(residual), at<void>(out),
+                                Dtype(out_dtype), tokens, width, eps});
            });
     def_op(cls, "add", [](Cpu& cpu, uintptr_t x, uintptr_t residual, int64_t tokens, int64_t width) {
         add(cpu, {at<float>(x), at<float>(residual), tokens, width});
@@ -74,18 +74,22 @@ void bind_elementwise(py::class_<Cpu>& cls) {
                                     norm_eps,
                                     norm_all});
            });
-    def_op(cls, "silu_mul", [](Cpu& cpu, uintptr_t gate_up, uintptr_t out, int64_t tokens, int64_t width) {
-        silu_mul(cpu, {at<float>(gate_up), at<float>(out), tokens, width});
-    });
-    def_op(cls, "gelu_mul", [](Cpu& cpu, uintptr_t gate_up, uintptr_t out, int64_t tokens, int64_t width) {
-        gelu_mul(cpu, {at<float>(gate_up), at<float>(out), tokens, width});
-    });
-    def_op(cls, "activate", [](Cpu& cpu, int kind, uintptr_t x, uintptr_t out, int64_t tokens, int64_t width) {
-        activate(cpu, {Activation(kind), at<float>(x), at<float>(out), tokens, width});
-    });
+    def_op(cls, "silu_mul",
+           [](Cpu& cpu, uintptr_t gate_up, uintptr_t out, int out_dtype, int64_t tokens, int64_t width) {
+               silu_mul(cpu, {at<float>(gate_up), at<void>(out), Dtype(out_dtype), tokens, width});
+           });
+    def_op(cls, "gelu_mul",
+           [](Cpu& cpu, uintptr_t gate_up, uintptr_t out, int out_dtype, int64_t tokens, int64_t width) {
+               gelu_mul(cpu, {at<float>(gate_up), at<void>(out), Dtype(out_dtype), tokens, width});
+           });
+    def_op(cls, "activate",
+           [](Cpu& cpu, int kind, uintptr_t x, uintptr_t out, int out_dtype, int64_t tokens, int64_t width) {
+               activate(cpu, {Activation(kind), at<float>(x), at<void>(out), Dtype(out_dtype), tokens, width});
+           });
     def_op(cls, "gather_rows",
-           [](Cpu& cpu, uintptr_t x, uintptr_t index, uintptr_t out, int64_t x_rows, int64_t rows, int64_t width) {
-               gather_rows(cpu, {at<float>(x), at<int32_t>(index), at<float>(out), x_rows, rows, width});
+           [](Cpu& cpu, uintptr_t x, uintptr_t index, uintptr_t out, int dtype, int64_t x_rows, int64_t rows,
+              int64_t width) {
+               gather_rows(cpu, {at<void>(x), at<int32_t>(index), at<void>(out), Dtype(dtype), x_rows, rows, width});
            });
 }
 
@@ -93,14 +97,17 @@ void bind_linear(py::module_& m, py::class_<Cpu>& cls) {
     py::class_<PackedWeight>(m, "PackedWeight")
         .def_property_readonly("outputs", &PackedWeight::outputs)
         .def_property_readonly("depth", &PackedWeight::depth)
+        .def_property_readonly("gated", &PackedWeight::gated)
         .def_property_readonly("bytes", &PackedWeight::bytes);
-    def_op(cls, "pack_weight", [](Cpu& cpu, uintptr_t weight, int dtype, int64_t outputs, int64_t depth) {
-        return std::make_unique<PackedWeight>(*cpu.kernels.gemm, Dtype(dtype), at<void>(weight), outputs, depth,
+    def_op(cls, "pack_weight", [](Cpu& cpu, uintptr_t weight, int dtype, int64_t outputs, int64_t depth, bool gated) {
+        return std::make_unique<PackedWeight>(*cpu.kernels.gemm, Dtype(dtype), at<void>(weight), outputs, depth, gated,
                                               cpu.pool);
     });
     def_op(cls, "linear",
-           [](Cpu& cpu, uintptr_t x, const PackedWeight& weight, uintptr_t bias, uintptr_t out, int64_t rows) {
-               weight.multiply(at<float>(x), rows, at<float>(bias), at<float>(out), cpu.pool);
+           [](Cpu& cpu, uintptr_t x, int x_dtype, const PackedWeight& weight, uintptr_t bias, uintptr_t out,
+              int out_dtype, int64_t rows) {
+               weight.multiply(Dtype(x_dtype), at<void>(x), rows, at<float>(bias), Dtype(out_dtype), at<void>(out),
+                               cpu.pool);
            });
 }
 
@@ -138,10 +145,11 @@ void bind_attention(py::module_& m, py::class_<Cpu>& cls) {
            });
     def_op(cls, "attention",
            [](Cpu& cpu, AttentionPlan& plan, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, int cache_dtype,
-              float scale, float softcap, uintptr_t out, uintptr_t lse) {
+              float scale, float softcap, uintptr_t out, int out_dtype, uintptr_t lse) {
                const AttentionPlanArgs& a = plan.shape();
-               plan.run({at<float>(q), at<void>(k_cache), at<void>(v_cache), Dtype(cache_dtype), at<float>(out),
-                         at<float>(lse), a.heads, a.kv_heads, a.head_width, a.page_size, a.window, scale, softcap},
+               plan.run({at<float>(q), at<void>(k_cache), at<void>(v_cache), Dtype(cache_dtype), at<void>(out),
+                         Dtype(out_dtype), at<float>(lse), a.heads, a.kv_heads, a.head_width, a.page_size, a.window,
+                         scale, softcap},
                         *cpu.kernels.attention, cpu.pool);
            });
 }

@@ -1,9 +1,9 @@
 #include "cpu/gemm.h"
 
 #include <algorithm>
-#include <atomic>
-#include <new>
+#include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/scratch.h"
 
 namespace batchinfer {
@@ -18,6 +18,9 @@ constexpr int64_t kMinTaskPanels = 4;
 // Enough tasks that a thread which lost its core for a while does not hold up the others.
 constexpr int64_t kTasksPerThread = 4;
 
+size_t size_of(Dtype dtype) {
+    return dtype == Dtype::float32 ? sizeof(float) : sizeof(uint16_t);
+}
 int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
@@ -25,26 +28,31 @@ int64_t ceil_div(int64_t a, int64_t b) {
 }  // namespace
 
 PackedWeight::PackedWeight(const GemmKernel& kernel, Dtype dtype, const void* weight, int64_t outputs, int64_t depth,
-                           ThreadPool& pool)
+                           bool gated, ThreadPool& pool)
     : kernel_(kernel),
       dtype_(dtype),
-      outputs_(outputs),
+      outputs_(gated ? outputs / 2 : outputs),
       depth_(depth),
-      panels_(ceil_div(outputs, kernel.panel_columns)),
+      gated_(gated),
+      panel_outputs_(gated ? kernel.panel_columns / 2 : kernel.panel_columns),
+      panels_(ceil_div(outputs_, panel_outputs_)),
       panel_bytes_(kernel.panel_bytes(dtype, depth)),
-      data_(static_cast<std::byte*>(::operator new[](panels_* panel_bytes_, std::align_val_t{64}))) {
-    const size_t row_bytes = depth * (dtype == Dtype::float32 ? sizeof(float) : sizeof(uint16_t));
+      data_(huge_pages(panels_ * panel_bytes_)) {
+    const auto row = [&](int64_t i) { return static_cast<const std::byte*>(weight) + i * depth * size_of(dtype); };
     pool.parallel_for(panels_, [&](int64_t begin, int64_t end, int) {
+        std::vector<const void*> columns(kernel.panel_columns);
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t first = i * kernel.panel_columns;
-            kernel.pack_panel(dtype, static_cast<const std::byte*>(weight) + first * row_bytes,
-                              std::min<int64_t>(kernel.panel_columns, outputs - first), depth,
-                              data_.get() + i * panel_bytes_);
+            for (int64_t c = 0; c < kernel.panel_columns; ++c) {
+                const int64_t output = i * panel_outputs_ + c % panel_outputs_;
+                columns[c] = output < outputs_ ? row(output + c / panel_outputs_ * outputs_) : nullptr;
+            }
+            kernel.pack_panel(dtype, columns.data(), depth, data_.get() + i * panel_bytes_);
         }
     });
 }
 
-void PackedWeight::multiply(const float* x, int64_t rows, const float* bias, float* out, ThreadPool& pool) const {
+void PackedWeight::multiply(Dtype x_dtype, const void* x, int64_t rows, const float* bias, Dtype out_dtype, void* out,
+                            ThreadPool& pool) const {
     if (rows == 0 || outputs_ == 0) return;
     // Row blocks of nearly equal size, cut at whole tiles.
     const int64_t tiles = ceil_div(rows, kernel_.tile_rows);
@@ -58,24 +66,37 @@ void PackedWeight::multiply(const float* x, int64_t rows, const float* bias, flo
     const int64_t task_panels = std::max(least, std::min(fair, kTaskWeightBytes / slice_bytes));
     const int64_t column_blocks = ceil_div(panels_, task_panels);
     const int64_t tasks = ceil_div(rows, block_rows) * column_blocks;
+    const int64_t packed_bytes = block_rows * kernel_.packed_row_bytes(dtype_, depth_);
+    const int64_t sums_bytes =
+        gated_ && depth_ > kDepthSlice ? block_rows * task_panels * kernel_.panel_columns * sizeof(float) : 0;
 
-    std::atomic<int64_t> next{0};
-    pool.run([&](int, int) {
-        std::byte* packed = nullptr;
+    TaskShares shares(tasks, pool.size());
+    pool.run([&](int thread, int) {
+        std::byte* const packed = thread_scratch(packed_bytes + sums_bytes);
         int64_t packed_block = -1;
-        for (int64_t task = next++; task < tasks; task = next++) {
+        for (int64_t task = shares.take(thread); task >= 0; task = shares.take(thread)) {
             const int64_t block = task / column_blocks, first_row = block * block_rows;
             const int64_t count = std::min(block_rows, rows - first_row);
+            const auto at = [&](const void* p, Dtype dtype, int64_t width, int64_t column) -> Rows {
+                return {static_cast<const std::byte*>(p) + (first_row * width + column) * size_of(dtype), dtype, width};
+            };
             if (block != packed_block) {
-                packed = thread_scratch(block_rows * kernel_.packed_row_bytes(dtype_, depth_));
-                kernel_.pack_rows(dtype_, x + first_row * depth_, count, depth_, packed);
+                kernel_.pack_rows(dtype_, at(x, x_dtype, depth_, 0), count, depth_, packed);
                 packed_block = block;
             }
-            const int64_t first_panel = task % column_blocks * task_panels;
-            const int64_t first_column = first_panel * kernel_.panel_columns;
-            const int64_t columns = std::min(task_panels * kernel_.panel_columns, outputs_ - first_column);
-            kernel_.multiply(dtype_, packed, count, depth_, panel(first_panel), columns,
-                             bias ? bias + first_column : nullptr, out + first_row * outputs_ + first_column, outputs_);
+            const int64_t first_panel = task % column_blocks * task_panels, column = first_panel * panel_outputs_;
+            const GemmOutput to = {at(out, out_dtype, outputs_, column),
+                                   std::min(task_panels * panel_outputs_, outputs_ - column),
+                                   bias ? bias + column : nullptr, bias && gated_ ? bias + outputs_ + column : nullptr,
+                                   reinterpret_cast<float*>(packed + packed_bytes)};
+            Coming coming = {};
+            if (shares.goes_on(thread, task)) {  // with the same rows, or with the first panels again
+                const int64_t next = (task + 1) % column_blocks * task_panels;
+                coming = {reinterpret_cast<const char*>(panel(next)),
+                          reinterpret_cast<const char*>(panel(std::min(next + task_panels, panels_)))};
+            }
+            const auto multiply = gated_ ? kernel_.multiply_gated : kernel_.multiply;
+            multiply(dtype_, packed, count, depth_, panel(first_panel), to, coming);
         }
     });
 }

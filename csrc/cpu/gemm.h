@@ -12,30 +12,31 @@ namespace batchinfer {
 
 class PackedWeight {
   public:
-    // `weight` [outputs, depth], contiguous. Packed on `pool`, so that its threads touch the pages first. `kernel` must
-    // outlive the weight (kernel tables are static).
-    PackedWeight(const GemmKernel& kernel, Dtype dtype, const void* weight, int64_t outputs, int64_t depth,
+    // `weight` [outputs, depth], contiguous. `gated`: its first half are the gates of the second. Packed on `pool`, so
+    // that its threads touch the pages first. `kernel` must outlive the weight (kernel tables are static).
+    PackedWeight(const GemmKernel& kernel, Dtype dtype, const void* weight, int64_t outputs, int64_t depth, bool gated,
                  ThreadPool& pool);
 
-    int64_t outputs() const { return outputs_; }
+    int64_t outputs() const { return outputs_; }  // columns of what multiply() gives
     int64_t depth() const { return depth_; }
+    bool gated() const { return gated_; }
     size_t bytes() const { return panels_ * panel_bytes_; }
 
-    // out [rows, outputs] = x [rows, depth] times the weight transposed, + bias [outputs] unless it is null.
-    void multiply(const float* x, int64_t rows, const float* bias, float* out, ThreadPool& pool) const;
+    // out [rows, outputs] = x [rows, depth] times the weight transposed, + bias unless it is null. With a gated weight
+    // silu of the gates times the rest, and `bias` has 2 * outputs. Only then may `out` be bfloat16.
+    void multiply(Dtype x_dtype, const void* x, int64_t rows, const float* bias, Dtype out_dtype, void* out,
+                  ThreadPool& pool) const;
 
   private:
-    struct Free {
-        void operator()(void* p) const { ::operator delete[](p, std::align_val_t{64}); }
-    };
-
     const std::byte* panel(int64_t index) const { return data_.get() + index * panel_bytes_; }
 
     const GemmKernel& kernel_;
     Dtype dtype_;
-    int64_t outputs_, depth_, panels_;
+    int64_t outputs_, depth_;
+    bool gated_;
+    int64_t panel_outputs_, panels_;
     size_t panel_bytes_;
-    std::unique_ptr<std::byte[], Free> data_;
+    std::shared_ptr<std::byte> data_;
 };
 
 }  // namespace batchinfer

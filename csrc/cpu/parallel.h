@@ -75,4 +75,38 @@ class ThreadPool {
     std::vector<std::thread> workers_;
 };
 
+// Tasks [0, n) of a job: every thread goes through a share of its own, in order, and then helps with the others'.
+class TaskShares {
+  public:
+    TaskShares(int64_t n, int threads) : shares_(threads) {
+        for (int t = 0; t < threads; ++t) {
+            shares_[t].next = n * t / threads;
+            shares_[t].end = n * (t + 1) / threads;
+        }
+    }
+
+    // A task that nobody has taken; -1: none is left.
+    int64_t take(int thread) {
+        const int threads = static_cast<int>(shares_.size());
+        for (int i = 0; i < threads; ++i) {
+            Share& share = shares_[(thread + i) % threads];
+            if (share.next >= share.end) continue;
+            if (const int64_t task = share.next++; task < share.end) return task;
+        }
+        return -1;
+    }
+
+    // Whether the task after `task` is of the thread's own share.
+    bool goes_on(int thread, int64_t task) const { return task + 1 < shares_[thread].end && task >= first(thread); }
+
+  private:
+    int64_t first(int thread) const { return thread == 0 ? 0 : shares_[thread - 1].end; }
+
+    struct alignas(64) Share {
+        std::atomic<int64_t> next;
+        int64_t end;
+    };
+    std::vector<Share> shares_;
+};
+
 }  // namespace batchinfer

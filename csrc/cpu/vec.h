@@ -148,10 +148,14 @@ struct Vec {
     static Vec widen(Halves h) { return {bits_as<Floats>(__builtin_convertvector(h, Words) << 16)}; }
 
     Halves narrow() const {
+#if defined(__AVX512BF16__)
+        return (Halves)_mm512_cvtneps_pbh(v);  // as below, but for subnormals, which become 0
+#else
         const Words x = bits_as<Words>(v);
         const Words rounded = x + 0x7fff + (x >> 16 & 1);
         const Words quiet_nan = x | 0x400000;  // truncation alone could make an infinity of a NaN
         return __builtin_convertvector(bits_as<Words>(v == v ? rounded : quiet_nan) >> 16, Halves);
+#endif
     }
 };
 
@@ -270,6 +274,10 @@ inline Vec exp(Vec x) {
     const Vec power = {bits_as<Floats>((bits_as<Words>(shifted.v) + 127) << 23)};  // 2^n
     const Vec y = select(x.v < -87.0f, Vec::zero(), e * power);
     return select(x.v > 88.37f, c(__builtin_inff()), y);
+}
+
+inline Vec silu(Vec x) {
+    return x / (Vec::broadcast(1.0f) + exp(Vec::zero() - x));
 }
 
 // ln x within 2 ulp for positive normal x.

@@ -93,6 +93,27 @@ void sleeping_workers_wake_up() {
     CHECK(calls == 40);
 }
 
+void every_task_is_taken_once() {
+    for (const int threads : {1, 2, 3}) {
+        ThreadPool pool(threads);
+        for (const int64_t tasks : {0, 1, 2, 7, 1000}) {
+            TaskShares shares(tasks, threads);
+            std::vector<std::atomic<int>> taken(tasks);
+            pool.run([&](int thread, int) {
+                for (int64_t task = shares.take(thread); task >= 0; task = shares.take(thread))
+                    ++taken[task];
+            });
+            for (const std::atomic<int>& n : taken)
+                CHECK(n == 1);
+        }
+    }
+    TaskShares shares(5, 2);  // 0 1 | 2 3 4
+    for (const int64_t task : {2, 3, 4, 0, 1, -1})
+        CHECK(shares.take(1) == task);
+    CHECK(shares.goes_on(0, 0) && !shares.goes_on(0, 1));
+    CHECK(shares.goes_on(1, 2) && !shares.goes_on(1, 4) && !shares.goes_on(1, 0));
+}
+
 }  // namespace
 
 int main() {
@@ -103,4 +124,5 @@ int main() {
     an_exception_reaches_the_caller_and_the_pool_lives_on();
     one_job_at_a_time();
     sleeping_workers_wake_up();
+    every_task_is_taken_once();
 }

@@ -88,12 +88,12 @@ def test_float32_is_that_of_transformers(name: str, tiny: Callable[[str], TinyMo
     assert_relative(ours, theirs, 1e-4)
 
 
-@pytest.mark.feature("models", "bf16 logits within 2e-2 of float32")
+@pytest.mark.feature("models", "bf16 logits within 3e-2 of float32")
 @pytest.mark.parametrize("name", BF16)
 def test_bfloat16_is_near_float32(name: str, tiny: Callable[[str], TinyModel], ops: Ops) -> None:
     model = tiny(name)
     ours, theirs = run_steps(make(model, ops, torch.bfloat16), model)
-    assert (ours - theirs).norm() < 2e-2 * theirs.norm()
+    assert (ours - theirs).norm() < 3e-2 * theirs.norm()
     assert (ours - theirs).norm() > 1e-5 * theirs.norm()  # it really ran in bfloat16
 
 

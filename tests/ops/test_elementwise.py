@@ -142,6 +142,21 @@ def test_activate(
     torch.testing.assert_close(out.double(), want, rtol=3e-6, atol=1e-6)
 
 
+@given(ops=backends, tokens=token_counts, width=widths, residual=st.booleans(), seed=seeds)
+def test_bfloat16_outputs_are_the_float32_ones_rounded(
+    ops: NativeOps, tokens: int, width: int, residual: bool, seed: int
+) -> None:
+    x, gate_up, weight = normal(seed, tokens, width), normal(seed, tokens, 2 * width, scale=3), normal(seed + 1, width)
+    want, out = torch.empty(tokens, width), torch.empty(tokens, width, dtype=torch.bfloat16)
+    stream = normal(seed + 2, tokens, width) if residual else None
+    ops.rms_norm(x, weight, 1e-5, want, None if stream is None else stream.clone())
+    ops.rms_norm(x, weight, 1e-5, out, stream)
+    assert torch.equal(out, want.bfloat16())
+    ops.silu_mul(gate_up, want)
+    ops.silu_mul(gate_up, out)
+    assert torch.equal(out, want.bfloat16())
+
+
 @given(ops=backends, rows=token_counts, width=widths, seed=seeds)
 def test_gather_rows(ops: NativeOps, rows: int, width: int, seed: int) -> None:
     x, index = normal(seed, 23, width), integers(seed, 23, rows)

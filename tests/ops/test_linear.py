@@ -38,6 +38,14 @@ def linear(ops: NativeOps, x: Tensor, weight: Tensor, bias: Tensor | None = None
     return out
 
 
+def gated_linear(
+    ops: NativeOps, x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    out = torch.full((len(x), len(weight) // 2), torch.nan, dtype=dtype)
+    ops.gated_linear(x, ops.pack_weight(weight, gated=True), out, torch.empty(len(x), len(weight)), bias)
+    return out
+
+
 def rounds_activations(isa: str, dtype: torch.dtype) -> bool:
     """Whether the instruction set's dot product takes activations in bfloat16."""
     return "bf16" in isa and dtype is torch.bfloat16
@@ -92,6 +100,46 @@ def test_a_row_does_not_depend_on_batch_or_threads(isa: str, dtype: torch.dtype)
             assert torch.equal(linear(ops, x[-rows:], weight, bias), alone[-rows:]), (threads, rows)
 
 
+@pytest.mark.feature("CPU kernels", "gate and up products with SiLU in one pass")
+@isas
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 40) | st.integers(100, 130),
+    width=st.integers(1, 70),
+    depth=st.sampled_from([1, 63, 129, 2048, 2050, 4100]),
+    dtype=st.sampled_from(DTYPES),
+    out_dtype=st.sampled_from(DTYPES),
+    threads=st.integers(1, 3),
+    with_bias=st.booleans(),
+)
+def test_gated_is_silu_mul_of_the_plain_product(
+    isa: str,
+    rows: int,
+    width: int,
+    depth: int,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    threads: int,
+    with_bias: bool,
+) -> None:
+    ops = native(isa, threads)
+    x, weight, bias = problem(rows, 2 * width, depth, dtype)
+    want = torch.empty(rows, width, dtype=out_dtype)
+    ops.silu_mul(linear(ops, x, weight, bias if with_bias else None), want)
+    assert torch.equal(gated_linear(ops, x, weight, bias if with_bias else None, out_dtype), want)
+
+
+@isas
+@dtypes
+def test_bfloat16_inputs_are_the_float32_ones_rounded(isa: str, dtype: torch.dtype) -> None:
+    ops = native(isa)
+    for depth in (1, 64, 77, 321):
+        x, weight, bias = problem(31, 50, depth, dtype)
+        x = x.bfloat16()
+        assert torch.equal(linear(ops, x, weight, bias), linear(ops, x.float(), weight, bias))
+        assert torch.equal(gated_linear(ops, x, weight, bias), gated_linear(ops, x.float(), weight, bias))
+
+
 @isas
 @dtypes
 def test_a_column_does_not_depend_on_its_neighbours(isa: str, dtype: torch.dtype) -> None:
@@ -124,8 +172,9 @@ def test_nothing_to_do(isa: str, dtype: torch.dtype) -> None:
 
 def test_packed_weights_keep_their_dtype() -> None:
     ops = native(ISAS[0])
-    half, single = (ops.pack_weight(torch.ones(64, 64, dtype=d)) for d in (torch.bfloat16, torch.float32))
-    assert half.bytes == single.bytes / 2 == 64 * 64 * 2
+    for gated in (False, True):
+        half, single = (ops.pack_weight(torch.ones(64, 64, dtype=d), gated) for d in (torch.bfloat16, torch.float32))
+        assert half.bytes == single.bytes / 2 == 64 * 64 * 2
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -142,3 +191,12 @@ def test_wrong_arguments_are_named() -> None:
         ops.linear(x, weight, torch.empty(3, 2))
     with pytest.raises(ValueError, match="bias has shape"):
         ops.linear(x, weight, out, torch.ones(2))
+    gated = ops.pack_weight(torch.ones(4, 5), gated=True)
+    with pytest.raises(ValueError, match="weight is not packed for gated_linear"):
+        ops.gated_linear(x, weight, out, out)
+    with pytest.raises(ValueError, match="weight is packed for gated_linear"):
+        ops.linear(x, gated, out)
+    with pytest.raises(ValueError, match=r"bias has shape \(2,\): \(4,\) is needed"):
+        ops.gated_linear(x, gated, torch.empty(2, 2), torch.empty(2, 4), torch.ones(2))
+    with pytest.raises(ValueError, match="even number of rows"):
+        ops.pack_weight(torch.ones(3, 5), gated=True)

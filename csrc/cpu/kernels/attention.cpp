@@ -8,6 +8,33 @@
 namespace batchinfer::BATCHINFER_ISA {
 namespace {
 
+// How the staged words are read, and queries and probabilities written for it.
+struct F32Cache {
+    using Keys = F32Weights;
+    using Values = F32Weights;
+    using Factor = float;
+    static constexpr int64_t kValuesPerWord = 1;
+    static constexpr bool kPaired = false;
+};
+#if BATCHINFER_BF16_DOT
+// Queries and probabilities are rounded to bfloat16, as on a GPU; their sum is not.
+struct Bf16Cache {
+    using Keys = Bf16DotWeights;
+    using Values = Bf16DotWeights;
+    using Factor = bf16;
+    static constexpr int64_t kValuesPerWord = 1;
+    static constexpr bool kPaired = true;
+};
+#else
+struct Bf16Cache {
+    using Keys = Bf16Weights;
+    using Values = Bf16Columns;
+    using Factor = float;
+    static constexpr int64_t kValuesPerWord = 2;
+    static constexpr bool kPaired = false;
+};
+#endif
+
 constexpr int64_t kSplitBlocks = kSplit / kKeyBlock;
 
 int64_t min(int64_t a, int64_t b) {
@@ -21,22 +48,24 @@ int64_t round_up(int64_t n, int64_t multiple) {
 }
 
 CacheShape cache_shape(const AttentionArgs& a) {
-    const int64_t per_word = a.cache_dtype == Dtype::bfloat16 ? 2 : 1;
-    return {a, a.head_width / per_word, padded_width(a.head_width) / per_word};
+    const bool half = a.cache_dtype == Dtype::bfloat16;
+    const int64_t per_word = half ? 2 : 1;
+    return {a, a.head_width / per_word, padded_width(a.head_width) / per_word, half && Bf16Cache::kPaired};
 }
 
 // Sizes in bytes of an item's buffers, each rounded up to a cache line.
 struct Sizes {
-    int64_t block, q, states, scores, positions;
+    int64_t block, q, states, scores, probabilities, positions;
 
     Sizes(const AttentionArgs& a, int64_t rows)
         : block(lines(KeyBlock::bytes(cache_shape(a)))),
           q(lines(round_up(a.head_width, kDepthBlock) * rows * sizeof(float))),
           states(lines(rows * state_floats(a.head_width) * sizeof(float))),
           scores(lines(kTileRows * kDepthBlock * sizeof(float))),
+          probabilities(scores),
           positions(lines(rows * sizeof(int64_t))) {}
 
-    int64_t total() const { return block + q + 2 * states + scores + positions; }
+    int64_t total() const { return block + q + 2 * states + scores + probabilities + positions; }
 
   private:
     static int64_t lines(int64_t bytes) { return round_up(bytes, 64); }
@@ -48,11 +77,12 @@ struct Work {
     int64_t rows, width, group;
     CacheShape cache;
     KeyBlock block;
-    float* q;           // [head width / kDepthBlock, rows, kDepthBlock], scaled
-    float* running;     // [rows, state_floats]: the open split
-    float* total;       // [rows, state_floats]: closed splits
-    float* scores;      // [tile rows, kDepthBlock]
-    int64_t* position;  // [rows]
+    void* q;              // Factors [head width / kDepthBlock, rows, kDepthBlock]
+    float* running;       // [rows, state_floats]: the open split
+    float* total;         // [rows, state_floats]: closed splits
+    float* scores;        // [tile rows, kDepthBlock]
+    void* probabilities;  // Factors [tile rows, kDepthBlock]
+    int64_t* position;    // [rows]
 
     Work(const AttentionArgs& args, int64_t num_rows, void* scratch)
         : a(args),
@@ -68,10 +98,11 @@ struct Work {
             next += bytes;
             return p;
         };
-        q = reinterpret_cast<float*>(take(size.q));
+        q = take(size.q);
         running = reinterpret_cast<float*>(take(size.states));
         total = reinterpret_cast<float*>(take(size.states));
         scores = reinterpret_cast<float*>(take(size.scores));
+        probabilities = take(size.probabilities);
         position = reinterpret_cast<int64_t*>(take(size.positions));
     }
 
@@ -83,31 +114,19 @@ size_t scratch_bytes(const AttentionArgs& a, int64_t rows) {
     return Sizes(a, rows).total();
 }
 
+template <class Factor>
 void load_queries(const Work& w, const QueryRange& queries, int64_t kv_head, int64_t row) {
     const AttentionArgs& a = w.a;
-    const Vec scale = Vec::broadcast(a.scale);
     for (int64_t i = 0; i < queries.tokens * w.group; ++i, ++row) {
         const int64_t token = queries.token + i / w.group, head = kv_head * w.group + i % w.group;
         const float* q = a.q + (token * a.heads + head) * a.head_width;
         for (int64_t e = 0; e < a.head_width; e += Vec::W) {
-            float* out = w.q + (e / kDepthBlock * w.rows + row) * kDepthBlock + e % kDepthBlock;
-            (Vec::load(q + e, static_cast<int>(min(a.head_width - e, Vec::W))) * scale).store(out);
+            Factor* out = static_cast<Factor*>(w.q) + (e / kDepthBlock * w.rows + row) * kDepthBlock + e % kDepthBlock;
+            Vec::load(q + e, static_cast<int>(min(a.head_width - e, Vec::W))).store(out);
         }
         w.position[row] = queries.position + i / w.group;
     }
 }
-
-// How the staged words are read.
-struct F32Cache {
-    using Keys = F32Weights;
-    using Values = F32Weights;
-    static constexpr int64_t kValuesPerWord = 1;
-};
-struct Bf16Cache {
-    using Keys = Bf16Weights;
-    using Values = Bf16Columns;
-    static constexpr int64_t kValuesPerWord = 2;
-};
 
 // R rows from `row` on against `count` positions of the loaded block, the first of which is `start`.
 template <class Cache, int R>
@@ -117,6 +136,7 @@ void attend_tile(const Work& w, int64_t row, int64_t start, int64_t count, Ahead
     constexpr int C = R <= kWideTileRows ? 4 : 2;
     constexpr int64_t kColumns = C * Vec::W;
     static_assert(kKeyBlock % kColumns == 0 && kKeyBlock <= kDepthBlock);
+    const Vec scale = Vec::broadcast(w.a.scale);
     for (int64_t n = 0; n < count; n += kColumns) {
         Vec sum[R][C];
 #pragma GCC unroll 16
@@ -125,10 +145,11 @@ void attend_tile(const Work& w, int64_t row, int64_t start, int64_t count, Ahead
             for (int c = 0; c < C; ++c)
                 sum[r][c] = Vec::zero();
         }
-        const float* q = w.q + row * kDepthBlock;
+        constexpr int64_t kRow = kDepthBlock / Keys::kDepth;
+        const auto* q = static_cast<const typename Keys::Activation*>(w.q) + row * kRow;
         const auto* keys = reinterpret_cast<const typename Keys::Word*>(w.block.keys) + n;
-        for (int64_t e = 0; e < w.a.head_width; e += kDepthBlock, q += w.rows * kDepthBlock) {
-            const int64_t steps = min(w.a.head_width - e, kDepthBlock) / Keys::kParts;
+        for (int64_t e = 0; e < w.a.head_width; e += kDepthBlock, q += w.rows * kRow) {
+            const int64_t steps = min(w.a.head_width - e, kDepthBlock) / (Keys::kParts * Keys::kDepth);
             accumulate<Keys>(sum, steps, q, keys, kKeyBlock, 2 * Vec::W);
             keys += steps * kKeyBlock;
         }
@@ -136,7 +157,7 @@ void attend_tile(const Work& w, int64_t row, int64_t start, int64_t count, Ahead
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
             for (int c = 0; c < C; ++c)
-                sum[r][c].store(w.scores + r * kDepthBlock + n + c * Vec::W);
+                (sum[r][c] * scale).store(w.scores + r * kDepthBlock + n + c * Vec::W);
         }
     }
     ahead.ask();
@@ -145,8 +166,9 @@ void attend_tile(const Work& w, int64_t row, int64_t start, int64_t count, Ahead
         float* scores = w.scores + r * kDepthBlock;
         const int64_t position = w.position[row + r];
         if (w.a.softcap > 0.0f) softcap({scores, 1, round_up(count, Vec::W), w.a.softcap}, 0, 1);
-        factor[r] = softmax(scores, window_start(position, w.a.window) - start, position - start + 1, count,
-                            w.running_of(row + r));
+        factor[r] =
+            softmax(scores, window_start(position, w.a.window) - start, position - start + 1, count,
+                    w.running_of(row + r), static_cast<typename Cache::Factor*>(w.probabilities) + r * kDepthBlock);
     }
     ahead.ask();
     const int64_t stride = state_floats(w.a.head_width);
@@ -159,12 +181,18 @@ void attend_tile(const Work& w, int64_t row, int64_t start, int64_t count, Ahead
             for (int c = 0; c < D; ++c)
                 sum[r][c] = Vec::load(out + r * stride + c * Vec::W) * f;
         }
-        const float* p = w.scores;
-        for (const KeyBlock::Run* run = w.block.runs; run->count > 0 && p < w.scores + count; p += run++->count) {
-            const auto* values =
-                reinterpret_cast<const typename Values::Word*>(run->values) + e / Cache::kValuesPerWord;
-            accumulate<Values>(sum, min(run->count, w.scores + count - p), p, values, w.cache.padded,
-                               2 * Vec::W / Cache::kValuesPerWord);
+        const auto* p = static_cast<const typename Values::Activation*>(w.probabilities);
+        if constexpr (Cache::kPaired) {
+            const auto* values = w.block.values + e;
+            accumulate<Values>(sum, (count + 1) / 2, p, values, w.width, 2 * Vec::W);
+        } else {
+            const auto* end = p + count;
+            for (const KeyBlock::Run* run = w.block.runs; run->count > 0 && p < end; p += run++->count) {
+                const auto* values =
+                    reinterpret_cast<const typename Values::Word*>(run->values) + e / Cache::kValuesPerWord;
+                accumulate<Values>(sum, min(run->count, end - p), p, values, w.cache.padded,
+                                   2 * Vec::W / Cache::kValuesPerWord);
+            }
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
@@ -234,8 +262,11 @@ void attend_blocks(const Work& w, const int32_t* pages, int64_t kv_head, int64_t
                 w.running_of(r).clear();
             }
         }
-        ahead.aim(w.cache, block + 1 < last ? positions(block + 1) : after);
-        w.block.load(w.cache, positions(block), ahead);
+        const Positions now = positions(block);
+        // KeyBlock::load asks for every W positions, a tile twice.
+        const int64_t portions = (now.count + Vec::W - 1) / Vec::W + 2 * tiles;
+        ahead.aim(w.cache, block + 1 < last ? positions(block + 1) : after, portions);
+        w.block.load(w.cache, now, ahead);
         for (int64_t i = 0; i < tiles; ++i) {
             const int64_t row = begin + (end - begin) * i / tiles, next = begin + (end - begin) * (i + 1) / tiles;
             const int64_t seen = furthest(w, row, next) + 1 - start;  // by any row of the tile
@@ -260,12 +291,15 @@ void finish(const AttentionArgs& a, const QueryRange& queries, int64_t kv_head, 
     const int64_t group = a.heads / a.kv_heads;
     const int64_t row = (queries.token + index / group) * a.heads + kv_head * group + index % group;
     const Vec sum = Vec::broadcast(state.sum());
-    float* out = a.out + row * a.head_width;
+    const int64_t at = row * a.head_width;
     for (int64_t e = 0; e < a.head_width; e += 2 * Vec::W) {
         Vec pair[2] = {Vec::load(state.values + e) / sum, Vec::load(state.values + e + Vec::W) / sum};
-        if (a.cache_dtype == Dtype::bfloat16) interleave(pair);  // as Bf16Columns left them
+        if (a.cache_dtype == Dtype::bfloat16 && !Bf16Cache::kPaired) interleave(pair);  // as Bf16Columns left them
         for (int64_t i = 0; i < 2 && e + i * Vec::W < a.head_width; ++i) {
-            pair[i].store(out + e + i * Vec::W, static_cast<int>(min(a.head_width - e - i * Vec::W, Vec::W)));
+            const int count = static_cast<int>(min(a.head_width - e - i * Vec::W, Vec::W));
+            const int64_t first = at + e + i * Vec::W;
+            a.out_dtype == Dtype::bfloat16 ? pair[i].store(static_cast<bf16*>(a.out) + first, count)
+                                           : pair[i].store(static_cast<float*>(a.out) + first, count);
         }
     }
     a.lse[row] = state.maximum() + __builtin_logf(state.sum());
@@ -278,7 +312,8 @@ void attend(const AttentionArgs& a, const AttentionItem& item, const AttentionIt
         rows += item.queries[i].tokens * group;
     const Work w(a, rows, scratch);
     for (int64_t i = 0, row = 0; i < item.num_queries; row += item.queries[i++].tokens * group) {
-        load_queries(w, item.queries[i], item.kv_head, row);
+        const auto load = a.cache_dtype == Dtype::bfloat16 ? load_queries<Bf16Cache::Factor> : load_queries<float>;
+        load(w, item.queries[i], item.kv_head, row);
     }
     for (int64_t r = 0; r < rows; ++r) {
         w.running_of(r).clear();

@@ -15,13 +15,20 @@ void embed_as(const EmbedArgs& a, int64_t begin, int64_t end) {
     }
 }
 
+// f of the row or rows from element `at` of an op's output on.
+template <class F>
+void write(void* out, Dtype dtype, int64_t at, F f) {
+    dtype == Dtype::bfloat16 ? f(static_cast<bf16*>(out) + at) : f(static_cast<float*>(out) + at);
+}
+
 // out = f(x) for the tokens [begin, end).
-template <class Args, class F>
-void map(const Args& a, int64_t begin, int64_t end, F f) {
+template <class F>
+void map(const ActivateArgs& a, int64_t begin, int64_t end, F f) {
     const float* x = a.x + begin * a.width;
-    float* out = a.out + begin * a.width;
-    for_vectors((end - begin) * a.width,
-                [&](int64_t i, auto count) { f(Vec::load(x + i, count)).store(out + i, count); });
+    write(a.out, a.out_dtype, begin * a.width, [&](auto* out) {
+        for_vectors((end - begin) * a.width,
+                    [&](int64_t i, auto count) { f(Vec::load(x + i, count)).store(out + i, count); });
+    });
 }
 
 // out = f(gate) * up for the tokens [begin, end).
@@ -30,9 +37,10 @@ void gate(const GateArgs& a, int64_t begin, int64_t end, F f) {
     for (int64_t t = begin; t < end; ++t) {
         const float* gate = a.gate_up + t * 2 * a.width;
         const float* up = gate + a.width;
-        float* out = a.out + t * a.width;
-        for_vectors(a.width, [&](int64_t i, auto count) {
-            (f(Vec::load(gate + i, count)) * Vec::load(up + i, count)).store(out + i, count);
+        write(a.out, a.out_dtype, t * a.width, [&](auto* out) {
+            for_vectors(a.width, [&](int64_t i, auto count) {
+                (f(Vec::load(gate + i, count)) * Vec::load(up + i, count)).store(out + i, count);
+            });
         });
     }
 }
@@ -42,10 +50,6 @@ void add_row(const float* x, int64_t width, float* residual) {
     for_vectors(width, [&](int64_t i, auto count) {
         (Vec::load(residual + i, count) + Vec::load(x + i, count)).store(residual + i, count);
     });
-}
-
-Vec silu(Vec x) {
-    return x / (Vec::broadcast(1.0f) + exp(Vec::zero() - x));
 }
 
 // x / 2 * (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3), written as x / (1 + e^-2u): nothing cancels.
@@ -88,7 +92,7 @@ void rms_norm(const RmsNormArgs& a, int64_t begin, int64_t end) {
             add_row(x, a.width, a.residual + t * a.width);
             x = a.residual + t * a.width;
         }
-        rms_norm_row(x, a.weight, a.width, a.eps, a.out + t * a.width);
+        write(a.out, a.out_dtype, t * a.width, [&](auto* out) { rms_norm_row(x, a.weight, a.width, a.eps, out); });
     }
 }
 
@@ -109,11 +113,12 @@ void layer_norm(const LayerNormArgs& a, int64_t begin, int64_t end) {
         });
         const float variance = reduce_sum(squares) / static_cast<float>(a.width);
         const Vec inverse = Vec::broadcast(1.0f / __builtin_sqrtf(variance + a.eps));
-        float* out = a.out + t * a.width;
-        for_vectors(a.width, [&](int64_t i, auto count) {
-            const Vec bias = a.bias ? Vec::load(a.bias + i, count) : Vec::zero();
-            const Vec v = (Vec::load(x + i, count) - mean) * inverse;
-            fma(v, Vec::load(a.weight + i, count), bias).store(out + i, count);
+        write(a.out, a.out_dtype, t * a.width, [&](auto* out) {
+            for_vectors(a.width, [&](int64_t i, auto count) {
+                const Vec bias = a.bias ? Vec::load(a.bias + i, count) : Vec::zero();
+                const Vec v = (Vec::load(x + i, count) - mean) * inverse;
+                fma(v, Vec::load(a.weight + i, count), bias).store(out + i, count);
+            });
         });
     }
 }
@@ -149,8 +154,10 @@ void activate(const ActivateArgs& a, int64_t begin, int64_t end) {
 }
 
 void gather_rows(const GatherRowsArgs& a, int64_t begin, int64_t end) {
+    const int64_t bytes = a.width * (a.dtype == Dtype::bfloat16 ? sizeof(bf16) : sizeof(float));
     for (int64_t n = begin; n < end; ++n) {
-        __builtin_memcpy(a.out + n * a.width, a.x + a.index[n] * a.width, a.width * sizeof(float));
+        __builtin_memcpy(static_cast<char*>(a.out) + n * bytes, static_cast<const char*>(a.x) + a.index[n] * bytes,
+                         bytes);
     }
 }
 

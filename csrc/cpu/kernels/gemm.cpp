@@ -8,26 +8,7 @@ namespace {
 
 constexpr int kPanel = 2 * Vec::W;
 
-// x rounded to bfloat16 and dotted two at a time with an f32 sum. This processor's rounding of the sum is its own
-// (it flushes subnormals), so results differ in the last bits from those of Bf16Weights.
-#if defined(__AVX512BF16__) || defined(BATCHINFER_EMULATE_BF16_DOT)
-struct Bf16DotWeights {
-    using Word = uint32_t;
-    using Activation = uint32_t;
-    using Operand = Words;
-    static constexpr int kParts = 1, kDepth = 2;
-    static Words load(const Word* w, int64_t pair, int c) { return load_words(w + c / 2 * pair + c % 2 * Vec::W); }
-    static Operand part(Words w, int) { return w; }
-    static Operand broadcast(Activation x) { return x - Words{}; }
-    static Vec add(Operand x, Operand w, Vec sum) {
-#if defined(BATCHINFER_EMULATE_BF16_DOT)
-        sum = fma({bits_as<Floats>(x & 0xffff0000u)}, {bits_as<Floats>(w & 0xffff0000u)}, sum);
-        return fma({bits_as<Floats>(x << 16)}, {bits_as<Floats>(w << 16)}, sum);
-#else
-        return {_mm512_dpbf16_ps(sum.v, bits_as<__m512bh>(x), bits_as<__m512bh>(w))};
-#endif
-    }
-};
+#if BATCHINFER_BF16_DOT
 using HalfWeights = Bf16DotWeights;
 #else
 using HalfWeights = Bf16Weights;
@@ -53,24 +34,23 @@ size_t panel_bytes(Dtype weight, int64_t depth) {
     return kPanel * 4 * (weight == Dtype::float32 ? steps<F32Weights>(depth) : steps<HalfWeights>(depth));
 }
 
-void pack_panel(Dtype dtype, const void* weight, int64_t columns, int64_t depth, void* panel) {
-    if (dtype == Dtype::float32) {
-        const float* w = static_cast<const float*>(weight);
-        float* out = static_cast<float*>(panel);
-        for (int64_t k = 0; k < depth; ++k) {
-            for (int64_t n = 0; n < kPanel; ++n)
-                *out++ = n < columns ? w[n * depth + k] : 0.0f;
+template <class T, class Word>
+void pack_panel_as(const void* const* columns, int64_t depth, Word* out) {
+    constexpr int64_t per_word = sizeof(Word) / sizeof(T);
+    for (int64_t k = 0; k < depth; k += per_word) {
+        for (int64_t n = 0; n < kPanel; ++n, ++out) {
+            *out = 0;
+            if (columns[n])
+                __builtin_memcpy(out, static_cast<const T*>(columns[n]) + k, min(per_word, depth - k) * sizeof(T));
         }
-        return;
     }
-    const uint16_t* w = static_cast<const uint16_t*>(weight);
-    uint32_t* out = static_cast<uint32_t*>(panel);
-    for (int64_t k = 0; k < depth; k += 2) {
-        for (int64_t n = 0; n < kPanel; ++n) {
-            const uint32_t low = n < columns ? w[n * depth + k] : 0;
-            const uint32_t high = n < columns && k + 1 < depth ? w[n * depth + k + 1] : 0;
-            *out++ = low | high << 16;
-        }
+}
+
+void pack_panel(Dtype dtype, const void* const* columns, int64_t depth, void* panel) {
+    if (dtype == Dtype::float32) {
+        pack_panel_as<float>(columns, depth, static_cast<float*>(panel));
+    } else {
+        pack_panel_as<uint16_t>(columns, depth, static_cast<uint32_t*>(panel));
     }
 }
 
@@ -79,36 +59,37 @@ size_t packed_row_bytes(Dtype weight, int64_t depth) {
     return round_up(depth, kDepthBlock) * (words ? 2 : 4);
 }
 
-// One row's part of a depth block. What a step reads beyond `depth` is zero.
-void pack_block(const float* x, int64_t depth, float* out) {
+// One row's part of a depth block: `Packed` is float or bf16. What a step reads beyond `depth` is zero.
+template <class T, class Packed>
+void pack_block(const T* x, int64_t depth, Packed* out) {
     for (int64_t k = 0; k < depth; k += Vec::W) {
         const int count = static_cast<int>(min(depth - k, Vec::W));
         Vec::load(x + k, count).store(out + k);  // kDepthBlock is a multiple of the width
     }
-    if (depth % 2) out[depth] = 0.0f;
+    if (depth % 2) out[depth] = Packed{};
 }
-[[maybe_unused]] void pack_block(const float* x, int64_t depth, uint32_t* out) {
-    bf16* half = reinterpret_cast<bf16*>(out);
-    for (int64_t k = 0; k < depth; k += Vec::W) {
-        const int count = static_cast<int>(min(depth - k, Vec::W));
-        Vec::load(x + k, count).store(half + k);
-    }
+[[maybe_unused]] void pack_block(const bf16* x, int64_t depth, bf16* out) {
+    __builtin_memcpy(out, x, depth * sizeof(bf16));
+    if (depth % 2) out[depth] = bf16{};
 }
 
-template <class Activation>
-void pack_rows_as(const float* x, int64_t rows, int64_t depth, Activation* out, int64_t block_width) {
+template <class T, class Packed>
+void pack_rows_as(const Rows& x, int64_t rows, int64_t depth, Packed* out) {
     for (int64_t k = 0; k < depth; k += kDepthBlock) {
-        for (int64_t r = 0; r < rows; ++r, out += block_width) {
-            pack_block(x + r * depth + k, min(depth - k, kDepthBlock), out);
+        for (int64_t r = 0; r < rows; ++r, out += kDepthBlock) {
+            pack_block(static_cast<const T*>(x.data) + r * x.stride + k, min(depth - k, kDepthBlock), out);
         }
     }
 }
 
-void pack_rows(Dtype weight, const float* x, int64_t rows, int64_t depth, void* packed) {
+void pack_rows(Dtype weight, const Rows& x, int64_t rows, int64_t depth, void* packed) {
+    const auto as = [&]<class Packed>(Packed* out) {
+        x.dtype == Dtype::float32 ? pack_rows_as<float>(x, rows, depth, out) : pack_rows_as<bf16>(x, rows, depth, out);
+    };
     if (weight == Dtype::bfloat16 && HalfWeights::kDepth == 2) {
-        pack_rows_as(x, rows, depth, static_cast<uint32_t*>(packed), kDepthBlock / 2);
+        as(static_cast<bf16*>(packed));
     } else {
-        pack_rows_as(x, rows, depth, static_cast<float*>(packed), kDepthBlock);
+        as(static_cast<float*>(packed));
     }
 }
 
@@ -117,24 +98,31 @@ struct Pass {
     int64_t depth;        // of the slice
     int64_t block;        // activations from one depth block to the next
     int64_t panel_words;  // from one panel to the next
-    bool more;            // out holds the sums of the slices before
-    const float* bias;    // with the last slice
-    int64_t stride;       // of out
+    bool first, last;
+    int64_t prefetch;  // cache lines to ask for with every depth block of a tile
 };
 
-// R rows times P panels; bias and out belong to the first column.
+// Sums as a tile finds and leaves them.
+struct Sums {
+    float* at;
+    int64_t stride;
+};
+
+// R rows times P panels, added to `before` unless its pointer is null.
 template <class Format, int R, int P>
-void multiply_tile(const Pass& pass, const typename Format::Activation* x, const typename Format::Word* w,
-                   const float* bias, float* out, int64_t stride) {
+void multiply_tile(const Pass& pass, const typename Format::Activation* x, const typename Format::Word* w, Sums before,
+                   const float* bias, Sums out, Coming& coming) {
     Vec sum[R][2 * P];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
         for (int c = 0; c < 2 * P; ++c) {
-            sum[r][c] = pass.more ? Vec::load(out + r * stride + c * Vec::W) : Vec::zero();
+            sum[r][c] = before.at ? Vec::load(before.at + r * before.stride + c * Vec::W) : Vec::zero();
         }
     }
     for (int64_t depth = pass.depth; depth > 0; depth -= kDepthBlock, x += pass.block) {
+        for (int64_t i = 0; i < pass.prefetch && coming.at < coming.end; ++i, coming.at += 64)
+            __builtin_prefetch(coming.at, 0, 2);
         const int64_t count = steps<Format>(min(depth, kDepthBlock));
         accumulate<Format>(sum, count, x, w, kPanel, pass.panel_words);
         w += count * kPanel;
@@ -144,88 +132,142 @@ void multiply_tile(const Pass& pass, const typename Format::Activation* x, const
         const Vec b = bias ? Vec::load(bias + c * Vec::W) : Vec::zero();
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
-            (sum[r][c] + b).store(out + r * stride + c * Vec::W);
+            (sum[r][c] + b).store(out.at + r * out.stride + c * Vec::W);
     }
 }
 
-// The same for `columns` < panel columns: through a buffer, because a whole panel is computed.
-template <class Format, int R>
-void multiply_part(const Pass& pass, const typename Format::Activation* x, const typename Format::Word* w,
-                   int64_t columns, const float* bias, float* out) {
-    float padded_bias[kPanel] = {}, part[R * kPanel] = {};
-    if (bias) __builtin_memcpy(padded_bias, bias, columns * sizeof(float));
-    if (pass.more) {
+// Few rows leave registers for more panels at once: more chains of additions to hide their latency.
+template <int R>
+constexpr int kPanelsAtOnce = R == 1               ? 4
+                              : R <= kWideTileRows ? 2
+                                                   : 1;
+
+// R rows, the first of which is `row`, times all columns of a task.
+struct Plain {
+    static constexpr int64_t kColumns = kPanel;  // of the output, in a panel
+
+    template <class Format, int R>
+    static void multiply_rows(const Pass& pass, int64_t row, const typename Format::Activation* x,
+                              const typename Format::Word* w, const GemmOutput& to, Coming& coming) {
+        constexpr int P = kPanelsAtOnce<R>;
+        const int64_t stride = to.rows.stride;
+        float* out = static_cast<float*>(const_cast<void*>(to.rows.data)) + row * stride;
+        const auto tile = [&]<int Panels>(int64_t n) {
+            const float* bias = pass.last && to.bias ? to.bias + n : nullptr;
+            multiply_tile<Format, R, Panels>(pass, x, w, {pass.first ? nullptr : out + n, stride}, bias,
+                                             {out + n, stride}, coming);
+            w += Panels * pass.panel_words;
+        };
+        int64_t n = 0;
+        for (; n + P * kPanel <= to.columns; n += P * kPanel)
+            tile.template operator()<P>(n);
+        for (; n + kPanel <= to.columns; n += kPanel)
+            tile.template operator()<1>(n);
+        if (n == to.columns) return;
+        // Through a buffer, because a whole panel is computed.
+        const int64_t bytes = (to.columns - n) * sizeof(float);
+        float bias[kPanel] = {}, part[R * kPanel] = {};
+        if (pass.last && to.bias) __builtin_memcpy(bias, to.bias + n, bytes);
+        for (int r = 0; r < R && !pass.first; ++r)
+            __builtin_memcpy(part + r * kPanel, out + r * stride + n, bytes);
+        multiply_tile<Format, R, 1>(pass, x, w, {part, kPanel}, bias, {part, kPanel}, coming);
         for (int r = 0; r < R; ++r)
-            __builtin_memcpy(part + r * kPanel, out + r * pass.stride, columns * sizeof(float));
+            __builtin_memcpy(out + r * stride + n, part + r * kPanel, bytes);
     }
-    multiply_tile<Format, R, 1>(pass, x, w, padded_bias, part, kPanel);
-    for (int r = 0; r < R; ++r)
-        __builtin_memcpy(out + r * pass.stride, part + r * kPanel, columns * sizeof(float));
+};
+
+template <class T>
+void gate_as(const float* sums, int64_t sums_stride, int rows, int64_t row, int64_t column, const GemmOutput& to) {
+    const int count = static_cast<int>(min(Vec::W, to.columns - column));
+    const Vec gate_bias = to.bias ? Vec::load(to.bias + column, count) : Vec::zero();
+    const Vec up_bias = to.bias ? Vec::load(to.bias_of_gated + column, count) : Vec::zero();
+    T* out = static_cast<T*>(const_cast<void*>(to.rows.data)) + row * to.rows.stride + column;
+    for (int r = 0; r < rows; ++r, sums += sums_stride, out += to.rows.stride) {
+        const Vec gated = silu(Vec::load(sums) + gate_bias) * (Vec::load(sums + Vec::W) + up_bias);
+        count == Vec::W ? gated.store(out) : gated.store(out, count);
+    }
 }
 
-// R rows times any number of columns.
-template <class Format, int R>
-void multiply_rows(const Pass& pass, const typename Format::Activation* x, const typename Format::Word* w,
-                   int64_t columns, float* out) {
-    // Few rows leave registers for more panels at once: more chains of additions to hide their latency.
-    constexpr int P = R == 1 ? 4 : R <= kWideTileRows ? 2 : 1;
-    const auto bias = [&](int64_t n) { return pass.bias ? pass.bias + n : nullptr; };
-    int64_t n = 0;
-    for (; n + P * kPanel <= columns; n += P * kPanel, w += P * pass.panel_words) {
-        multiply_tile<Format, R, P>(pass, x, w, bias(n), out + n, pass.stride);
+struct Gated {
+    static constexpr int64_t kColumns = Vec::W;
+
+    template <class Format, int R>
+    static void multiply_rows(const Pass& pass, int64_t row, const typename Format::Activation* x,
+                              const typename Format::Word* w, const GemmOutput& to, Coming& coming) {
+        constexpr int P = kPanelsAtOnce<R>;
+        const int64_t panels = (to.columns + Vec::W - 1) / Vec::W, stride = panels * kPanel;
+        float part[R * P * kPanel];
+        const auto tile = [&]<int Panels>(int64_t panel) {
+            float* sums = to.sums + row * stride + panel * kPanel;
+            const Sums before = {pass.first ? nullptr : sums, stride};
+            const Sums after = pass.last ? Sums{part, Panels * kPanel} : Sums{sums, stride};
+            multiply_tile<Format, R, Panels>(pass, x, w, before, nullptr, after, coming);
+            w += Panels * pass.panel_words;
+            for (int p = 0; p < Panels && pass.last; ++p) {
+                const auto gate = to.rows.dtype == Dtype::float32 ? gate_as<float> : gate_as<bf16>;
+                gate(part + p * kPanel, Panels * kPanel, R, row, (panel + p) * Vec::W, to);
+            }
+        };
+        int64_t panel = 0;
+        for (; panel + P <= panels; panel += P)
+            tile.template operator()<P>(panel);
+        for (; panel < panels; ++panel)
+            tile.template operator()<1>(panel);
     }
-    for (; n + kPanel <= columns; n += kPanel, w += pass.panel_words) {
-        multiply_tile<Format, R, 1>(pass, x, w, bias(n), out + n, pass.stride);
-    }
-    if (n < columns) multiply_part<Format, R>(pass, x, w, columns - n, bias(n), out + n);
-}
+};
 
 template <class Format>
-using MultiplyRows = void (*)(const Pass&, const typename Format::Activation*, const typename Format::Word*,
-                              int64_t columns, float* out);
+using MultiplyRows = void (*)(const Pass&, int64_t row, const typename Format::Activation*,
+                              const typename Format::Word*, const GemmOutput&, Coming&);
 
 // Entry r is for r + 1 rows.
-template <class Format>
+template <class Format, class Kind>
 struct ByRows {
     MultiplyRows<Format> entry[kTileRows];
     template <int R>
     constexpr void fill() {
-        entry[R - 1] = multiply_rows<Format, R>;
+        entry[R - 1] = Kind::template multiply_rows<Format, R>;
         if constexpr (R > 1) fill<R - 1>();
     }
     constexpr ByRows() : entry{} { fill<kTileRows>(); }
 };
 
-template <class Format>
-void multiply_as(const void* packed_rows, int64_t rows, int64_t depth, const void* panels, int64_t columns,
-                 const float* bias, float* out, int64_t stride) {
-    static constexpr ByRows<Format> by_rows;
+template <class Format, class Kind>
+void multiply_as(const void* packed_rows, int64_t rows, int64_t depth, const void* panels, const GemmOutput& out,
+                 Coming coming) {
+    static constexpr ByRows<Format, Kind> by_rows;
     constexpr int64_t row = kDepthBlock / Format::kDepth;
     const auto* x = static_cast<const typename Format::Activation*>(packed_rows);
     const auto* w = static_cast<const typename Format::Word*>(panels);
     // Tiles of nearly equal height: a last tile of one row would take half the time of a full one.
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    // The first tile waits for its own weights; the others leave memory to what comes.
+    const int64_t width = Kind::kColumns, blocks = (tiles - 1) * ((out.columns + width - 1) / width) *
+                                                   ((depth + kDepthBlock - 1) / kDepthBlock);
+    const int64_t prefetch = blocks > 0 ? ((coming.end - coming.at) / 64 + blocks - 1) / blocks : 0;
+    Coming none = {};
     for (int64_t k = 0; k < depth; k += kDepthSlice) {
-        const bool last = k + kDepthSlice >= depth;
-        const Pass pass = {min(depth - k, kDepthSlice), rows * row, steps<Format>(depth) * kPanel, k > 0,
-                           last ? bias : nullptr,       stride};
+        const Pass pass = {min(depth - k, kDepthSlice), rows * row, steps<Format>(depth) * kPanel, k == 0,
+                           k + kDepthSlice >= depth,    prefetch};
         for (int64_t i = 0; i < tiles; ++i) {
             const int64_t begin = rows * i / tiles, count = rows * (i + 1) / tiles - begin;
-            by_rows.entry[count - 1](pass, x + begin * row, w, columns, out + begin * stride);
+            by_rows.entry[count - 1](pass, begin, x + begin * row, w, out, i > 0 ? coming : none);
         }
         x += kDepthSlice / kDepthBlock * pass.block;
         w += steps<Format>(pass.depth) * kPanel;
     }
 }
 
-void multiply(Dtype weight, const void* packed_rows, int64_t rows, int64_t depth, const void* panels, int64_t columns,
-              const float* bias, float* out, int64_t stride) {
-    const auto as = weight == Dtype::float32 ? multiply_as<F32Weights> : multiply_as<HalfWeights>;
-    as(packed_rows, rows, depth, panels, columns, bias, out, stride);
+template <class Kind>
+void multiply(Dtype weight, const void* packed_rows, int64_t rows, int64_t depth, const void* panels,
+              const GemmOutput& out, Coming coming) {
+    const auto as = weight == Dtype::float32 ? multiply_as<F32Weights, Kind> : multiply_as<HalfWeights, Kind>;
+    as(packed_rows, rows, depth, panels, out, coming);
 }
 
 }  // namespace
 
-const GemmKernel gemm_kernel = {kPanel, kTileRows, panel_bytes, pack_panel, packed_row_bytes, pack_rows, multiply};
+const GemmKernel gemm_kernel = {kPanel,           kTileRows, panel_bytes,     pack_panel,
+                                packed_row_bytes, pack_rows, multiply<Plain>, multiply<Gated>};
 
 }  // namespace batchinfer::BATCHINFER_ISA

@@ -5,6 +5,9 @@
 // word per column: that is what the AVX512-BF16 dot product takes, and without it one load, one shift and one mask give
 // two float vectors, half the work of widening 16-bit loads. Odd K and missing columns are filled up with zeros.
 //
+// A gated weight holds the gates [N / 2, K] above what they gate; a panel has both of a column, vector by vector, so
+// that silu(gate) * up is taken from registers and the sums are never written.
+//
 // Activations are copied into blocks of kDepthBlock along K, the rows of a block one after another: the inner loop then
 // reaches all rows of its tile from one register, and no row stride can map them onto the same cache set.
 #pragma once
@@ -21,22 +24,46 @@ inline constexpr int64_t kDepthBlock = 64;
 // and a panel would not stay in L2 together. The sums wait in the output meanwhile, which changes no bit.
 inline constexpr int64_t kDepthSlice = 2048;
 
+// The inputs or outputs of a product: float32 or bfloat16.
+struct Rows {
+    const void* data;
+    Dtype dtype;
+    int64_t stride;  // elements from one row to the next
+};
+
+// Where the sums of a task go: `rows` begins with the task's first row and column.
+struct GemmOutput {
+    Rows rows;          // float32 unless gated
+    int64_t columns;    // that the task computes
+    const float* bias;  // of the first column, or null
+    const float* bias_of_gated;
+    float* sums;  // gated: [rows, panels * panel_columns], for the sums of a depth of more than kDepthSlice
+};
+
+// Weights that this thread will read next, brought to L2 bit by bit while it computes. Both null: none.
+struct Coming {
+    const char* at;
+    const char* end;
+};
+
 struct GemmKernel {
     int panel_columns;
     int tile_rows;  // most rows that one pass over a panel serves
 
     size_t (*panel_bytes)(Dtype weight, int64_t depth);
-    // `weight` points at the first of `columns` <= panel_columns rows of the weight matrix [.., depth].
-    void (*pack_panel)(Dtype weight_dtype, const void* weight, int64_t columns, int64_t depth, void* panel);
+    // columns [panel_columns]: the weights [depth] of each column, or null for one of zeros.
+    void (*pack_panel)(Dtype weight_dtype, const void* const* columns, int64_t depth, void* panel);
 
     size_t (*packed_row_bytes)(Dtype weight, int64_t depth);
-    void (*pack_rows)(Dtype weight, const float* x, int64_t rows, int64_t depth, void* packed);
+    void (*pack_rows)(Dtype weight, const Rows& x, int64_t rows, int64_t depth, void* packed);
 
-    // out [rows, columns] with row stride `stride` = packed rows times consecutive packed panels, + bias [columns]
-    // unless null. An element's sum is one chain along K, the same for whatever rows and columns are computed beside
-    // it.
+    // Packed rows times consecutive packed panels, + bias. An element's sum is one chain along K, the same for whatever
+    // rows and columns are computed beside it.
     void (*multiply)(Dtype weight, const void* packed_rows, int64_t rows, int64_t depth, const void* panels,
-                     int64_t columns, const float* bias, float* out, int64_t stride);
+                     const GemmOutput& out, Coming coming);
+    // The same for panels of a gated weight: silu(gate) * up.
+    void (*multiply_gated)(Dtype weight, const void* packed_rows, int64_t rows, int64_t depth, const void* panels,
+                           const GemmOutput& out, Coming coming);
 };
 
 }  // namespace batchinfer

@@ -18,6 +18,7 @@ struct CacheShape {
     const AttentionArgs& a;
     int64_t words;   // of a token's key or value
     int64_t padded;  // the same, up to whole pairs of vectors
+    bool paired;     // values are read as words of two positions of one column
 };
 
 // Calls f(first, count, words) for every stretch of the positions that lies in one page.
@@ -37,7 +38,8 @@ inline void for_pages(const CacheShape& c, const Positions& p, F f) {
 // L2 it costs 7 %.
 class Ahead {
   public:
-    void aim(const CacheShape& c, const Positions& p) {
+    // The block is asked for in `portions` calls of ask().
+    void aim(const CacheShape& c, const Positions& p, int64_t portions) {
         current_ = ranges_ = 0;
         int64_t bytes = 0;
         for_pages(c, p, [&](int64_t, int64_t n, int64_t at) {
@@ -45,10 +47,10 @@ class Ahead {
             range_[ranges_++] = {static_cast<const char*>(c.a.v_cache) + at * 4, n * c.words * 4};
             bytes += 2 * n * c.words * 4;
         });
-        portion_ = (bytes / kPortions + 63) / 64 * 64;
+        portion_ = (bytes / portions + 63) / 64 * 64;
     }
 
-    // The next 1/kPortions of the block, if it is not all asked for.
+    // The next portion of the block, if it is not all asked for.
     void ask() {
         for (int64_t left = portion_; left > 0 && current_ < ranges_;) {
             Range& r = range_[current_];
@@ -63,7 +65,6 @@ class Ahead {
     }
 
   private:
-    static constexpr int kPortions = 8;
     struct Range {
         const char* at;
         int64_t bytes;
@@ -74,14 +75,14 @@ class Ahead {
 };
 
 // A block as the tiles read it. Keys are transposed: scores of W positions are then sums of vectors. Values are
-// read where they lie, in runs, unless rows need padding to whole vectors.
+// read where they lie, in runs, unless rows need padding to whole vectors, or positions to be paired.
 struct KeyBlock {
     struct Run {
         const uint32_t* values;  // CacheShape::padded words per position
         int64_t count;
     };
     uint32_t* keys;    // [words, kKeyBlock]; what stands beyond the last position is of no meaning
-    uint32_t* values;  // [kKeyBlock, padded]
+    uint32_t* values;  // [kKeyBlock, padded], or paired [kKeyBlock / 2, 2 * padded]
     Run* runs;         // [kKeyBlock + 1], ends with a count of 0
 
     static int64_t bytes(const CacheShape& c) {
@@ -103,7 +104,11 @@ struct KeyBlock {
             *run++ = {static_cast<const uint32_t*>(c.a.v_cache) + at, n};
         });
         run->count = 0;
-        if (c.words != c.padded) pad_values(c, p.count);
+        if (c.paired) {
+            pair_values(c);
+        } else if (c.words != c.padded) {
+            pad_values(c, p.count);
+        }
         for (int64_t t = p.count; t % Vec::W != 0; ++t)
             key[t] = key[p.count - 1];
         for (int64_t t = 0; t < p.count; t += Vec::W) {
@@ -136,6 +141,29 @@ struct KeyBlock {
                 store_words(square[i], out + (first + i) * kKeyBlock);
             }
         });
+    }
+
+    // All runs -> pairs in `values`; padding and what an odd last position is paired with are zero.
+    void pair_values(const CacheShape& c) const {
+        uint32_t* out = values;
+        const uint32_t* even = nullptr;  // waits for its partner
+        const auto write = [&](const uint32_t* odd) {
+            for_vectors(c.words, [&](int64_t j, auto n) {
+                Words pair[2] = {load_words(even + j, n), odd ? load_words(odd + j, n) : Words{}};
+                interleave_halves(pair);
+                store_words(pair[0], out + 2 * j);
+                store_words(pair[1], out + 2 * j + Vec::W);
+            });
+            out += 2 * c.padded;
+            even = nullptr;
+        };
+        for (const Run* run = runs; run->count > 0; ++run) {
+            for (int64_t i = 0; i < run->count; ++i) {
+                const uint32_t* row = run->values + i * c.words;
+                even ? write(row) : void(even = row);
+            }
+        }
+        if (even) write(nullptr);
     }
 
     // All runs -> one run in `values`, padding zero.

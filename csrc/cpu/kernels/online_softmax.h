@@ -44,12 +44,13 @@ inline int64_t state_floats(int64_t head_width) {
     return padded_width(head_width) + Vec::W;
 }
 
-// Replaces the scores of a row by exponentials and updates its maximum and sum. The row may see the scores
-// [first, seen) of `count` computed. Returns the factor for what was summed before.
-inline float softmax(float* scores, int64_t first, int64_t seen, int64_t count, State state) {
+// Turns the scores of a row into exponentials, `out` (float, may be the scores; or bf16), and updates its maximum and
+// sum. The row may see the scores [first, seen) of `count` computed. Returns the factor for what was summed before.
+template <class T>
+inline float softmax(float* scores, int64_t first, int64_t seen, int64_t count, State state, T* out) {
     if (first >= seen || first >= count) {
         for (int64_t i = 0; i < count; i += Vec::W)
-            Vec::zero().store(scores + i);
+            Vec::zero().store(out + i);
         return 1.0f;
     }
     Vec top = Vec::broadcast(state.maximum());
@@ -68,7 +69,7 @@ inline float softmax(float* scores, int64_t first, int64_t seen, int64_t count, 
     Vec sum = Vec::zero();
     for (int64_t i = 0; i < count; i += Vec::W) {
         const Vec p = exp(Vec::load(scores + i) - shift);
-        p.store(scores + i);
+        p.store(out + i);
         sum = sum + p;
     }
     const float factor = maximum == state.maximum() ? 1.0f : exp(Vec::broadcast(state.maximum() - maximum)).v[0];

@@ -5,7 +5,8 @@
 namespace batchinfer::BATCHINFER_ISA {
 
 // out = x / sqrt(mean(x^2) + eps) * weight over `width` elements; out may be x.
-inline void rms_norm_row(const float* x, const float* weight, int64_t width, float eps, float* out) {
+template <class T>
+inline void rms_norm_row(const float* x, const float* weight, int64_t width, float eps, T* out) {
     Vec sum = Vec::zero();
     for_vectors(width, [&](int64_t i, auto count) {
         const Vec v = Vec::load(x + i, count);

@@ -61,6 +61,30 @@ struct Bf16Columns : F32Weights {
     }
 };
 
+#if defined(__AVX512BF16__) || defined(BATCHINFER_EMULATE_BF16_DOT)
+#define BATCHINFER_BF16_DOT 1
+
+// x rounded to bfloat16 and dotted two at a time with an f32 sum. This processor's rounding of the sum is its own
+// (it flushes subnormals), so results differ in the last bits from those of Bf16Weights.
+struct Bf16DotWeights {
+    using Word = uint32_t;
+    using Activation = uint32_t;
+    using Operand = Words;
+    static constexpr int kParts = 1, kDepth = 2;
+    static Words load(const Word* w, int64_t pair, int c) { return load_words(w + c / 2 * pair + c % 2 * Vec::W); }
+    static Operand part(Words w, int) { return w; }
+    static Operand broadcast(Activation x) { return x - Words{}; }
+    static Vec add(Operand x, Operand w, Vec sum) {
+#if defined(BATCHINFER_EMULATE_BF16_DOT)
+        sum = fma({bits_as<Floats>(x & 0xffff0000u)}, {bits_as<Floats>(w & 0xffff0000u)}, sum);
+        return fma({bits_as<Floats>(x << 16)}, {bits_as<Floats>(w << 16)}, sum);
+#else
+        return {_mm512_dpbf16_ps(sum.v, bits_as<__m512bh>(x), bits_as<__m512bh>(w))};
+#endif
+    }
+};
+#endif
+
 // Adds `steps` steps to the tile. Rows of x are kDepthBlock values of k apart, the weights of two steps `step` words.
 template <class Format, int R, int C>
 inline void accumulate(Vec (&sum)[R][C], int64_t steps, const typename Format::Activation* x,

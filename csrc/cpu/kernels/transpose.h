@@ -6,7 +6,7 @@
 namespace batchinfer::BATCHINFER_ISA {
 
 // transpose: row i of the result holds word i of every input.
-// interleave: a0 a1 a2 .., b0 b1 b2 .. -> a0 b0 a1 .. and the rest.
+// interleave: a0 a1 a2 .., b0 b1 b2 .. -> a0 b0 a1 .. and the rest. interleave_halves: the same of 16-bit elements.
 
 #if BATCHINFER_VEC_AVX512
 
@@ -16,6 +16,13 @@ inline void interleave(Vec (&v)[2]) {
     const __m512 a = v[0].v, b = v[1].v;
     v[0] = {_mm512_permutex2var_ps(a, low, b)};
     v[1] = {_mm512_permutex2var_ps(a, high, b)};
+}
+
+inline void interleave_halves(Words (&v)[2]) {
+    const __m512i step = (__m512i)(lane_index() * 0x00010001 + 0x00200000);  // i, 32 + i
+    const __m512i a = (__m512i)v[0], b = (__m512i)v[1];
+    v[0] = (Words)_mm512_permutex2var_epi16(a, step, b);
+    v[1] = (Words)_mm512_permutex2var_epi16(a, _mm512_add_epi32(step, _mm512_set1_epi32(0x00100010)), b);
 }
 
 inline void transpose(Words (&w)[16]) {
@@ -56,6 +63,13 @@ inline void interleave(Vec (&v)[2]) {
     v[1] = {_mm256_permute2f128_ps(low, high, 0x31)};
 }
 
+inline void interleave_halves(Words (&v)[2]) {
+    const __m256i low = _mm256_unpacklo_epi16((__m256i)v[0], (__m256i)v[1]);
+    const __m256i high = _mm256_unpackhi_epi16((__m256i)v[0], (__m256i)v[1]);
+    v[0] = (Words)_mm256_permute2x128_si256(low, high, 0x20);
+    v[1] = (Words)_mm256_permute2x128_si256(low, high, 0x31);
+}
+
 inline void transpose(Words (&w)[8]) {
     __m256i a[8], b[8];
 #pragma GCC unroll 16
@@ -87,6 +101,14 @@ inline void interleave(Vec (&v)[2]) {
     for (int i = 0; i < Vec::W; ++i) {
         v[i / (Vec::W / 2)].v[2 * i % Vec::W] = a[i];
         v[i / (Vec::W / 2)].v[2 * i % Vec::W + 1] = b[i];
+    }
+}
+
+inline void interleave_halves(Words (&v)[2]) {
+    const Words a = v[0], b = v[1];
+    for (int i = 0; i < 2 * Vec::W; ++i) {
+        const int shift = 16 * (i % 2);
+        v[i / Vec::W][i % Vec::W] = (a[i / 2] >> shift & 0xffff) | (b[i / 2] >> shift & 0xffff) << 16;
     }
 }
 

@@ -8,7 +8,7 @@
 
 namespace batchinfer {
 
-// Of weights and caches; activations are float32 on the CPU.
+// Of weights and caches. On the CPU activations are float32, but for what only a matrix product reads (`out_dtype`).
 enum class Dtype : int32_t { float32 = 0, bfloat16 = 1 };
 
 struct EmbedArgs {
@@ -24,7 +24,8 @@ struct RmsNormArgs {
     const float* x;       // [tokens, width]
     const float* weight;  // [width]
     float* residual;      // [tokens, width] or null
-    float* out;           // [tokens, width], may be x
+    void* out;            // [tokens, width], may be x
+    Dtype out_dtype;
     int64_t tokens, width;
     float eps;
 };
@@ -34,7 +35,8 @@ struct LayerNormArgs {
     const float* weight;  // [width]
     const float* bias;    // [width] or null
     float* residual;      // [tokens, width] or null
-    float* out;           // [tokens, width], may be x
+    void* out;            // [tokens, width], may be x
+    Dtype out_dtype;
     int64_t tokens, width;
     float eps;
 };
@@ -73,7 +75,8 @@ struct RopeAndCacheArgs {
 // Of silu_mul and gelu_mul.
 struct GateArgs {
     const float* gate_up;  // [tokens, 2 * width]
-    float* out;            // [tokens, width]
+    void* out;             // [tokens, width]
+    Dtype out_dtype;
     int64_t tokens, width;
 };
 
@@ -83,14 +86,16 @@ enum class Activation : int32_t { gelu = 0, gelu_tanh = 1, relu = 2 };
 struct ActivateArgs {
     Activation kind;
     const float* x;  // [tokens, width]
-    float* out;      // [tokens, width], may be x
+    void* out;       // [tokens, width], may be x
+    Dtype out_dtype;
     int64_t tokens, width;
 };
 
 struct GatherRowsArgs {
-    const float* x;        // [x_rows, width]
+    const void* x;         // [x_rows, width]
     const int32_t* index;  // [rows]
-    float* out;            // [rows, width]
+    void* out;             // [rows, width]
+    Dtype dtype;           // of both
     int64_t x_rows, rows, width;
 };
 
@@ -149,7 +154,8 @@ struct AttentionArgs {
     const void* k_cache;  // [pages, kv_heads, page_size, head_width]
     const void* v_cache;
     Dtype cache_dtype;
-    float* out;  // [tokens, heads, head_width]
+    void* out;  // [tokens, heads, head_width]
+    Dtype out_dtype;
     float* lse;  // [tokens, heads]
     int64_t heads, kv_heads, head_width, page_size;
     int64_t window;
