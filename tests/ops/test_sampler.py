@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from batchinfer import _ops
 from batchinfer.ops import SampleInput, SampleOutput
 from batchinfer.ops import reference_sampler as spec
-from batchinfer.ops.gpu import forbid
+from batchinfer.ops.device import forbid
 from batchinfer.ops.native import NativeOps
 from batchinfer.ops.reference import ReferenceOps
 
