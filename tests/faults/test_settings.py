@@ -269,6 +269,7 @@ def test_what_does_not_change_the_results_is_accepted(changes: dict[str, Any], h
         ({"engine.dtype": "fp32"}, "engine.dtype"),
         ({"engine.device": "reference"}, "engine.device"),
         ({"engine.device": "cpu"}, "engine.device"),
+        ({"engine.ops": "native"}, "engine.ops"),
     ],
 )
 @pytest.mark.feature("job", "another device, dtype or version: noted in the parts, refused with job.strict_resume")
@@ -280,7 +281,7 @@ def test_what_changes_results_slightly_is_noted_or_refused(
     refusal(place, field, changes | {"job.strict_resume": True})
     assert place.run({"job.strict_resume": True}) == 0
     part = pq.read_metadata(sorted(place.output.glob("part-*"))[0]).metadata[b"batchinfer"]
-    assert json.loads(part)["provenance"]["numeric"]["engine"] == {"device": "auto", "dtype": "auto"}
+    assert json.loads(part)["provenance"]["numeric"]["engine"] == dict.fromkeys(("device", "dtype", "ops"), "auto")
 
 
 def test_another_version_is_noted_or_refused(
