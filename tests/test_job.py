@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 import threading
 import time
@@ -17,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from fake_engine import POISON, FakeEngine, answer, identify_fake, load_fake
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,11 +24,8 @@ from batchinfer import job
 from batchinfer.cluster.world import World
 from batchinfer.config import MISSING, Config, from_dict, to_dict
 from batchinfer.data.audit import verify
-from batchinfer.data.convert import convert
-from batchinfer.data.export import export
 from batchinfer.data.prompts import row_seed
 from batchinfer.inquire import show_plan, show_status, show_verify
-from batchinfer.models.files import Block
 from batchinfer.types import ROW_BITS, ExitCode, JobError, Request
 
 
@@ -451,112 +446,3 @@ def test_an_interrupt_leaves_only_complete_parts(inputs: Path, tmp_path: Path) -
     assert 0 < len(parts(tmp_path / "out")) < 9
     assert show_verify(config) == ExitCode.INCOMPLETE
     assert run(config) == 0
-
-
-def loading(data: bytes, between: Callable[[], object] = lambda: None) -> Callable[..., FakeEngine]:
-    """A load_engine that gets ``data`` as weights, in blocks of ten bytes; ``between`` is called after each."""
-
-    def load(*_: Any, source: Any, **__: Any) -> FakeEngine:
-        blocks = [Block("weights", at, 10) for at in range(0, len(data), 10)]
-        read = lambda block, out: out.__setitem__(slice(None), data[block.offset : block.offset + 10])  # noqa: E731
-        assert source.value(lambda: "header") == "header"
-        got = b""
-        for view in source.stream(blocks, read):
-            got += view
-            between()
-        assert got == data
-        return FakeEngine()
-
-    return load
-
-
-@pytest.mark.feature(
-    "job", "the bytes of the weights are hashed as they are read: a change between two attempts is said"
-)
-def test_weights_that_changed_between_two_attempts(
-    inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    config = configure(inputs, tmp_path / "out")
-
-    def crash(*_: Any, **options: Any) -> FakeEngine:
-        loading(b"a" * 50)(**options)
-        return FakeEngine(fail_at_step=60)
-
-    with pytest.raises(JobError):
-        run(config, crash)
-    assert "batchinfer: weights 0.00 GB in 0.0 s" in capfd.readouterr().err
-    with pytest.raises(JobError, match=r"are not those that attempt 1 loaded .*; job\.strict_resume=false goes on"):
-        run(configure(inputs, tmp_path / "out", job__strict_resume=True), loading(b"b" * 50))
-    assert run(config, loading(b"b" * 50)) == ExitCode.COMPLETE
-    assert "the weights in fake are not those that attempt" in capfd.readouterr().err
-    ended = json.loads((tmp_path / "out" / "_batchinfer" / "attempts" / "000003.end.json").read_text())
-    assert (ended["weights"]["bytes"], ended["weights"]["read"], ended["weights"]["ranks"]) == (50, 50, 1)
-    provenance = [
-        json.loads(pq.read_metadata(part).metadata[b"batchinfer"])["provenance"]
-        for part in sorted((tmp_path / "out").glob("part-*.parquet"))
-    ]
-    assert provenance[-1]["weights"] == ended["weights"]["digest"]
-    assert len({entry["weights"] for entry in provenance}) == 2
-
-
-def test_a_signal_ends_the_loading(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    come: list[str] = []
-    monkeypatch.setattr(job.signals, "received", lambda: come[0] if come else None)
-    calls: list[None] = []
-
-    def between() -> None:
-        calls.append(None)
-        come.append("SIGUSR1")
-
-    config = configure(inputs, tmp_path / "out")
-    assert run(config, loading(b"a" * 500, between)) == ExitCode.INCOMPLETE
-    assert len(calls) == 1
-    come.clear()
-    assert run(config, loading(b"a" * 500)) == ExitCode.COMPLETE
-
-
-def test_openai_requests_in_and_results_out(tmp_path: Path) -> None:
-    """The settings that convert prints are those with which the job reads its file."""
-    requests = [
-        {"custom_id": f"r{i}", "url": "/v1/completions", "body": {"prompt": text, "max_tokens": 3 + i, "n": 1 + i % 2}}
-        for i, text in enumerate([*prompts(5), ""])
-    ]
-    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(request) for request in requests))
-    made = convert(str(tmp_path / "in.jsonl"), str(tmp_path / "in.parquet"))
-    values = [yaml.safe_load(setting.strip("'").partition("=")[2]) for setting in made.settings]
-    names = ["prompt_column", "columns", "sampling_columns"]
-    changes = {f"input__{name}": value for name, value in zip(names, values, strict=True)}
-    changes["job__max_error_fraction"] = 1.0
-    assert (
-        job.run(configure(tmp_path / "in.parquet", tmp_path / "out", **changes), World(), load_fake, identify_fake) == 0
-    )
-    assert export(str(tmp_path / "out"), str(tmp_path / "out.jsonl"), "openai") == 6
-    *results, failed = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [result["custom_id"] for result in results] == [f"r{i}" for i in range(5)]
-    for i, result in enumerate(results):
-        choices = result["response"]["body"]["choices"]
-        assert len(choices) == 1 + i % 2
-        assert all(choice["text"] for choice in choices)
-        assert result["response"]["body"]["usage"]["completion_tokens"] <= (3 + i) * len(choices)
-    assert (failed["custom_id"], failed["response"], failed["error"]["code"]) == ("r5", None, "EMPTY_PROMPT")
-
-
-def test_scores_of_continuations(inputs: Path, tmp_path: Path) -> None:
-    """Drained in the middle and gone on with, like every other job."""
-    changes = {"task__name": "score", "input__continuation_column": "prompt", "input__template": "{{ id }}:"}
-    output = tmp_path / "out"
-    config = configure(inputs, output, output__token_ids=True, **changes)
-    assert job.run(config, World(), load_fake, identify_fake) == 0
-    assert verify(str(output)).ok
-    table = pa.concat_tables([pq.read_table(part) for part in sorted(output.glob("part-*.parquet"))])
-    generated = ["logprob", "perplexity", "is_greedy", "prompt_tokens", "completion_tokens", "token_ids"]
-    assert table.column_names == ["id", "prompt", *generated, "token_logprobs", "status", "error_code", "error"]
-    for row in table.to_pylist():
-        tokens = row["prompt"].encode()
-        assert row["token_ids"] == list(tokens)
-        assert (row["prompt_tokens"], row["completion_tokens"]) == (len(f"{row['id']}:"), len(tokens))
-        assert row["logprob"] == pytest.approx(-sum(tokens) / 100, rel=1e-6)
-        assert row["perplexity"] == pytest.approx(math.exp(sum(tokens) / 100 / len(tokens)), rel=1e-6)
-        assert row["is_greedy"] is True
-    with pytest.raises(JobError, match="task"):
-        job.run(configure(inputs, output), World(), load_fake, identify_fake)
