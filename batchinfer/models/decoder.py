@@ -192,21 +192,13 @@ class Decoder:
 
 
 def _check_ops(spec: ModelSpec, ops: Ops) -> None:
-    """Raises ModelError where a backend is not so far as to have all ops of the model."""
-    needs = {
-        "layer_norm": spec.layer_norm,
-        "add": spec.parallel or not spec.pre_norm,
-        "softcap": spec.logit_softcap > 0,
-        "gelu_mul": spec.gated and spec.activation != "silu",
-        "activate": not spec.gated,
-        "mix_experts": spec.experts is not None,
-    }
-    lacking = [op for op, needed in needs.items() if needed and not hasattr(ops, op)]
+    """Raises ModelError where the backend is not so far as to have all ops of the model."""
+    needs = {"mix_experts": spec.experts is not None, "norm of all heads": spec.qk_norm == "all"}
+    lacking = sorted(op for op in ops.lacks if needs[op])
     if lacking:
-        raise ModelError(
-            f"{spec.architecture} needs {', '.join(lacking)}, which is not there for {ops.device.type}: "
-            "set engine.device=cpu"
-        )
+        others = "engine.device=cpu" if "mix_experts" in lacking else "engine.ops=triton, or engine.device=cpu"
+        needed = f"{spec.architecture} needs {', '.join(lacking)}, which {type(ops).__name__} has not got yet"
+        raise ModelError(f"{needed}: set {others}")
 
 
 def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops) -> tuple:

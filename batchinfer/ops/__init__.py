@@ -26,6 +26,10 @@ Activation = Literal["gelu", "gelu_tanh", "relu"]
 """Functions of an MLP without a gate."""
 
 
+Lack = Literal["mix_experts", "norm of all heads"]
+"""Ops, and an option of ``rope_and_cache``, that not every backend has."""
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary embedding (Su et al. 2021, arXiv:2104.09864), first half against second half of the rotated width.
@@ -123,6 +127,8 @@ class Ops(Protocol):
     """What a backend provides. Raises ValueError on shapes or dtypes outside the contract."""
 
     device: torch.device
+    lacks: frozenset[Lack]
+    """What of the below this backend has not got yet."""
 
     def activations(self, weights: torch.dtype) -> torch.dtype:
         """The dtype of q, the residual stream and what ``linear`` gives, where weights and cache have ``weights``."""

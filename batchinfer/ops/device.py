@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from batchinfer.ops import Activation, AttentionInput, HeadNorm, Rope, SampleInput, SampleOutput
+from batchinfer.ops import Activation, AttentionInput, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.fields import SAMPLE_FIELDS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,6 +44,8 @@ class DeviceOps(ABC):
 
     Raises ValueError on shapes and dtypes.
     """
+
+    lacks: frozenset[Lack] = frozenset({"mix_experts"})
 
     def __init__(self, device: torch.device):
         self.device = device

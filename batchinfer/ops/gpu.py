@@ -43,6 +43,8 @@ class GpuOps(DeviceOps):
     """The ops on ``device``, on torch's current stream, by ``extension``: see :func:`open_gpu`. Raises ValueError on
     shapes and dtypes."""
 
+    lacks = DeviceOps.lacks | {"norm of all heads"}
+
     def __init__(self, device: torch.device, extension: ModuleType):
         super().__init__(device)
         self._gpu = extension

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Rope, SampleInput, SampleOutput
+from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.experts import mix_by_expert
 from batchinfer.ops.fields import SAMPLE_FIELDS
 
@@ -35,6 +35,8 @@ class NativeOps:
     "avx512bf16", "generic"); "" is $BATCHINFER_ISA, or the best one. Calls must not overlap in time: one thread pool
     works on one op. Raises RuntimeError where the extension lacks the device, ValueError for an unusable ``isa``.
     """
+
+    lacks: frozenset[Lack] = frozenset()
 
     def __init__(self, device: str = "cpu", threads: int = 0, isa: str = ""):
         self._cpu = _extension(device).Cpu(threads, isa)

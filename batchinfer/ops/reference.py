@@ -12,12 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Rope, SampleInput, SampleOutput
+from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.reference_sampler import sample
 
 
 class ReferenceOps:
     """All ops of :class:`batchinfer.ops.Ops`. Computes in ``dtype`` and rounds once, into the given output."""
+
+    lacks: frozenset[Lack] = frozenset()
 
     def __init__(self, dtype: torch.dtype = torch.float32):
         self.dtype = dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from batchinfer.models.files import ModelError
 from batchinfer.models.spec import load_spec
 from batchinfer.models.weights import load_weights
 from batchinfer.ops import AttentionInput, Ops
+from batchinfer.ops.gpu import GpuOps
 from batchinfer.ops.reference import ReferenceOps
 
 PAGE_SIZE = 4
@@ -104,12 +106,11 @@ def test_float64_ops_leave_only_the_rounding_of_activations(tiny: Callable[[str]
 
 
 def test_a_backend_without_an_op_of_the_model_says_so(tiny: Callable[[str], TinyModel]) -> None:
-    class Few:
-        device = torch.device("meta")
-        activate = add = None
-
-    with pytest.raises(ModelError, match="GPTNeoXForCausalLM needs layer_norm, which is not there for meta"):
-        make(tiny("gpt-neox"), Few(), torch.float32)  # type: ignore[arg-type]
+    gpu = GpuOps(torch.device("cpu"), ModuleType("no extension"))
+    with pytest.raises(ModelError, match=r"Olmo2.* norm of all heads, which GpuOps has not got yet: set engine\.ops=t"):
+        make(tiny("olmo2"), gpu, torch.float32)
+    with pytest.raises(ModelError, match=r"Mixtral.* mix_experts, which GpuOps has not got yet: set engine\.d"):
+        make(tiny("mixtral"), gpu, torch.float32)
 
 
 def test_a_step_without_samples_gives_no_logits(tiny: Callable[[str], TinyModel]) -> None:
