@@ -3,8 +3,10 @@ Event Format". What the host does in a step is one track, what the device comput
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 from pathlib import PurePath
 
 from batchinfer.types import ExitCode, JobError
@@ -35,6 +37,7 @@ class Trace:
             for tid, track in enumerate(TRACKS)
         ]
         self._separator = "[\n"
+        self._ended = False
 
     def span(self, track: str, name: str, begin: float, end: float, **args: int) -> None:
         """Something that lasted from ``begin`` to ``end``, seconds of time.perf_counter(); on one track spans follow or
@@ -48,10 +51,18 @@ class Trace:
     def close(self) -> None:
         """Write the rest. Once, and the last call."""
         self._write("\n]\n")
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _write(self, end: str = "") -> None:
         text = ",\n".join(json.dumps(line) for line in self._lines)
-        self._file.write((self._separator + text if text else "") + end)
-        self._separator = ",\n"
         self._lines = []
+        if self._ended:
+            return
+        try:
+            self._file.write((self._separator + text if text else "") + end)
+            self._file.flush()
+        except OSError as error:
+            self._ended = True
+            print(f"batchinfer: engine.profile={self._file.name} ends here: {error}", file=sys.stderr, flush=True)
+        self._separator = ",\n"

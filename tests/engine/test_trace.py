@@ -65,3 +65,11 @@ def test_phases_lie_in_steps_and_device_steps_follow_each_other(tmp_path: Path) 
     assert all(a[1] <= b[0] + 0.002 for a, b in pairwise(device))
     seconds = sum(end - begin for begin, end in device) / 1e6
     assert seconds == pytest.approx(stats.prefill.seconds + stats.decode.seconds, rel=1e-3)
+
+
+def test_a_full_file_system_ends_the_trace_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
+    trace = Trace("/dev/full")
+    for i in range(2 * BUFFERED + 3):
+        trace.span("host", "step", i, i + 0.5)
+    trace.close()
+    assert capfd.readouterr().err.count("engine.profile=/dev/full ends here: [Errno 28]") == 1
