@@ -52,7 +52,7 @@ class Gpus:
     """``installed``: device name of the vendor -> GPUs of his on the PCI bus, whether or not a driver shows them.
     ``driver``: version of NVIDIA's driver, and ``supports``, the newest CUDA that it runs ("13.0"); "" without one.
     ``visible``: what the driver shows here. ``usable``: the extension and torch together can use so many, and
-    ``reason`` why none."""
+    ``reason`` why none. ``triton``: Triton is installed, whose kernels serve a build without ones of its own."""
 
     installed: dict[str, int]
     driver: str = ""
@@ -60,6 +60,7 @@ class Gpus:
     visible: tuple[Gpu, ...] = ()
     usable: int = 0
     reason: str = ""
+    triton: bool = False
 
 
 @dataclass(frozen=True)

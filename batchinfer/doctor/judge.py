@@ -11,7 +11,10 @@ from batchinfer.doctor.facts import VENDORS, Facts, FileSystem
 from batchinfer.types import JobError
 
 SUPPORTED = ("cuda",)
-"""Devices beside the CPU that this release has kernels for."""
+"""Devices beside the CPU that this release can be built for."""
+
+RUNS_TRITON = ("cuda", "rocm")
+"""Devices on which the engine can run Triton's kernels."""
 
 REBUILD = "BATCHINFER_DEVICE={} pip install --force-reinstall --no-deps --no-build-isolation ."
 
@@ -62,18 +65,28 @@ def instruction_set(facts: Facts) -> Iterator[Finding]:
 
 
 def missing_gpu(facts: Facts) -> Iterator[Finding]:
-    """GPUs that stay unused because the build has no kernels for them: never silently a job on the CPU."""
-    build, gpus = facts.build, facts.gpus
+    """GPUs for which the build has no kernels: a job takes Triton's, or leaves them idle (ops/choice.py)."""
+    build, gpus, torch = facts.build, facts.gpus, facts.torch
     for device, count in gpus.installed.items():
-        if build.error or not count or device == build.device or build.device != "cpu":
+        if build.error or not count or build.device != "cpu":
             continue
         node = f"this node has {count} GPU{'s' * (count > 1)} of {VENDORS[device]}"
-        if device in SUPPORTED:
+        rebuild = REBUILD.format(device) if device in SUPPORTED else ""
+        meant = "engine.device=cpu, if that is meant"
+        if torch.device == device and gpus.usable and gpus.triton and device in RUNS_TRITON:
+            text = f"{node}, and this build has no kernels for them: jobs take Triton's, which have run on no GPU yet"
+            yield Finding(False, "gpu", text, " or ".join(filter(None, [rebuild, meant])))
+        elif torch.device == device and gpus.usable:
+            text = f"{node}, and neither this build nor Triton has kernels for them: jobs stop at once"
+            install = "pip install triton" if device in RUNS_TRITON else ""
+            yield Finding(True, "gpu", text, " or ".join(filter(None, [rebuild, install, meant])))
+        elif device in SUPPORTED:
             text = f"{node}, and this build computes on the CPU alone: a job would leave them idle"
-            yield Finding(True, "gpu", text, REBUILD.format(device) + " (or give engine.device=cpu, if that is meant)")
+            yield Finding(True, "gpu", text, f"{rebuild} (or give {meant})")
         else:
-            text = f"{node}, for which this release has no kernels: jobs compute on the CPU"
-            yield Finding(False, "gpu", text, "use nodes with NVIDIA GPUs, or CPU nodes")
+            text = f"{node}, and neither this build nor torch {torch.version} can use them: jobs compute on the CPU"
+            install = f"install a torch for {device}, with Triton" if device in RUNS_TRITON else "use other nodes"
+            yield Finding(False, "gpu", text, f"{install}; or give {meant}")
 
 
 def gpu_build(facts: Facts) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from batchinfer.cluster.launch import srun_mpi_type
 from batchinfer.cluster.world import mpi_library
 from batchinfer.doctor.facts import Build, Gpu, Gpus, Mpi, Torch
 from batchinfer.doctor.system import installed_gpus, nvidia_driver
+from batchinfer.ops import choice
 from batchinfer.ops.choice import find_gpus, torch_build
 
 VARIABLES = re.compile(
@@ -49,11 +50,9 @@ def torch() -> Torch:
 
 def gpus(loaded: Torch) -> Gpus:
     supports, visible = nvidia_gpus()
-    usable, reason = 0, "torch can't be imported"
-    if not loaded.error:
-        found = find_gpus()
-        usable, reason = found.count, found.reason
-    return Gpus(installed_gpus(), nvidia_driver() or ("unknown" if supports else ""), supports, visible, usable, reason)
+    found = choice.Gpus(reason="torch can't be imported") if loaded.error else find_gpus()
+    driver = nvidia_driver() or ("unknown" if supports else "")
+    return Gpus(installed_gpus(), driver, supports, visible, found.count, found.reason, found.triton)
 
 
 def nvidia_gpus() -> tuple[str, tuple[Gpu, ...]]:

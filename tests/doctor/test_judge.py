@@ -30,9 +30,14 @@ CRAY = "MPI VERSION    : CRAY MPICH version 8.1.29.30"
 UNFIT = {
     "no extension": (change(LOGIN, build={"error": "No module named 'batchinfer._ops'"}), "plan, status", "=cpu pip"),
     "a CPU build on a GPU node": (
-        replace(GPU_NODE, build=CPU_BUILD),
+        replace(GPU_NODE, build=CPU_BUILD, torch=CPU_TORCH),
         "4 GPUs of NVIDIA, and this build computes on the CPU alone",
         "BATCHINFER_DEVICE=cuda pip install",
+    ),
+    "a CPU build on a GPU node, with a torch for GPUs and no Triton": (
+        replace(GPU_NODE, build=CPU_BUILD),
+        "4 GPUs of NVIDIA, and neither this build nor Triton has kernels for them",
+        "or pip install triton or engine.device=cpu",
     ),
     "a GPU build on a login node": (change(GPU_NODE, gpus=NO_GPUS), "none of NVIDIA on this node", "--gpus-per-node"),
     "a CUDA build on an AMD node": (
@@ -135,8 +140,18 @@ REMARKS = {
     ),
     "GPUs of a vendor without kernels": (
         change(LOGIN, gpus={"installed": {"rocm": 8}}),
-        "8 GPUs of AMD, for which this release has no kernels",
-        "NVIDIA",
+        "8 GPUs of AMD, and neither this build nor torch 2.9.0+cpu can use them",
+        "install a torch for rocm, with Triton",
+    ),
+    "GPUs that take Triton's kernels": (
+        change(LOGIN, gpus={"installed": {"rocm": 8}, "usable": 8, "triton": True}, torch={"device": "rocm"}),
+        "8 GPUs of AMD, and this build has no kernels for them: jobs take Triton's",
+        "engine.device=cpu, if that is meant",
+    ),
+    "GPUs that nothing runs on": (
+        change(LOGIN, gpus={"installed": {"xpu": 2}}),
+        "2 GPUs of Intel, and neither this build nor torch",
+        "use other nodes",
     ),
     "srun but no MPI": (change(LOGIN, mpi={**SRUN, "error": "libmpi.so.12: not found"}), "libmpi.so.12", "mpi4py"),
     "no common language with srun": (
