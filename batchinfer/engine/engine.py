@@ -102,10 +102,15 @@ class Engine:
         self._open += 1
         if request.scored_from is not None:
             request = replace(request, sampling=SCORING)
-        error = self._refusal(request)
+        error, constraints = self._refusal(request), []
         if error is None:
             try:
-                self._add_samples(request)
+                constraints = self._constraints_of(request)
+            except ValueError as reason:
+                error = RowError(ErrorCode.BAD_CONSTRAINT, str(reason))
+        if error is None:
+            try:
+                self._add_samples(request, constraints)
             except ValueError as reason:  # of the first sample already: all are alike
                 error = RowError(
                     ErrorCode.KV_CAPACITY,
@@ -116,7 +121,7 @@ class Engine:
         else:
             self._refused.append(Completion(request.id, len(request.prompt), error=error))
 
-    def _add_samples(self, request: Request) -> None:
+    def _add_samples(self, request: Request, constraints: list[Constraint | None]) -> None:
         params = request.sampling
         owner = OpenRequest(request, [None] * params.n, params.n)
         for index in range(params.n):
@@ -138,13 +143,13 @@ class Engine:
             )
             self._next_id += 1
             self._dependent += params.penalised or params.constrained
-            sequence = self._sequences[seq_id] = Sequence(owner, index, unstack(before))
-            sequence.constraint = self._constraint(params, before)
+            sequence = Sequence(owner, index, unstack(before), constraint=constraints[index])
+            self._sequences[seq_id] = sequence
             if request.scored_from is not None:
                 self._scored += 1
                 sequence.scores = no_scores(len(request.prompt) - request.scored_from)
             if params.stop or params.logprobs is not None:
-                self._watched[seq_id] = self._sequences[seq_id]
+                self._watched[seq_id] = sequence
 
     def step(self) -> list[Completion]:
         """Start one step, and take the tokens of the oldest under way if the runner needs them taken; return the
@@ -314,19 +319,15 @@ class Engine:
             self._check_so_far(request)
         except ValueError as error:
             return RowError(ErrorCode.BAD_SAMPLING, str(error))
-        try:
-            for before in request.so_far or (None,):
-                self._constraint(request.sampling, before)
-        except ValueError as error:
-            return RowError(ErrorCode.BAD_CONSTRAINT, str(error))
         return None
 
-    def _constraint(self, params: SamplingParams, before: Sample | None) -> Constraint | None:
-        """A sample's, after the tokens that it has. ValueError says what is wrong with it."""
-        constraint = self._constraints.constraint(params)
-        if constraint is not None and before is not None:
-            constraint.take(before.token_ids)
-        return constraint
+    def _constraints_of(self, request: Request) -> list[Constraint | None]:
+        """Each sample's, after the tokens that it has. ValueError says what is wrong with it."""
+        constraints = [self._constraints.constraint(request.sampling) for _ in range(request.sampling.n)]
+        for constraint, before in zip(constraints, request.so_far, strict=False):
+            if constraint is not None and not before.finish_reason:
+                constraint.take(before.token_ids)
+        return constraints
 
     def _check_so_far(self, request: Request) -> None:
         """ValueError unless the samples that the request brings along are those of an interrupted one."""
