@@ -10,6 +10,7 @@ Pure: no torch, no clock. A request's tokens don't depend on the order, so that 
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -65,7 +66,7 @@ def make_plan(prompts: Sequence[np.ndarray], rank: np.ndarray, after: np.ndarray
             group[member] = name
             continue
         if member.shared and member.size >= SIBLINGS:
-            name = hash(prompts[_first(member)][: member.shared].tobytes())
+            name = zlib.crc32(prompts[_first(member)][: member.shared].tobytes()) + 1  # the same in every process
         todo += [(inner, name) for inner in sorted(member.members, key=lambda m: _rank(m, rank), reverse=True)]
     return Plan(np.array([i for i in order if i < count], np.int64), group[:count])
 
