@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import torch
 
-from batchinfer import ops as op_list
 from batchinfer.config import EngineConfig
 from batchinfer.engine.memory import cpu_count
 from batchinfer.engine.roofline import Ceilings
+from batchinfer.ops.choice import choose, find_gpus
+from batchinfer.types import ExitCode, JobError
 
 SECONDS = 0.25
 """Each measurement is repeated for so long, and the fastest counts: other processes take slices of some 10 ms."""
@@ -26,8 +27,11 @@ GPU_BYTES, GPU_SIDE = 2**30, 8192
 def measure(config: EngineConfig, dtype: torch.dtype) -> Ceilings:
     """The ceilings of the engine's device for weights of ``dtype``: the faster of reading and of copying a vector, and
     the rate of a product of square matrices (on a CPU the better one of ``dtype`` and float32, because a CPU without
-    instructions for bfloat16 computes in float32). RuntimeError as from ops.load."""
-    device = op_list.load(config.device, config.threads).device
+    instructions for bfloat16 computes in float32). JobError (69) where the build or the node lacks the device."""
+    try:
+        device = torch.device(choose(config.device, config.ops, find_gpus).device)
+    except RuntimeError as error:
+        raise JobError(f"engine.device={config.device}: {error}", ExitCode.UNFIT) from None
     gpu = device.type != "cpu"
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or cpu_count())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from engine.tiny_engine import SPEC, VOCAB, make_decoder, make_engine, run
 
@@ -12,7 +13,7 @@ from batchinfer.engine.probe import measure
 from batchinfer.engine.roofline import Ceilings, Costs, least_seconds
 from batchinfer.models.layout import num_parameters
 from batchinfer.models.model_spec import ExpertSpec
-from batchinfer.types import Request, SamplingParams, StepWork
+from batchinfer.types import ExitCode, JobError, Request, SamplingParams, StepWork
 
 
 def test_the_costs_of_llama_3_8b() -> None:
@@ -56,6 +57,14 @@ def test_an_engine_counts_what_its_steps_compute() -> None:
     assert prefill.seconds > 0 < decode.seconds
     assert engine.stats().device_idle > 0
     assert engine.stats().pages_peak == 4 + 2  # pages of 4 tokens, of 14 and 7 positions
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(JobError, match=r"engine\.device=cuda: ") as caught:
+        measure(EngineConfig(device="cuda"), torch.float32)
+    assert caught.value.exit_code == ExitCode.UNFIT
 
 
 def test_ceilings_are_measured_and_plausible() -> None:
