@@ -324,6 +324,9 @@ def _check_task(value: dict[str, Any]) -> None:
         raise _refused("task.name", task, "it needs the column to score: give input.continuation_column=NAME")
     if task != "score" and column is not None:
         raise _refused("input.continuation_column", column, "only task=score looks at it: give that, or set it to null")
+    if task == "score" and value["input.sampling_columns"]:
+        reason = "the task score chooses no tokens: leave it out"
+        raise _refused("input.sampling_columns", dict(value["input.sampling_columns"]), reason)
     if task == "score" and value["input.retry_errors_of"] is not None:
         raise _refused("input.retry_errors_of", value["input.retry_errors_of"], "it takes over generated rows alone")
 

@@ -66,6 +66,9 @@ def test_missing_paths_are_named_together() -> None:
     check(Config(), required=())
 
 
+SCORE = {"task.name": "score", "input.continuation_column": "y"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -96,6 +99,12 @@ def test_missing_paths_are_named_together() -> None:
         ({"input.prompt_column": ""}, "input.prompt_column='' is not allowed: it is empty"),
         ({"input.template": ""}, "input.template='' is not allowed: it is empty"),
         ({"input.sampling_columns": {"max_toks": "x"}}, "input.sampling_columns.max_toks='x' is not allowed"),
+        ({"task.name": "score"}, "task.name='score' is not allowed: it needs the column to score"),
+        ({"input.continuation_column": "y"}, "only task=score looks at it"),
+        (SCORE | {"input.sampling_columns": {"n": "n"}}, "the task score chooses no tokens"),
+        (SCORE | {"input.retry_errors_of": "old"}, "it takes over generated rows alone"),
+        ({"sampling.regex": "a", "sampling.choice": ("b",)}, "sampling.regex and choice are both given"),
+        ({"sampling.regex": "a", "sampling.ignore_eos": True}, "sampling.regex ends the text where it is complete"),
         ({"output.path": "i/out"}, "output.path='i/out' is not allowed: it lies within input.path=i"),
         ({"output.path": "./i/"}, "it lies within input.path=i"),
     ],
