@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gpu.backend import put
+from ops.sampler_cases import assert_as_reference, edits, logits_of, plain
 
 from batchinfer.ops import SampleInput
 from batchinfer.ops.reference import ReferenceOps
@@ -23,44 +24,8 @@ def on_device(inputs: SampleInput) -> SampleInput:
     return SampleInput(**moved, num_logprobs=inputs.num_logprobs)
 
 
-def plain(rows: int, seed: int = 0, **given: float) -> SampleInput:
-    """Temperature 1 and no filter, unless given."""
-    random = np.random.default_rng(seed)
-    value = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | given
-    dtype = {"top_k": torch.int32}
-    return SampleInput(
-        **{name: torch.full((rows,), v, dtype=dtype.get(name, torch.float32)) for name, v in value.items()},
-        seed=torch.from_numpy(random.integers(-(2**63), 2**63 - 1, rows)),
-        position=torch.from_numpy(random.integers(0, 5000, rows).astype(np.int32)),
-    )
-
-
-def logits_of(kind: str, rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
-    random = np.random.default_rng(seed)
-    x = random.standard_normal((rows, vocab)).astype(np.float32)
-    if kind == "peaked":
-        x = x * 3 + 12 * (random.random((rows, vocab)) < 5 / vocab)
-    if kind == "ties":
-        x = np.round(x * 2) / 2
-    if kind == "flat":
-        x = x * 1e-3
-    if kind == "holes":
-        x[random.random((rows, vocab)) < 0.3] = -np.inf
-        x[random.random((rows, vocab)) < 0.05] = np.nan
-        x[0], x[1, 7] = -np.inf, np.inf
-    return torch.from_numpy(x.astype(np.float32))
-
-
 def assert_same(gpu, logits: torch.Tensor, inputs: SampleInput) -> None:
-    want = ReferenceOps().sample(logits.clone(), inputs)
-    got = gpu.sample(put(logits), on_device(inputs))
-    assert got.tokens.tolist() == want.tokens.tolist()
-    if inputs.num_logprobs is None:
-        assert got.chosen is None
-        return
-    assert torch.equal(got.top_ids.cpu(), want.top_ids)
-    torch.testing.assert_close(got.chosen.cpu(), want.chosen, rtol=1e-5, atol=1e-5, equal_nan=True)
-    torch.testing.assert_close(got.top.cpu(), want.top, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert_as_reference(gpu.sample(put(logits), on_device(inputs)), logits, inputs)
 
 
 @pytest.mark.parametrize("kind", ["normal", "peaked", "ties", "flat", "holes"])
@@ -108,33 +73,9 @@ def test_odd_vocabularies(gpu):
 
 @pytest.mark.parametrize("vocab", [500, 20_000])
 def test_penalties_bans_and_logprobs(gpu, vocab):
-    rows = 8
-    random = np.random.default_rng(2)
-    sizes = np.array([0, 1, 10, 3000, 50, 0, 700, 2])
-    start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-    banned = np.array([0, 3, 0, 1, 200, 0, 2, 5])
-    banned_start = np.concatenate([[0], np.cumsum(banned)]).astype(np.int32)
-    logits = logits_of("peaked", rows, vocab)
-
-    def ids(count: int) -> torch.Tensor:
-        return torch.from_numpy(random.integers(0, min(vocab, 300), count).astype(np.int32))
-
-    inputs = replace(
-        plain(rows, temperature=0.7),
-        penalties=tuple(
-            torch.from_numpy(random.uniform(*r, rows).astype(np.float32)) for r in ((0.5, 2), (-1, 2), (0, 1))
-        ),
-        history_ids=ids(sizes.sum()),
-        history_start=torch.from_numpy(start),
-        history_prompt=torch.from_numpy((sizes // 3).astype(np.int32)),
-        allowed=torch.from_numpy(random.integers(-(2**31), 2**31, (rows, -(-vocab // 32))).astype(np.int32)),
-        banned_ids=ids(banned.sum()),
-        banned_start=torch.from_numpy(banned_start),
-        num_logprobs=torch.tensor([-1, 0, 5, 64, 1, 2, 20, -1], dtype=torch.int32),
-    )
-    assert_same(gpu, logits, inputs)
-    assert_same(gpu, logits, replace(inputs, num_logprobs=None, banned_ids=None, banned_start=None))
-    assert_same(gpu, logits, replace(plain(rows), num_logprobs=inputs.num_logprobs))
+    logits = logits_of("peaked", 8, vocab)
+    for inputs in edits(vocab, longest=3000):
+        assert_same(gpu, logits, inputs)
 
 
 @pytest.mark.parametrize("kind", ["flat", "ties"])

@@ -9,24 +9,15 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from gpu.test_gpu_sample import logits_of, plain
+from ops.sampler_cases import assert_as_reference, edits, logits_of, plain
 
 from batchinfer.ops import SampleInput
 from batchinfer.ops import reference_sampler as spec
-from batchinfer.ops.reference import ReferenceOps
 from batchinfer.ops.triton import exact
 
 
 def assert_same(ops, logits: torch.Tensor, inputs: SampleInput) -> None:
-    want = ReferenceOps().sample(logits.clone(), inputs)
-    got = ops.sample(logits.clone(), inputs)
-    assert got.tokens.tolist() == want.tokens.tolist()
-    if inputs.num_logprobs is None:
-        assert got.chosen is None
-        return
-    assert torch.equal(got.top_ids, want.top_ids)
-    torch.testing.assert_close(got.chosen, want.chosen, rtol=1e-5, atol=1e-5, equal_nan=True)
-    torch.testing.assert_close(got.top, want.top, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert_as_reference(ops.sample(logits.clone(), inputs), logits, inputs)
 
 
 @triton.jit
@@ -101,33 +92,9 @@ def test_no_rows(ops):
 
 
 def test_penalties_bans_and_logprobs(ops):
-    rows, vocab = 8, 500
-    random = np.random.default_rng(2)
-    sizes = np.array([0, 1, 10, 1500, 50, 0, 700, 2])
-    start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-    banned = np.array([0, 3, 0, 1, 200, 0, 2, 5])
-    banned_start = np.concatenate([[0], np.cumsum(banned)]).astype(np.int32)
-    logits = logits_of("holes", rows, vocab)
-
-    def ids(count: int) -> torch.Tensor:
-        return torch.from_numpy(random.integers(0, 300, count).astype(np.int32))
-
-    inputs = replace(
-        plain(rows, temperature=0.7),
-        penalties=tuple(
-            torch.from_numpy(random.uniform(*r, rows).astype(np.float32)) for r in ((0.5, 2), (-1, 2), (0, 1))
-        ),
-        history_ids=ids(sizes.sum()),
-        history_start=torch.from_numpy(start),
-        history_prompt=torch.from_numpy((sizes // 3).astype(np.int32)),
-        allowed=torch.from_numpy(random.integers(-(2**31), 2**31, (rows, -(-vocab // 32))).astype(np.int32)),
-        banned_ids=ids(banned.sum()),
-        banned_start=torch.from_numpy(banned_start),
-        num_logprobs=torch.tensor([-1, 0, 5, 64, 1, 2, 20, -1], dtype=torch.int32),
-    )
-    assert_same(ops, logits, inputs)
-    assert_same(ops, logits, replace(inputs, num_logprobs=None, banned_ids=None, banned_start=None))
-    assert_same(ops, logits, replace(plain(rows), num_logprobs=inputs.num_logprobs))
+    logits = logits_of("holes", 8, 500)
+    for inputs in edits(500, longest=1500):
+        assert_same(ops, logits, inputs)
 
 
 @pytest.mark.parametrize("kind", ["flat", "ties"])
