@@ -63,11 +63,11 @@ def convert(source: str, target: str) -> Converted:
 
     JobError(66): ``source`` cannot be read, with the line; (73): ``target`` exists or cannot be written.
     """
-    schema, tables, settings = _open(os.path.expanduser(source))
     rows = 0
     with file_for("convert.path", os.path.expanduser(target)) as fd, open(fd, "wb", closefd=False) as file:
+        schema, tables, settings = _open(os.path.expanduser(source))
         with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
-            for table in tables:
+            for table in _readable(source, tables):
                 writer.write_table(table, row_group_size=max(table.num_rows, 1))
                 rows += table.num_rows
     return Converted(target, rows, schema.names, settings)
@@ -90,8 +90,20 @@ def _open(source: str) -> tuple[pa.Schema, Iterator[pa.Table], list[str]]:
             schema = _schema_of_lines(source)
             tables = (_read(block, schema) for block in _blocks(source))
     except (OSError, pa.ArrowException) as error:
-        raise JobError(f"input.path={source} cannot be read: {error}", ExitCode.INPUT) from None
+        raise _unreadable(source, error) from None
     return schema, tables, settings
+
+
+def _readable(source: str, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The tables; what goes wrong with them is the input's fault, not the output's."""
+    try:
+        yield from tables
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(source, error) from None
+
+
+def _unreadable(source: str, error: Exception) -> JobError:
+    return JobError(f"input.path={source} cannot be read: {str(error).splitlines()[0]}", ExitCode.INPUT)
 
 
 # Lines

@@ -101,6 +101,7 @@ class Decoder:
         self.spec, self.ops, self.dtype = spec, ops, dtype
         self.layers, self.embed, self.positions, self.norm, self.head = _assemble(spec, weights, ops)
         self.kinds = spec.layer_kinds(max_positions)
+        self.different_kinds = tuple(dict.fromkeys(self.kinds))
         tables = {"global": spec.rope, "local": spec.local_rope}
         self.ropes = {
             name: Rope(torch.from_numpy(rope.table(max_positions)).to(ops.device))
@@ -154,7 +155,7 @@ class Decoder:
         scale = spec.score_scale or spec.head_dim**-0.5
         plans = {
             window: ops.plan_attention(step.attention, spec.heads, cache.k[0], window)
-            for window in sorted({kind.window for kind in self.kinds})
+            for window in {kind.window for kind in self.different_kinds}
         }
         return {
             kind: Attention(
@@ -165,7 +166,7 @@ class Decoder:
                 scale,
                 spec.score_softcap,
             )
-            for kind in set(self.kinds)
+            for kind in self.different_kinds
         }
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -144,6 +144,17 @@ def test_a_datasets_folder(tmp_path: Path) -> None:
     assert str(table.schema.field("text").type) == "string"
 
 
+def test_a_damaged_stream_is_the_inputs_fault(tmp_path: Path) -> None:
+    schema = pa.schema([("text", pa.string())])
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+        stream.write_table(pa.table({"text": ["x" * 1000]}, schema=schema))
+    whole = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "b.arrow").write_bytes(whole[: len(whole) // 2])
+    names = [{"filename": name} for name in ("a.arrow", "b.arrow")]
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": names}))
+    assert "cannot be read" in refusal(str(tmp_path), tmp_path / "out.parquet")
+
+
 def test_what_is_no_source(tmp_path: Path) -> None:
     assert "no state.json" in refusal(str(tmp_path), tmp_path / "out.parquet")
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
