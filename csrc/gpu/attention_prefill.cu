@@ -245,6 +245,7 @@ template <class T, int E, bool kExtended>
 __device__ __forceinline__ void store_rows(WarpRows<T, E, kExtended>& state, unsigned char* queries,
                                            const AttentionArgs& a, const Rows& rows) {
     const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kMTiles * 16;
+    __syncwarp();  // after the last products, whose lanes read each other's rows
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
