@@ -24,6 +24,7 @@ from batchinfer.engine.planner import shared_tokens
 from batchinfer.engine.probe import measure
 from batchinfer.engine.roofline import Ceilings, Costs, least_seconds
 from batchinfer.feed import steps
+from batchinfer.models.pool_spec import pool_spec
 from batchinfer.models.spec import load_spec
 from batchinfer.types import Chunk, EngineStats, Request, StepWork
 from batchinfer.workloads import make_requests
@@ -41,7 +42,7 @@ def main(config: Config) -> int:
     named = config.bench.workload != "none"
     dtype = DTYPES[config.engine.dtype]
     ceilings = measure(config.engine, dtype)
-    costs = Costs.of(load_spec(config.model.path), dtype.itemsize)
+    costs, pool = Costs.of(load_spec(config.model.path), dtype.itemsize), pool_spec(config)
     for repetition in range(config.bench.repeat):
         start = time.perf_counter()
         engine = load_engine(
@@ -49,6 +50,7 @@ def main(config: Config) -> int:
             config.engine,
             threads=config.engine.threads,
             tokenizer=NoText() if named else None,  # type: ignore[arg-type]
+            pool=pool,
         )
         load_seconds = time.perf_counter() - start
         if named:
@@ -105,9 +107,7 @@ def _warm_up(requests: Sequence[Request], max_slots: int) -> list[Request]:
 def _requests(config: Config, engine: Engine) -> list[Request]:
     files = list_inputs(config.input.path)
     check_input(files, config.input)
-    builder = PromptBuilder(
-        config.input, config.sampling, engine.tokenizer, engine.max_seq_len, run_seed=config.sampling.seed
-    )
+    builder = PromptBuilder.of(config, engine.tokenizer, engine.max_seq_len)
     limit = config.bench.rows or sum(file.rows for file in files)
     requests: list[Request] = []
     for file in files:

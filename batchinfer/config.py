@@ -29,9 +29,35 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What is computed for a row: ``generate`` continues its prompt, ``score`` looks at a given continuation."""
+    """What is computed for a row: ``generate`` continues its prompt, ``score`` looks at a given continuation, ``embed``
+    makes a vector of it, ``classify`` tells its class, ``rerank`` how well a document answers a query. ``activation``:
+    what makes probabilities of the values of the latter two."""
 
     name: str = "generate"
+    activation: str = "auto"
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Of the task embed. ``pooling`` "auto": what the model's folder says (1_Pooling/config.json), else the last token.
+    ``dimensions`` > 0: so many first ones are kept (Matryoshka; Kusupati et al. 2022, arXiv:2205.13147), before a
+    vector is brought to length 1 (``normalize``)."""
+
+    pooling: str = "auto"
+    dimensions: int = 0
+    normalize: bool = True
+
+
+@dataclass(frozen=True)
+class RerankConfig:
+    """Of the task rerank. ``template`` (Jinja over query, document and ``instruction``: the text, or the path of a .j2
+    or .jinja file) makes the prompt of a pair; None: both texts as the model's tokenizer joins them. ``yes_token`` and
+    ``no_token``: those whose logits tell the relevance, of a model that has no classification head."""
+
+    template: str | None = None
+    instruction: str = "Given a web search query, retrieve relevant passages that answer the query"
+    yes_token: str | None = None
+    no_token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,10 +67,11 @@ class InputConfig:
     ``path`` is a Parquet file, a folder (hive partitions become columns) or a glob. The prompt is ``prompt_column``
     unless one of ``messages_column`` (list<struct<role, content>>), ``template`` (Jinja over the columns: the text, or
     the path of a .j2 or .jinja file) or ``token_ids_column`` (list<int>) is given. ``continuation_column`` holds the
-    text that the task score looks at. ``columns`` None passes all input
-    columns through to the output. ``sampling_columns`` maps a field of SamplingParams to the column that overrides it
-    row by row. ``allow_append``: files that were not there when the job was planned are added to it.
-    ``retry_errors_of``: a finished output whose good rows are taken over, so that only its error rows are computed.
+    text that the task score looks at, ``query_column`` and ``document_column`` those of the task rerank. ``columns``
+    None passes all input columns through to the output. ``sampling_columns`` maps a field of SamplingParams to the
+    column that overrides it row by row. ``allow_append``: files that were not there when the job was planned are added
+    to it. ``retry_errors_of``: a finished output whose good rows are taken over, so that only its error rows are
+    computed.
     """
 
     path: str = MISSING
@@ -53,6 +80,8 @@ class InputConfig:
     template: str | None = None
     token_ids_column: str | None = None
     continuation_column: str | None = None
+    query_column: str | None = None
+    document_column: str | None = None
     columns: list[str] | None = None
     sampling_columns: dict[str, str] = field(default_factory=dict)
     allow_append: bool = False
@@ -160,6 +189,8 @@ class Config:
     input: InputConfig = field(default_factory=InputConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+    rerank: RerankConfig = field(default_factory=RerankConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     job: JobConfig = field(default_factory=JobConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -170,7 +201,9 @@ class Config:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "task.name": ("generate", "score"),
+    "task.name": ("generate", "score", "embed", "classify", "rerank"),
+    "task.activation": ("auto", "softmax", "sigmoid", "none"),
+    "embed.pooling": ("auto", "last", "mean", "cls"),
     "output.compression": ("zstd", "snappy", "lz4", "gzip", "none"),
     "engine.device": ("auto", "cpu", "cuda", "rocm", "xpu", "reference"),
     "engine.ops": ("auto", "native", "triton"),
@@ -183,6 +216,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 RANGES: dict[str, tuple[float, float]] = {
     "output.rows_per_chunk": (1, 2**20),
+    "embed.dimensions": (0, 2**20),
     "engine.threads": (0, 4096),
     "engine.page_size": (1, 1024),
     "engine.num_pages": (0, 2**31 - 1),
@@ -203,8 +237,18 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 """Keys whose value is a number within bounds (both ends included)."""
 
-PROMPT_KEYS = ("input.messages_column", "input.template", "input.token_ids_column")
+PROMPT_KEYS = ("input.messages_column", "input.template", "input.token_ids_column", "input.query_column")
 """Prompt sources that stand in place of input.prompt_column."""
+
+VECTOR_TASKS = ("embed", "classify", "rerank")
+"""Tasks that make numbers of a text, and foretell no token of it."""
+
+OWN_KEYS = {
+    ("embed",): ("embed.pooling", "embed.dimensions", "embed.normalize"),
+    ("rerank",): ("input.query_column", "input.document_column"),
+    ("classify", "rerank"): ("task.activation",),
+}
+"""Tasks, and the keys that would be ignored with any other. (rerank's own section may come with a group's option.)"""
 
 REQUIRED = ("model.path", "input.path", "output.path")
 
@@ -254,6 +298,9 @@ def items(config: Config | None = None) -> Iterator[tuple[str, Any]]:
         values = getattr(config or Config(), section.name)
         for f in dataclasses.fields(values):
             yield f"{section.name}.{f.name}", getattr(values, f.name)
+
+
+DEFAULTS = dict(items())
 
 
 def type_of(key: str) -> str:
@@ -324,11 +371,38 @@ def _check_task(value: dict[str, Any]) -> None:
         raise _refused("task.name", task, "it needs the column to score: give input.continuation_column=NAME")
     if task != "score" and column is not None:
         raise _refused("input.continuation_column", column, "only task=score looks at it: give that, or set it to null")
-    if task == "score" and value["input.sampling_columns"]:
-        reason = "the task score chooses no tokens: leave it out"
+    if task != "generate" and value["input.sampling_columns"]:
+        reason = f"the task {task} chooses no tokens: leave it out"
         raise _refused("input.sampling_columns", dict(value["input.sampling_columns"]), reason)
-    if task == "score" and value["input.retry_errors_of"] is not None:
+    if task != "generate" and value["input.retry_errors_of"] is not None:
         raise _refused("input.retry_errors_of", value["input.retry_errors_of"], "it takes over generated rows alone")
+    if task in VECTOR_TASKS and value["output.token_ids"]:
+        raise _refused("output.token_ids", True, f"the task {task} gives no tokens: leave it out")
+    for owners, keys in OWN_KEYS.items():
+        for key in keys:
+            if task not in owners and value[key] != DEFAULTS[key]:
+                raise _refused(key, value[key], f"only task={' and task='.join(owners)} looks at it")
+    if task == "rerank":
+        _check_rerank(value)
+
+
+def _check_rerank(value: dict[str, Any]) -> None:
+    pair = ("input.query_column", "input.document_column")
+    if not all(value[key] for key in pair):
+        raise _refused("task.name", "rerank", f"it needs two columns: give {' '.join(f'{key}=NAME' for key in pair)}")
+    tokens = [value["rerank.yes_token"], value["rerank.no_token"]]
+    for key, token in zip(("rerank.yes_token", "rerank.no_token"), tokens, strict=True):
+        if token in ("True", "False"):  # what YAML makes of yes and no
+            raise _refused(key, token, 'it is no token of a known model; in a YAML file write "yes" and "no" in quotes')
+    if any(tokens) and not all(tokens):
+        raise _refused("rerank.yes_token", tokens[0], f"rerank.no_token is {tokens[1]!r}: give both tokens, or none")
+    if all(tokens) and value["rerank.template"] is None:
+        raise _refused(
+            "rerank.template", None, "it must ask for one of the two tokens (rerank=qwen3 has one that does)"
+        )
+    if all(tokens) and value["task.activation"] != "auto":
+        reason = "the relevance is the probability of rerank.yes_token, against rerank.no_token"
+        raise _refused("task.activation", value["task.activation"], reason)
 
 
 def _check_engine(value: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ def draw(
     pieces: Sequence[Chunk],
 ) -> Sample:
     """The job's rows in ``pieces`` as they would go into the engine. JobError as a run would raise."""
-    builder = PromptBuilder(config.input, config.sampling, tokenizer, max_seq_len, run_seed=config.sampling.seed)
+    builder = PromptBuilder.of(config, tokenizer, max_seq_len)
     requests: list[Request] = []
     errors: Counter[str] = Counter()
     with ChunkReader(files, used_columns(config.input, input_schema(list(files)))) as reader:

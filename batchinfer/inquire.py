@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from batchinfer.config import MISSING, Config
+from batchinfer.config import MISSING, VECTOR_TASKS, Config
 from batchinfer.data.attempts import code_of_counts, code_of_job
 from batchinfer.data.audit import Status, status, verify
 from batchinfer.data.columns import check_input, passed_columns, prompt_source
@@ -16,7 +16,7 @@ from batchinfer.data.results import ResultOptions, result_schema
 from batchinfer.data.tables import InputFile, input_schema, list_inputs
 from batchinfer.estimate import STRETCH, describe, describe_order, draw, places, seconds_of, stretch
 from batchinfer.report import duration
-from batchinfer.types import ExitCode, JobError
+from batchinfer.types import ExitCode, JobError, PoolSpec
 
 SHOWN = 8
 """Attempts and ranks that `status` lists one by one."""
@@ -32,7 +32,10 @@ def show_plan(config: Config, timed: bool = False) -> int:
     check_input(files, config.input)
     schema = input_schema(files)
     passed = passed_columns(config.input, schema)
-    written = result_schema(schema, ResultOptions.of(config.input, config.output, config.sampling))
+    pool = _pool(config)
+    written = result_schema(
+        schema, ResultOptions.of(config.input, config.output, config.sampling, config.task.name, pool)
+    )
     plan = make_plan(files, config.output.rows_per_chunk, {})
     source = prompt_source(config.input)
     size = sum(file.bytes for file in files)
@@ -47,14 +50,24 @@ def show_plan(config: Config, timed: bool = False) -> int:
     target = config.output.path
     print(f"output     {'not given' if target == MISSING else os.path.abspath(target)}")
     if config.model.path != MISSING:
-        for line in _estimate(config, files, plan, timed):
+        for line in _estimate(config, files, plan, timed, pool):
             print(line)
     elif timed:
         raise JobError("--time computes rows: give model.path=PATH", ExitCode.USAGE)
     return ExitCode.COMPLETE
 
 
-def _estimate(config: Config, files: list[InputFile], plan: Plan, timed: bool) -> list[str]:
+def _pool(config: Config) -> PoolSpec | None:
+    if config.task.name not in VECTOR_TASKS:
+        return None
+    if config.model.path == MISSING:
+        raise JobError(f"task={config.task.name}: the model decides the columns, give model.path=PATH", ExitCode.USAGE)
+    from batchinfer.models.pool_spec import pool_spec
+
+    return pool_spec(config)
+
+
+def _estimate(config: Config, files: list[InputFile], plan: Plan, timed: bool, pool: PoolSpec | None) -> list[str]:
     from batchinfer.models.spec import load_spec
 
     spec = load_spec(config.model.path)
@@ -62,7 +75,7 @@ def _estimate(config: Config, files: list[InputFile], plan: Plan, timed: bool) -
     if timed:
         from batchinfer.engine.loading import load_engine
 
-        engine = load_engine(config.model, config.engine, threads=config.engine.threads)
+        engine = load_engine(config.model, config.engine, threads=config.engine.threads, pool=pool)
         tokenizer, longest = engine.tokenizer, engine.max_seq_len
     else:
         from batchinfer.models.tokenizer import load_tokenizer

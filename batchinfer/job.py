@@ -13,7 +13,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ from batchinfer.cluster.weights import Loaded, LoadingStopped, WeightStream
 from batchinfer.cluster.world import POLL_SECONDS, World
 from batchinfer.config import Config, EngineConfig, ModelConfig, to_dict
 from batchinfer.data import attempts
-from batchinfer.data.columns import check_input, prompt_source, used_columns
+from batchinfer.data.columns import check_input, used_columns
 from batchinfer.data.journal import Journal, journal_files, recall, resume
 from batchinfer.data.ledger import STATE, Ledger, open_job
 from batchinfer.data.plan import Plan, make_plan
@@ -39,13 +39,13 @@ from batchinfer.data.results import ResultOptions, count_results, result_schema,
 from batchinfer.data.retry import EarlierOutput
 from batchinfer.data.suspects import SuspectLog, Suspicion, condemn, read_suspicion
 from batchinfer.data.tables import InputFile, input_schema, list_inputs
-from batchinfer.data.template import template_text
 from batchinfer.engine.trace import path_of_rank
+from batchinfer.fingerprint import fingerprint, numeric
 from batchinfer.loop import Engine, Loop, must_stop
 from batchinfer.models.files import Source
 from batchinfer.pipeline import Feeder, OpenChunk, Writer
 from batchinfer.report import Counters, Progress, summary, total
-from batchinfer.types import Chunk, Completion, ExitCode, JobError, Request, exit_code
+from batchinfer.types import Chunk, Completion, ExitCode, JobError, PoolSpec, Request, exit_code
 
 
 class EngineLoader(Protocol):
@@ -58,6 +58,7 @@ class EngineLoader(Protocol):
         rank_on_node: int,
         ranks_on_node: int,
         source: Source,
+        pool: PoolSpec | None,
     ) -> Engine: ...
 
 
@@ -65,8 +66,8 @@ class EngineLoader(Protocol):
 class Opening:
     """What rank 0 found out, sent to every rank. ``success`` is what _SUCCESS says, if the job is complete already;
     otherwise ``number`` is that of the attempt's record. ``share``: rank 0's place in a job array. ``seconds``: until
-    the allocation ends, None if nobody says. ``journals``: files of earlier attempts, by chunk index. ``suspicion``:
-    the rows that were in the engine when it crashed."""
+    the allocation ends, None if nobody says. ``pool``: what becomes of a row where no text does. ``journals``: files of
+    earlier attempts, by chunk index. ``suspicion``: the rows that were in the engine when it crashed."""
 
     attempt: str
     number: int
@@ -74,6 +75,7 @@ class Opening:
     path: str
     plan: Plan
     columns: list[str]
+    pool: PoolSpec | None
     missing: list[Chunk]
     success: dict[str, Any] | None
     seconds: float | None
@@ -93,11 +95,13 @@ def load_engine(
     rank_on_node: int,
     ranks_on_node: int,
     source: Source,
+    pool: PoolSpec | None,
 ) -> Engine:
     """The real engine; torch is imported here and not before."""
     from batchinfer.engine.loading import load_engine as load
 
-    return load(model, engine, threads=threads, rank_on_node=rank_on_node, ranks_on_node=ranks_on_node, source=source)
+    node = {"rank_on_node": rank_on_node, "ranks_on_node": ranks_on_node}
+    return load(model, engine, threads=threads, **node, source=source, pool=pool)
 
 
 def identify(model_path: str) -> dict[str, str]:
@@ -107,16 +111,24 @@ def identify(model_path: str) -> dict[str, str]:
     return model_fingerprint(model_path)
 
 
+def find_pool(config: Config) -> PoolSpec | None:
+    """What the model and the task make of a row where no text is made."""
+    from batchinfer.models.pool_spec import pool_spec
+
+    return pool_spec(config)
+
+
 def run(
     config: Config,
     world: World,
     load_engine: EngineLoader = load_engine,
     identify: Callable[[str], dict[str, str]] = identify,
+    find_pool: Callable[[Config], PoolSpec | None] = find_pool,
 ) -> int:
     """Do this rank's part of the job. Returns its exit code, the same on every rank: 0, 3 if more rows than
     job.max_error_fraction failed, or 75 if it had to stop before all was done. JobError for everything that ends the
     job."""
-    opening = world.bcast(open_on_root(config, identify, world.size) if world.rank == 0 else None)
+    opening = world.bcast(open_on_root(config, identify, world.size, find_pool) if world.rank == 0 else None)
     if opening.success is not None:
         code = attempts.code_of_counts(opening.success["counts"], config.job.max_error_fraction)
         world.leave(code, whole=True)
@@ -251,6 +263,7 @@ def _load(
                     rank_on_node=world.local_rank,
                     ranks_on_node=world.local_size,
                     source=source,
+                    pool=opening.pool,
                 )
     readers = sum(link.parent is None for link in links)
     return engine, source.loaded and dataclasses.replace(source.loaded, readers=readers, ranks=len(links))
@@ -288,11 +301,9 @@ def _compute(
     loaded: Loaded | None,
 ) -> None:
     """Put the stages together around the engine, and run them."""
-    options = ResultOptions.of(config.input, config.output, config.sampling)
+    options = _options(config, opening.pool)
     reader = ChunkReader(opening.plan.files, opening.columns)
-    builder = PromptBuilder(
-        config.input, config.sampling, engine.tokenizer, engine.max_seq_len, run_seed=config.sampling.seed
-    )
+    builder = PromptBuilder.of(config, engine.tokenizer, engine.max_seq_len)
     earlier = EarlierOutput(config.input.retry_errors_of, options) if config.input.retry_errors_of else None
     provenance = {"attempt": opening.attempt, "rank": world.rank, "ranks": world.size, "model": config.model.path}
     provenance |= {"numeric": numeric(config), "weights": loaded and loaded.digest}
@@ -337,13 +348,19 @@ def _compute(
         reader.close()
 
 
-def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], ranks: int) -> Opening:
+def open_on_root(
+    config: Config,
+    identify: Callable[[str], dict[str, str]],
+    ranks: int,
+    find_pool: Callable[[Config], PoolSpec | None],
+) -> Opening:
     """Look at the input, make the plan or find the one that is there, see what is missing, and record the attempt."""
     share = array_share() if ranks == 1 else None
     files = list_inputs(config.input.path)
     check_input(files, config.input)
     schema = input_schema(files)
-    options = ResultOptions.of(config.input, config.output, config.sampling)
+    pool = find_pool(config)
+    options = _options(config, pool)
     result_schema(schema, options)  # refuses name collisions
     if config.sampling.constrained:
         from batchinfer.engine.constrain import check_constraint
@@ -357,7 +374,7 @@ def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], rank
     plan = make_plan(
         files,
         earlier.plan.rows_per_chunk if earlier else config.output.rows_per_chunk,  # a chunk is taken over from one part
-        fingerprint(config, identify(config.model.path), earlier.plan.id if earlier else None),
+        fingerprint(config, identify(config.model.path), earlier.plan.id if earlier else None, pool),
         free={"engine": dataclasses.asdict(config.engine), "batchinfer": __version__},
         numeric=numeric(config),
     )
@@ -394,40 +411,13 @@ def open_on_root(config: Config, identify: Callable[[str], dict[str, str]], rank
         path=ledger.path,
         plan=ledger.plan,
         columns=used_columns(config.input, schema),
+        pool=pool,
         missing=missing,
         success=success,
         seconds=seconds_left(os.environ),
         journals=journal_files(os.path.join(ledger.path, STATE)) if missing else {},
         suspicion=read_suspicion(os.path.join(ledger.path, STATE)) if missing else Suspicion(),
     )
-
-
-def fingerprint(config: Config, model: Mapping[str, str], retried: str | None = None) -> dict[str, Any]:
-    """All that decides the output beside the input files: a plan with another one is another job's. Names are those of
-    the configuration's keys, so that a refusal can be read. ``retried``: id of the plan whose good rows are taken
-    over."""
-    source = prompt_source(config.input)
-    prompt = template_text(source.name) if source.kind == "template" else source.name
-    return {
-        **({"task": config.task.name} if config.task.name != "generate" else {}),
-        "model": dict(model),
-        "input": {
-            source.kind: prompt,
-            "columns": config.input.columns,
-            "sampling_columns": config.input.sampling_columns,
-            **({"retry_errors_of": retried} if retried else {}),
-            **({"continuation": config.input.continuation_column} if config.input.continuation_column else {}),
-        },
-        "output": {"prefix": config.output.prefix, "token_ids": config.output.token_ids},
-        "sampling": to_dict(config)["sampling"],
-        "engine": {"max_model_len": config.engine.max_model_len},
-    }
-
-
-def numeric(config: Config) -> dict[str, Any]:
-    """What may change the last bits of a logit, and so a token here and there: noted in the plan and in every part."""
-    engine = {"device": config.engine.device, "ops": config.engine.ops, "dtype": config.engine.dtype}
-    return {"engine": engine, "batchinfer": __version__}
 
 
 def _wants_gpus(engine: EngineConfig) -> bool:
@@ -462,6 +452,10 @@ def _pause(opening: Opening, ledger: Ledger, reason: str, attempt: dict[str, Any
 def _progress(config: Config, opening: Opening) -> Progress:
     done = opening.plan.rows - sum(chunk.rows for chunk in opening.missing)
     return Progress(opening.plan.rows, done, seconds=config.job.progress_seconds)
+
+
+def _options(config: Config, pool: PoolSpec | None) -> ResultOptions:
+    return ResultOptions.of(config.input, config.output, config.sampling, config.task.name, pool)
 
 
 def _files(files: list[InputFile]) -> str:

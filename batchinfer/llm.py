@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from batchinfer.config import EngineConfig, ModelConfig
+from batchinfer.config import Config, EmbedConfig, EngineConfig, ModelConfig, TaskConfig, check
 from batchinfer.engine.loading import load_engine
 from batchinfer.engine.seeds import mix
 from batchinfer.feed import steps
+from batchinfer.models.pool_spec import pool_spec
 from batchinfer.types import Completion, EngineStats, Request, SamplingParams
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -23,13 +24,16 @@ class LLM:
     >>> llm = LLM("SmolLM2-135M-Instruct.Q4_1.gguf", dtype="fp32")  # doctest: +SKIP
     >>> llm.generate(["The capital of France is"], SamplingParams(max_tokens=8))[0].samples[0].text  # doctest: +SKIP
 
-    ``options`` are the fields of the configuration group ``engine``.
+    ``options`` are the fields of the configuration group ``engine``. With ``task`` "embed" or "classify" it makes
+    vectors of texts, and generates nothing; ``embed`` says which.
     """
 
-    def __init__(self, model: str, **options: Any):
+    def __init__(self, model: str, task: str = "generate", embed: EmbedConfig | None = None, **options: Any):
         config = EngineConfig(**options)
         self._reorder = config.reorder
-        self._engine = load_engine(ModelConfig(path=model), config, threads=config.threads)
+        whole = Config(TaskConfig(task), ModelConfig(path=model), embed=embed or EmbedConfig(), engine=config)
+        check(whole, required=("model.path",))
+        self._engine = load_engine(whole.model, config, threads=config.threads, pool=pool_spec(whole))
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams | None = None) -> list[Completion]:
         """Continue every prompt; completions in the order of the prompts, a bad prompt's with its ``error`` set."""
@@ -46,6 +50,12 @@ class LLM:
             Request(index, np.array([*prompt, *added], np.int32), SamplingParams(), scored_from=len(prompt))
             for index, (prompt, added) in enumerate(zip(prompts, continuations, strict=True))
         )
+
+    def vectors(self, prompts: Sequence[Prompt]) -> list[Completion]:
+        """What the model makes of every prompt: of the Completion's one sample ``vector`` float32 is the embedding, or
+        the probabilities of the classes in the order of the model's ``id2label``. An LLM of the task embed or
+        classify."""
+        return self._run(Request(index, ids, SamplingParams()) for index, ids in enumerate(self._encode(prompts)))
 
     def _run(self, requests: Iterable[Request]) -> list[Completion]:
         done = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Literal
 
 import numpy as np
 
@@ -120,6 +121,32 @@ class SamplingParams:
         return any(getattr(self, name) for name in CONSTRAINTS)
 
 
+Pooling = Literal["last", "mean", "cls"]
+"""Which of a text's hidden states stand for it: the last token's, all of them on average, or the first token's."""
+
+Head = Literal["tokens", "classes", "hidden"]
+"""What a model does with a hidden state: it foretells a token (LM head), tells classes apart, or leaves it as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSpec:
+    """How a text becomes ``width`` numbers, where nothing is generated.
+
+    Its final hidden states are pooled, and go through ``head``; of an LM head only the rows of ``tokens`` matter. Then
+    the first ``width`` values are kept, and ``activation`` makes the result of them: "normalise" to length 1,
+    "softmax", "sigmoid", or "" as they are. ``labels`` name the values of a classification. ``pad_id``: tokens of this
+    id at a text's end do not count.
+    """
+
+    pooling: Pooling
+    width: int
+    head: Head = "hidden"
+    activation: Literal["", "normalise", "softmax", "sigmoid"] = ""
+    labels: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+    pad_id: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prompt for the engine.
@@ -155,9 +182,9 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One continuation. ``finish_reason`` is "stop" (stop token or stop string), "length", or "scored" for one that was
-    given (``logprobs`` then has one alternative, the most likely token); "" while it is unfinished, and then there is
-    no text yet.
+    """One continuation. ``finish_reason`` is "stop" (stop token or stop string), "length", "scored" for one that was
+    given (``logprobs`` then has one alternative, the most likely token), or "pooled" for none: ``vector`` float32 is
+    what :class:`PoolSpec` makes of the prompt. "" while it is unfinished, and then there is no text yet.
 
     ``token_ids`` (int32) ends with the stop token where there was one; ``text`` holds neither that nor the
     stop string.
@@ -167,6 +194,7 @@ class Sample:
     text: str
     finish_reason: str
     logprobs: Logprobs | None = None
+    vector: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections import deque
 import numpy as np
 
 from batchinfer.config import EngineConfig, ModelConfig
-from batchinfer.types import Completion, EngineStats, ErrorCode, Logprobs, Request, RowError, Sample
+from batchinfer.types import Completion, EngineStats, ErrorCode, Logprobs, PoolSpec, Request, RowError, Sample
 
 POISON = "poison"
 """A prompt with this word is refused by the engine."""
@@ -22,6 +22,9 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+    def encode_pairs(self, pairs: list[tuple[str, str]]) -> list[np.ndarray]:
+        return self.encode_batch([f"{query}|{document}" for query, document in pairs])
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         return "".join(f"<{message['role']}>{message['content']}" for message in messages)
@@ -39,7 +42,10 @@ class FakeEngine:
     ``fail_at_step``: raise there, as a device that goes away would.
     """
 
-    def __init__(self, slots: int = 8, max_seq_len: int = 256, fail_at_step: int | None = None):
+    def __init__(
+        self, slots: int = 8, max_seq_len: int = 256, fail_at_step: int | None = None, pool: PoolSpec | None = None
+    ):
+        self._pool = pool
         self.tokenizer = ByteTokenizer()
         self.max_seq_len = max_seq_len
         self.max_slots, self.kv_tokens = slots, slots * max_seq_len
@@ -125,6 +131,11 @@ class FakeEngine:
         if POISON.encode() in bytes(request.prompt.astype(np.uint8)):
             error = RowError(ErrorCode.KV_CAPACITY, "no page for this one")
             return Completion(request.id, len(request.prompt), error=error)
+        if self._pool is not None:
+            vector = np.resize(request.prompt, self._pool.width).astype(np.float32) / 256
+            return Completion(
+                request.id, len(request.prompt), (Sample(request.prompt[:0], "", "pooled", vector=vector),)
+            )
         if request.scored_from is not None:
             tokens = request.prompt[request.scored_from :]
             logprobs = Logprobs(-tokens.astype(np.float32) / 100, tokens[:, None], -tokens[:, None].astype(np.float32))
@@ -137,9 +148,16 @@ class FakeEngine:
 
 
 def load_fake(
-    model: ModelConfig, engine: EngineConfig, *, threads: int, rank_on_node: int, ranks_on_node: int, source: object
+    model: ModelConfig,
+    engine: EngineConfig,
+    *,
+    threads: int,
+    rank_on_node: int,
+    ranks_on_node: int,
+    source: object,
+    pool: PoolSpec | None,
 ) -> FakeEngine:
-    return FakeEngine(slots=engine.max_slots)
+    return FakeEngine(slots=engine.max_slots, pool=pool)
 
 
 def identify_fake(model_path: str) -> dict[str, str]:

@@ -43,7 +43,10 @@ def test_the_files_name_and_explain_every_key() -> None:
     "option", sorted(f"{p.parent.name}={p.stem}" for p in config_folder().glob("*/*.yaml")), ids=str
 )
 def test_every_group_option_is_a_valid_configuration(option: str) -> None:
-    needs = {"task=score": ["input.continuation_column=y"]}
+    needs = {
+        "task=score": ["input.continuation_column=y"],
+        "task=rerank": ["input.query_column=q", "input.document_column=d"],
+    }
     check(compose([option, *needs.get(option, [])]), required=())
 
 
@@ -67,6 +70,7 @@ def test_missing_paths_are_named_together() -> None:
 
 
 SCORE = {"task.name": "score", "input.continuation_column": "y"}
+RERANK = {"task.name": "rerank", "input.query_column": "q", "input.document_column": "d"}
 
 
 @pytest.mark.parametrize(
@@ -103,6 +107,19 @@ SCORE = {"task.name": "score", "input.continuation_column": "y"}
         ({"input.continuation_column": "y"}, "only task=score looks at it"),
         (SCORE | {"input.sampling_columns": {"n": "n"}}, "the task score chooses no tokens"),
         (SCORE | {"input.retry_errors_of": "old"}, "it takes over generated rows alone"),
+        ({"task.name": "embed", "input.sampling_columns": {"n": "n"}}, "the task embed chooses no tokens"),
+        ({"task.name": "embed", "output.token_ids": True}, "the task embed gives no tokens"),
+        ({"task.name": "classify", "input.retry_errors_of": "old"}, "it takes over generated rows alone"),
+        ({"embed.dimensions": 64}, "embed.dimensions=64 is not allowed: only task=embed looks at it"),
+        ({"task.name": "embed", "embed.pooling": "max"}, "it must be one of auto, last, mean, cls"),
+        ({"task.name": "embed", "task.activation": "none"}, "only task=classify and task=rerank looks at it"),
+        ({"task.name": "rerank"}, "it needs two columns: give input.query_column=NAME input.document_column=NAME"),
+        ({"task.name": "rerank", "input.query_column": "q"}, "it needs two columns"),
+        ({"input.document_column": "d"}, "only task=rerank looks at it"),
+        (RERANK | {"input.template": "{{ q }}"}, "a prompt has one source"),
+        (RERANK | {"rerank.yes_token": "yes"}, "rerank.no_token is None: give both tokens, or none"),
+        (RERANK | {"rerank.yes_token": "yes", "rerank.no_token": "False"}, 'in a YAML file write "yes" and "no"'),
+        (RERANK | {"rerank.yes_token": "a", "rerank.no_token": "b"}, "it must ask for one of the two tokens"),
         ({"sampling.regex": "a", "sampling.choice": ("b",)}, "sampling.regex and choice are both given"),
         ({"sampling.regex": "a", "sampling.ignore_eos": True}, "sampling.regex ends the text where it is complete"),
         ({"output.path": "i/out"}, "output.path='i/out' is not allowed: it lies within input.path=i"),

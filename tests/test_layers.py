@@ -17,7 +17,9 @@ PACKAGE = ROOT / "batchinfer"
 ALLOWED = {
     "__init__": {"llm"},
     "__main__": {"job", "inquire", "bench", "doctor", "cluster"},
-    "job": {"data", "cluster", "engine", "models.identity", "models.files", "loop", "pipeline", "report"},
+    "job": {"data", "cluster", "engine", "models.identity", "models.files", "models.pool_spec", "fingerprint", "loop"}
+    | {"pipeline", "report"},
+    "fingerprint": {"data"},
     "inquire": {"data", "estimate", "engine", "models", "report"},
     "estimate": {"data", "engine", "feed", "models"},
     "feed": {"engine.planner"},
@@ -27,7 +29,7 @@ ALLOWED = {
     "bench": {"data", "engine", "feed", "models", "workloads"},
     "workloads": set(),
     "doctor": {"cluster", "engine", "ops", "_ops", "_engine", "_gpu"},
-    "llm": {"engine", "feed"},
+    "llm": {"engine", "feed", "models.pool_spec"},
     "data": {"sandbox"},
     "cluster": {"_process"},
     "engine": {"models", "ops", "_engine"},

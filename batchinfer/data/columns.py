@@ -26,7 +26,7 @@ DEFAULT_PROMPT_COLUMN = "prompt"
 class PromptSource:
     """Where the prompt comes from: ``name`` is a column, for a template its text or file."""
 
-    kind: Literal["prompt_column", "messages_column", "template", "token_ids_column"]
+    kind: Literal["prompt_column", "messages_column", "template", "token_ids_column", "query_column"]
     name: str
 
 
@@ -67,7 +67,7 @@ BOOLEAN = Kind("boolean", pa.types.is_boolean)
 STOP = Kind("string, or a list of strings", lambda kind: _is_text(kind) or _is_list_of(_is_text)(kind))
 ANY = Kind("of any type", lambda kind: True)
 
-SOURCE_KINDS = {"prompt_column": TEXT, "messages_column": MESSAGES, "token_ids_column": TOKEN_IDS}
+SOURCE_KINDS = {"prompt_column": TEXT, "messages_column": MESSAGES, "token_ids_column": TOKEN_IDS, "query_column": TEXT}
 SAMPLING_KINDS = {field.name: NUMBER for field in fields(SamplingParams)} | {
     "ignore_eos": BOOLEAN,
     "json_schema": TEXT,
@@ -84,7 +84,7 @@ def prompt_source(config: InputConfig) -> PromptSource:
 
     JobError(64) names the keys if none or several are configured.
     """
-    others = [key for key in ("messages_column", "template", "token_ids_column") if getattr(config, key)]
+    others = [k for k in ("messages_column", "template", "token_ids_column", "query_column") if getattr(config, k)]
     keys = others if config.prompt_column in (None, "", DEFAULT_PROMPT_COLUMN) else ["prompt_column", *others]
     if not keys and config.prompt_column:
         keys = ["prompt_column"]
@@ -145,6 +145,8 @@ def _needs(config: InputConfig, schema: pa.Schema) -> Iterator[_Need]:
     if config.continuation_column is not None:
         kind = TOKEN_IDS if source.kind == "token_ids_column" else TEXT
         yield _Need("input.continuation_column", config.continuation_column, kind)
+    if config.document_column is not None:
+        yield _Need("input.document_column", config.document_column, TEXT)
     for field, column in config.sampling_columns.items():
         if field not in SAMPLING_KINDS:
             text = f"input.sampling_columns.{field}: there is no such field; allowed: {', '.join(SAMPLING_KINDS)}"

@@ -49,6 +49,7 @@ RECORDS = pa.schema(
                         ("text", pa.string()),
                         ("finish_reason", pa.string()),
                         ("logprobs", LOGPROBS),
+                        ("vector", pa.list_(pa.float32())),
                     ]
                 )
             ),
@@ -210,6 +211,7 @@ def _sample_value(sample: Sample) -> dict[str, object]:
         "text": sample.text,
         "finish_reason": sample.finish_reason,
         "logprobs": logprobs_value(sample.logprobs),
+        "vector": sample.vector,
     }
 
 
@@ -222,7 +224,8 @@ def _sample(value: dict) -> Sample:
             top_ids=np.array(logprobs["top_ids"], np.int32).reshape(shape),
             top=np.array(logprobs["top"], np.float32).reshape(shape),
         )
-    return Sample(tokens, value["text"], value["finish_reason"], logprobs)
+    vector = None if value["vector"] is None else np.array(value["vector"], np.float32)
+    return Sample(tokens, value["text"], value["finish_reason"], logprobs, vector)
 
 
 def _fullness(completion: Completion) -> tuple[bool, int, int]:

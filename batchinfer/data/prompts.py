@@ -6,29 +6,34 @@ import hashlib
 import struct
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
+from batchinfer.config import VECTOR_TASKS, Config, InputConfig, RerankConfig
 from batchinfer.data.columns import prompt_source
+from batchinfer.data.pairs import PairPrompts
 from batchinfer.data.reader import Unreadable, python_values
 from batchinfer.data.sampling import row_samplings
 from batchinfer.data.template import RowTemplate
+from batchinfer.data.texts import any_length, checked, first_error, plain_text
 from batchinfer.types import Chunk, Completion, ErrorCode, Request, RowError, SamplingParams
-
-if TYPE_CHECKING:
-    from batchinfer.config import InputConfig
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SLICE_ROWS = 256  # rows tokenised by one call: enough to keep the tokenizer's threads busy
-MAX_PROMPT_CHARS = 16 << 20  # no context holds a text of this length, so it is not worth tokenising
+
+
+POOLED = SamplingParams(max_tokens=1, ignore_eos=True)
+"""Of a row that becomes a vector: no token of it is ever chosen, and the engine has room for one."""
 
 
 class Tokenizer(Protocol):
     vocab_size: int
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[np.ndarray]: ...
+
+    def encode_pairs(self, pairs: list[tuple[str, str]]) -> list[np.ndarray]: ...
 
     def render_chat(self, messages: list[dict[str, str]]) -> str: ...
 
@@ -44,17 +49,29 @@ class PromptBuilder:
         tokenizer: Tokenizer,
         max_model_len: int,
         run_seed: int,
+        rerank: RerankConfig | None = None,
     ):
         """``sampling`` holds for every field that a row does not override, with ``run_seed`` for its seed;
-        ``max_model_len`` counts prompt and new tokens together. JobError(64) if ``config`` has no or several prompt
-        sources, or a template that does not parse."""
+        ``max_model_len`` counts prompt and new tokens together. ``rerank`` makes prompts of pairs, if those are what
+        ``config`` asks for. JobError(64) if it has no or several prompt sources, or a template that does not parse."""
         self._source = prompt_source(config)
+        self._pair_prompts = None
+        if self._source.kind == "query_column":
+            self._pair_prompts = PairPrompts(config, rerank or RerankConfig(), tokenizer)
         self._template = RowTemplate(self._source.name) if self._source.kind == "template" else None
         self._continuation = config.continuation_column
         self._overrides = dict(config.sampling_columns)
         self._sampling = replace(sampling, seed=run_seed)
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
+
+    @staticmethod
+    def of(config: Config, tokenizer: Tokenizer, max_model_len: int) -> PromptBuilder:
+        """That of a job whose engine's sequences are at most ``max_model_len`` tokens."""
+        sampling = POOLED if config.task.name in VECTOR_TASKS else config.sampling
+        return PromptBuilder(
+            config.input, sampling, tokenizer, max_model_len, run_seed=config.sampling.seed, rerank=config.rerank
+        )
 
     def build(self, table: pa.Table, chunk: Chunk) -> list[Request | Completion]:
         """One entry per row of ``table`` (the chunk's rows in plain types, see reader.py), in row order."""
@@ -110,18 +127,20 @@ class PromptBuilder:
         if self._source.kind == "token_ids_column":
             size = self._tokenizer.vocab_size
             ids = ([_token_ids(value, size) for value in rows[name]] for name in (self._source.name, column))
-            return [_error_of(*pair) or (pair[0], np.concatenate(pair)) for pair in zip(*ids, strict=True)]
-        added = [_text(value) for value in python_values(rows[column])]
-        parts = [_error_of(*pair) or _split(*pair) for pair in zip(self._texts(rows, _any_length), added, strict=True)]
+            return [first_error(*pair) or (pair[0], np.concatenate(pair)) for pair in zip(*ids, strict=True)]
+        added = [plain_text(value) for value in python_values(rows[column])]
+        parts = [first_error(*pair) or _split(*pair) for pair in zip(self._texts(rows, any_length), added, strict=True)]
         good = [pair for pair in parts if not isinstance(pair, RowError)]
         encoded = iter(zip(self._encode([a for a, _ in good]), self._encode([a + b for a, b in good]), strict=True))
         return [part if isinstance(part, RowError) else next(encoded) for part in parts]
 
     def _prompts(self, rows: pa.Table) -> list[np.ndarray | RowError]:
         """Token ids (int32) or the error of each row."""
+        if self._pair_prompts is not None:
+            return self._pair_prompts.prompts(rows)
         if self._source.kind == "token_ids_column":
             return [_token_ids(ids, self._tokenizer.vocab_size) for ids in rows[self._source.name]]
-        texts = self._texts(rows, _checked)
+        texts = self._texts(rows, checked)
         encoded = iter(self._encode([text for text in texts if isinstance(text, str)]))
         return [next(encoded) if isinstance(text, str) else text for text in texts]
 
@@ -137,7 +156,7 @@ class PromptBuilder:
             names, _ = self._template.columns(rows.column_names)
             columns = [python_values(rows[name]) for name in names]
             return [check(self._rendered(names, [c[i] for c in columns])) for i in range(rows.num_rows)]
-        make = self._chat if self._source.kind == "messages_column" else _text
+        make = self._chat if self._source.kind == "messages_column" else plain_text
         return [check(make(value)) for value in python_values(rows[self._source.name])]
 
     def _rendered(self, names: list[str], values: list[Any]) -> str | RowError:
@@ -156,7 +175,7 @@ class PromptBuilder:
             return RowError(ErrorCode.NULL_PROMPT, "the list of messages is null")
         chat = []
         for position, message in enumerate(messages):
-            values = {key: _text(message[key] if message else None) for key in ("role", "content")}
+            values = {key: plain_text(message[key] if message else None) for key in ("role", "content")}
             for key, value in values.items():
                 if isinstance(value, RowError):
                     code = value.code if value.code is ErrorCode.INVALID_UTF8 else ErrorCode.BAD_MESSAGES
@@ -180,38 +199,9 @@ def row_seed(run_seed: int, row_id: int) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-def _text(value: Any) -> str | RowError:
-    if value is None:
-        return RowError(ErrorCode.NULL_PROMPT, "the value is null")
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            return RowError(ErrorCode.INVALID_UTF8, f"byte {error.start} of the text is not UTF-8")
-    return RowError(ErrorCode.INVALID_UTF8, value.reason) if isinstance(value, Unreadable) else value
-
-
-def _error_of(*parts: object) -> RowError | None:
-    return next((part for part in parts if isinstance(part, RowError)), None)
-
-
 def _split(context: str, continuation: str) -> tuple[str, str] | RowError:
     kept = context.rstrip(" ")
-    return _error_of(_any_length(context + continuation)) or (kept, context[len(kept) :] + continuation)
-
-
-def _checked(text: str | RowError) -> str | RowError:
-    if text == "":
-        return RowError(ErrorCode.EMPTY_PROMPT, "the prompt is an empty text")
-    return _any_length(text)
-
-
-def _any_length(text: str | RowError) -> str | RowError:
-    """Also an empty one."""
-    if isinstance(text, str) and len(text) > MAX_PROMPT_CHARS:
-        reason = f"the text of {len(text)} characters is longer than the limit of {MAX_PROMPT_CHARS} before tokenising"
-        return RowError(ErrorCode.PROMPT_TOO_LONG, reason)
-    return text
+    return first_error(any_length(context + continuation)) or (kept, context[len(kept) :] + continuation)
 
 
 def _token_ids(ids: pa.ListScalar, vocab_size: int) -> np.ndarray | RowError:

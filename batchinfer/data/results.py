@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from batchinfer.types import Completion, ExitCode, JobError, Logprobs, Sample, SamplingParams
+from batchinfer.types import Completion, ExitCode, JobError, Logprobs, PoolSpec, Sample, SamplingParams
 
 if TYPE_CHECKING:
     from batchinfer.config import InputConfig, OutputConfig
@@ -35,7 +35,7 @@ LOGPROBS = pa.struct(
 class ResultOptions:
     """What the output holds. ``columns`` None passes all input columns through. ``many``: rows may have several
     samples, so what belongs to a sample is a list column, in sample order, in every row. ``scored``: rows have the
-    log-probability of a continuation that was given."""
+    log-probability of a continuation that was given. ``pool``: they have what is made of a vector for the ``task``."""
 
     columns: tuple[str, ...] | None = None
     prefix: str = ""
@@ -43,9 +43,17 @@ class ResultOptions:
     logprobs: bool = False
     many: bool = False
     scored: bool = False
+    task: str = "generate"
+    pool: PoolSpec | None = None
 
     @staticmethod
-    def of(input: InputConfig, output: OutputConfig, sampling: SamplingParams) -> ResultOptions:
+    def of(
+        input: InputConfig,
+        output: OutputConfig,
+        sampling: SamplingParams,
+        task: str = "generate",
+        pool: PoolSpec | None = None,
+    ) -> ResultOptions:
         overridden = input.sampling_columns
         return ResultOptions(
             columns=None if input.columns is None else tuple(dict.fromkeys(input.columns)),
@@ -54,6 +62,8 @@ class ResultOptions:
             logprobs=sampling.logprobs is not None or "logprobs" in overridden,
             many=sampling.n > 1 or "n" in overridden,
             scored=input.continuation_column is not None,
+            task=task,
+            pool=pool,
         )
 
 
@@ -71,6 +81,23 @@ STATUS = [
     Column("error_code", pa.string(), lambda c: c.error and c.error.code.value),
     Column("error", pa.string(), lambda c: c.error and _shortened(c.error.message)),
 ]
+
+
+def _vector_columns(task: str, pool: PoolSpec) -> list[Column]:
+    """``label`` is the name of the largest of ``scores``; ``relevance`` the first value of a reranker's vector."""
+
+    def of(value: Callable[[np.ndarray], Any]) -> Callable[[Completion], Any]:
+        return lambda c: value(c.samples[0].vector) if c.samples and c.samples[0].vector is not None else None
+
+    made = {
+        "embed": [Column("embedding", pa.list_(pa.float32(), pool.width), of(lambda v: v))],
+        "classify": [
+            Column("label", pa.string(), of(lambda v: pool.labels[int(v.argmax())])),
+            Column("scores", pa.list_(pa.float32()), of(lambda v: v)),
+        ],
+        "rerank": [Column("relevance", pa.float32(), of(lambda v: float(v[0])))],
+    }
+    return [*made[task], Column("prompt_tokens", pa.int32(), lambda c: c.prompt_tokens), *STATUS]
 
 
 def _score_columns(token_ids: bool) -> list[Column]:
@@ -105,8 +132,9 @@ def generated_columns(options: ResultOptions) -> list[Column]:
             return Column(name, pa.list_(kind), lambda c: [value(s) for s in c.samples] or None)
         return Column(name, kind, lambda c: value(c.samples[0]) if c.samples else None)
 
-    if options.scored:
-        return [replace(column, name=options.prefix + column.name) for column in _score_columns(options.token_ids)]
+    if options.scored or options.pool is not None:
+        special = _vector_columns(options.task, options.pool) if options.pool else _score_columns(options.token_ids)
+        return [replace(column, name=options.prefix + column.name) for column in special]
     columns = [
         of_sample("generated_text", pa.string(), lambda s: s.text),
         of_sample("finish_reason", pa.string(), lambda s: s.finish_reason or None),

@@ -19,10 +19,10 @@ SUFFIXES = (".j2", ".jinja")
 class RowTemplate:
     """A template whose variables are columns. Rows are data: nothing in a row is ever read as template code."""
 
-    def __init__(self, template: str):
-        """``template``: the text itself, or the path of a file that ends in .j2 or .jinja. JobError(64) if it cannot be
-        read or parsed, or uses include, import, extends or recursive loops."""
-        self.text = template_text(template)
+    def __init__(self, template: str, key: str = "input.template"):
+        """``template``: the text itself, or the path of a file that ends in .j2 or .jinja, the value of ``key``.
+        JobError(64) if it cannot be read or parsed, or uses include, import, extends or recursive loops."""
+        self.text = template_text(template, key)
         self._sandbox = Sandbox(_no_null, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         self._sandbox.globals = {"range": safe_range, "namespace": jinja2.utils.Namespace}
         try:
@@ -30,9 +30,9 @@ class RowTemplate:
         except jinja2.TemplateError as error:
             line = getattr(error, "lineno", None)
             place = f", line {line}" if line else ""
-            raise JobError(f"input.template{place}: {error.message}", ExitCode.USAGE) from None
+            raise JobError(f"{key}{place}: {error.message}", ExitCode.USAGE) from None
         except ValueError as error:
-            raise JobError(f"input.template: {error}", ExitCode.USAGE) from None
+            raise JobError(f"{key}: {error}", ExitCode.USAGE) from None
 
     def _look(self, tree: nodes.Template) -> None:
         """What the template reads; jinja2.TemplateSyntaxError for what it may not do."""
@@ -60,15 +60,15 @@ class RowTemplate:
         return text
 
 
-def template_text(template: str) -> str:
-    """The text of ``input.template``, read from its file if it names one. It belongs into the job's fingerprint."""
+def template_text(template: str, key: str = "input.template") -> str:
+    """The text of a template, read from its file if it names one. It belongs into the job's fingerprint."""
     if not template.endswith(SUFFIXES):
         return template
     try:
         with open(os.path.expanduser(template), encoding="utf-8") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"input.template={template} cannot be read: {error}", ExitCode.USAGE) from None
+        raise JobError(f"{key}={template} cannot be read: {error}", ExitCode.USAGE) from None
 
 
 def _no_null(value: Any) -> Any:

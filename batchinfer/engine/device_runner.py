@@ -161,7 +161,8 @@ class DeviceRunner:
                 score = ScoreInput(*(torch.from_numpy(a).to(self._device) for a in scored)) if scored else None
                 out = self._compute(tokens, samples, decoding, extras, score)
             scores = None if out.scores is None else _to_host(out.scores, len(out.scores.chosen))
-            out = StepOutput(_to_host(out.sample, step.num_samples), scores)
+            states = None if out.states is None else _copy(out.states)
+            out = StepOutput(_to_host(out.sample, step.num_samples), scores, states)
             end.record()
         self._started.append(_Started(out, begin, end))
         self._parity ^= 1
@@ -201,6 +202,9 @@ class DeviceRunner:
         ids = ids[: len(slot)]  # decodes come first, one token a sequence
         torch.where(ids < 0, self._last_token.index_select(0, slot), ids, out=ids)
         step = replace(self._buffer.step_input(tokens, samples, self._page_table, decoding), score=score)
+        if self._decoder.pooling:
+            tokens_of_nobody = torch.zeros(samples, dtype=torch.int32, device=self._device)
+            return StepOutput(SampleOutput(tokens_of_nobody), states=self._decoder.pool(step, self._cache))
         logits, scores = self._decoder.forward(step, self._cache)
         if not samples:
             return StepOutput(SampleOutput(torch.zeros(0, dtype=torch.int32, device=self._device)), scores)
@@ -271,9 +275,10 @@ def _to_host(out: A, rows: int) -> A:
     """Copies of the first ``rows`` rows of its tensors, there once the stream has come this far."""
 
     def copy(t: Tensor | None) -> Tensor | None:
-        if t is None:
-            return None
-        host = torch.empty(t[:rows].shape, dtype=t.dtype, pin_memory=True)
-        return host.copy_(t[:rows], non_blocking=True)
+        return None if t is None else _copy(t[:rows])
 
     return replace(out, **{f.name: copy(getattr(out, f.name)) for f in fields(out)})
+
+
+def _copy(t: Tensor) -> Tensor:
+    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)

@@ -22,13 +22,23 @@ from batchinfer.engine.open_work import (
     stack,
     unstack,
 )
+from batchinfer.engine.pooled import compute_from, pooled_sample, record_states, trimmed
 from batchinfer.engine.runner import Runner, StepOutput
 from batchinfer.engine.seeds import sample_seed
 from batchinfer.engine.stopping import completes_stop, cut_text
 from batchinfer.engine.trace import Trace
 from batchinfer.models.tokenizer import Tokenizer
 from batchinfer.ops import SampleOutput
-from batchinfer.types import Completion, EngineStats, ErrorCode, Request, RowError, Sample, SamplingParams
+from batchinfer.types import (
+    Completion,
+    EngineStats,
+    ErrorCode,
+    PoolSpec,
+    Request,
+    RowError,
+    Sample,
+    SamplingParams,
+)
 
 LENGTHS_EVERY = 32
 """Steps between two looks at how long the running sequences are by now: 0.1 ms for 256 of them."""
@@ -53,8 +63,10 @@ class Engine:
         page_size: int,
         vocab_size: int,
         trace: Trace | None = None,
+        pool: PoolSpec | None = None,
     ):
         self._trace = trace
+        self._pool = pool
         self.vocab_size = vocab_size
         self._lengths = lengths
         self.tokenizer = tokenizer
@@ -90,7 +102,7 @@ class Engine:
 
     def expected_tokens(self, request: Request) -> int:
         """New tokens that each sample of a request will probably get, beside those that it brings along."""
-        if request.scored_from is not None:
+        if request.scored_from is not None or self._pool:
             return 1
         params = request.sampling
         before = max((len(sample.token_ids) for sample in request.so_far if not sample.finish_reason), default=0)
@@ -100,7 +112,9 @@ class Engine:
     def add(self, request: Request) -> None:
         """Take a request. One that can't run comes back from the next :meth:`step` as a Completion with an error."""
         self._open += 1
-        if request.scored_from is not None:
+        if self._pool:
+            request = replace(request, prompt=trimmed(request.prompt, self._pool.pad_id), sampling=SCORING)
+        elif request.scored_from is not None:
             request = replace(request, sampling=SCORING)
         error, constraints = self._refusal(request), []
         if error is None:
@@ -137,7 +151,7 @@ class Engine:
                 max_new_tokens=params.max_tokens,
                 min_new_tokens=params.min_tokens,
                 expected_new_tokens=self._lengths.expected(params.max_tokens, request.group),
-                **({} if request.scored_from is None else {"compute_from": request.scored_from - 1}),
+                **compute_from(request, self._pool),
                 stop_token_ids=self._stop_ids(request),
                 generated=() if before is None else before.token_ids,
             )
@@ -200,6 +214,8 @@ class Engine:
         self._stats.pages_peak = max(self._stats.pages_peak, self._scheduler.pages_used)
         if rows.places:
             record_scores(rows.places, out.scores)
+        if self._pool:
+            record_states(step, out.states.numpy(), self._pool, self._sequences)
         done = self._take(step, out.sample)
         self._stats.steps += 1
         self._stats.output_tokens += step.num_samples - wasted
@@ -452,6 +468,9 @@ class Engine:
             given = owner.request.prompt[owner.request.scored_from :]
             owner.samples[sequence.index] = Sample(given, "", "scored", sequence.scores)
             self._stats.output_tokens -= 1  # the one that came with it is of no use
+        elif self._pool:
+            owner.samples[sequence.index] = pooled_sample(sequence.state, len(owner.request.prompt), self._pool)
+            self._stats.output_tokens -= 1
         else:
             self._lengths.finished(len(tokens), owner.request.sampling.max_tokens, owner.request.group)
             logprobs = stack(sequence.logprobs, owner.request.sampling.logprobs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from batchinfer import ops as op_list
-from batchinfer.types import ExitCode, JobError
+from batchinfer.types import ExitCode, JobError, PoolSpec
 
 try:
     from batchinfer._engine import Scheduler
@@ -23,10 +23,12 @@ from batchinfer.engine.memory import num_pages
 from batchinfer.engine.runner import make_runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
-from batchinfer.models.files import Source
+from batchinfer.models.files import ModelError, Source
 from batchinfer.models.spec import load_spec
 from batchinfer.models.tokenizer import Tokenizer, load_tokenizer
-from batchinfer.models.weights import dummy_weights, load_weights
+from batchinfer.models.weights import dummy_weights, load_weights, with_token_head
+
+OTHER_TASKS = "use task=embed, or task=classify or task=rerank of a model with a classification head"
 
 DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -40,12 +42,14 @@ def load_engine(
     ranks_on_node: int = 1,
     tokenizer: Tokenizer | None = None,
     source: Source | None = None,
+    pool: PoolSpec | None = None,
 ) -> Engine:
     """An engine with its weights in memory.
 
     ``threads`` 0: the CPUs that this process may use. On GPUs, rank i of a node takes its i-th visible device. The
     automatic KV pool is this rank's share of the node's free memory, or what is free on its device. ``tokenizer``: in
-    place of the model's own. ``source``: whence the weights come, None for this rank's own reading. Raises JobError: a
+    place of the model's own. ``source``: whence the weights come, None for this rank's own reading. ``pool``: it makes
+    vectors of texts, and generates nothing. Raises JobError: a
     model or a setting that can't be used (64), a device that the build or the node lacks, or memory for not even one
     page (69).
     """
@@ -55,12 +59,17 @@ def load_engine(
         raise JobError(f"engine.device={engine.device}: {error}", ExitCode.UNFIT) from None
     trace = Trace(engine.profile) if engine.profile else None
     spec = load_spec(model.path)
+    if spec.head != "tokens" and pool is None:
+        raise ModelError(f"{model.path} has no LM head, without which nothing is generated or scored: {OTHER_TASKS}")
+    spec = spec if pool is None else spec.with_head(pool.head)
     dtype = DTYPES[engine.dtype]
     max_len = spec.resolve_length(engine.max_model_len)
     if model.dummy_weights:
         weights = dummy_weights(spec, dtype, ops.device)
     else:
         weights = load_weights(model.path, spec, dtype, source)
+    if pool is not None and pool.tokens:
+        spec, weights = with_token_head(weights, spec, pool.tokens)
     decoder = Decoder(
         spec,
         weights,
@@ -69,6 +78,7 @@ def load_engine(
         max_positions=max_len,
         max_step_tokens=engine.max_step_tokens,
         max_samples=engine.max_slots,
+        pooling=None if pool is None else pool.pooling,
     )
     runner = make_runner(decoder, engine.page_size, engine.max_slots)
     pages = engine.num_pages or num_pages(
@@ -80,6 +90,8 @@ def load_engine(
         budget=runner.cache_budget(ranks_on_node),
     )
     pages = runner.allocate(pages)
+    if pool is not None:
+        max_len += 1  # for the scheduler's next token, which is never computed
     scheduler = Scheduler(
         num_pages=pages,
         page_size=engine.page_size,
@@ -99,4 +111,5 @@ def load_engine(
         page_size=engine.page_size,
         vocab_size=spec.vocab_size,
         trace=trace,
+        pool=pool,
     )

@@ -31,6 +31,7 @@ class Sequence:
     index: int
     logprobs: list[tuple[float, np.ndarray, np.ndarray]] = field(default_factory=list)
     scores: Logprobs | None = None  # of a scored request, filled as its prompt is computed
+    state: np.ndarray | None = None  # of a pooled one: float64, what the steps so far have given of it
     constraint: Constraint | None = None
     failure: str = ""  # why the constraint can't go on; its request fails with the step
 

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step has computed, on the host: one token for each sampled row, and the scores that were asked for; and
-    from when to when the device was at it, in seconds of time.perf_counter()."""
+    """What a step has computed, on the host: one token for each sampled row, and the scores that were asked for, or
+    pooled states as of :meth:`Decoder.pool`, and then tokens that mean nothing; and from when to when the device was at
+    it, in seconds of time.perf_counter()."""
 
     sample: SampleOutput
     scores: Scores | None = None
+    states: torch.Tensor | None = None
     begin: float = 0.0
     end: float = 0.0
 
@@ -101,14 +103,17 @@ class HostRunner:
 
     def start(self, step: Step, rows: Rows) -> None:
         start = time.perf_counter()
-        logits, scores = self._decoder.forward(self._step_input(step, rows.scored()), self._cache)
+        sample, scores, states = SampleOutput(torch.zeros(step.num_samples, dtype=torch.int32)), None, None
+        if self._decoder.pooling:
+            states = self._decoder.pool(self._step_input(step, None), self._cache)
+        else:
+            logits, scores = self._decoder.forward(self._step_input(step, rows.scored()), self._cache)
         middle = time.perf_counter()
-        sample = SampleOutput(torch.zeros(0, dtype=torch.int32))
-        if step.num_samples:
+        if step.num_samples and not self._decoder.pooling:
             inputs = self.slots.gather(step.sample_slot, step.sample_count, rows)
             sample = self._decoder.ops.sample(logits, inputs)
         end = time.perf_counter()
-        self._done.append(StepOutput(sample, scores, start, end))
+        self._done.append(StepOutput(sample, scores, states, start, end))
         self.seconds["forward"] += middle - start
         self.seconds["sample"] += end - middle
 

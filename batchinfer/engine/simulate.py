@@ -87,7 +87,7 @@ class SimulatedRunner:
         ends = step.sample_count + 1 >= self.slots.length[step.sample_slot]
         tokens = torch.from_numpy(np.where(ends, END, TOKEN).astype(np.int32))
         now = time.perf_counter()
-        self._done.append(StepOutput(SampleOutput(tokens), None, now, now))
+        self._done.append(StepOutput(SampleOutput(tokens), begin=now, end=now))
         self.prompt_tokens += step.num_tokens - step.num_decode
         self.widths.append(step.num_seqs)
 

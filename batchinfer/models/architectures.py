@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from batchinfer.models.files import ModelError
+from batchinfer.types import Head
 
 QKNorm = Literal["", "head", "all"]
 Windows = Literal["", "all", "late", "early", "even", "every", "nope"]
@@ -253,6 +255,11 @@ ARCHITECTURES = {
     ),
 }
 
+STEMS = {re.sub("ForCausalLM|LMHeadModel", "", name): name for name in ARCHITECTURES}
+STEMS |= {"Gemma3Text": STEMS.pop("Gemma3")}  # without the suffix it is the one that sees images
+OTHER_HEADS: dict[str, Head] = {"ForSequenceClassification": "classes", "Model": "hidden"}
+"""Suffixes of the names that the same layers have with another head, or with none."""
+
 GGUF_ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -265,6 +272,16 @@ GGUF_ARCHITECTURES = {
     "granite": "GraniteForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
 }
+
+
+def named_architecture(name: str) -> tuple[str, Head] | None:
+    """The row of the table that a config's name stands for, and the model's head; None for an unknown one."""
+    if name in ARCHITECTURES:
+        return name, "tokens"
+    for suffix, head in OTHER_HEADS.items():
+        if name.endswith(suffix) and name.removesuffix(suffix) in STEMS:
+            return STEMS[name.removesuffix(suffix)], head
+    return None
 
 
 def unknown_architecture(name: str, key: str, known: list[str], where: str, remote_code: bool = False) -> ModelError:

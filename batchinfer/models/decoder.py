@@ -1,4 +1,4 @@
-"""The one decoder, driven by ModelSpec: a step of tokens in, logits of the sampled rows out."""
+"""The one decoder, driven by ModelSpec: a step of tokens in, logits of the sampled rows or pooled states out."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from batchinfer.models.layers import (
 )
 from batchinfer.models.model_spec import LayerKind, ModelSpec
 from batchinfer.ops import AttentionInput, Experts, HeadNorm, Ops, Rope
+from batchinfer.types import Pooling
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Decoder:
 
     ``weights`` yields (name, tensor) as :func:`batchinfer.models.weights.load_weights` does and is used up tensor by
     tensor. A step has at most ``max_step_tokens`` tokens at positions below ``max_positions``, and samples from at most
-    ``max_samples``.
+    ``max_samples``. ``pooling`` None: it is asked for :meth:`forward`, else for :meth:`pool`.
     """
 
     def __init__(
@@ -96,9 +97,10 @@ class Decoder:
         max_positions: int,
         max_step_tokens: int,
         max_samples: int,
+        pooling: Pooling | None = None,
     ):
         _check_ops(spec, ops)
-        self.spec, self.ops, self.dtype = spec, ops, dtype
+        self.spec, self.ops, self.dtype, self.pooling = spec, ops, dtype, pooling
         self.layers, self.embed, self.positions, self.norm, self.head = _assemble(spec, weights, ops)
         self.kinds = spec.layer_kinds(max_positions)
         self.different_kinds = tuple(dict.fromkeys(self.kinds))
@@ -111,7 +113,8 @@ class Decoder:
         self.max_positions, self.max_step_tokens = max_positions, max_step_tokens
         self.workspace = Workspace.allocate(spec, max_step_tokens, ops, dtype)
         self.sampled = Workspace.allocate(spec, max_samples, ops, dtype)
-        self.logits = torch.empty(max_samples, spec.vocab_size, dtype=torch.float32, device=ops.device)
+        values = {"tokens": spec.vocab_size, "classes": spec.classes, "hidden": 0}[spec.head]
+        self.logits = torch.empty(max_samples, values, dtype=torch.float32, device=ops.device)
 
     def new_cache(self, num_pages: int, page_size: int) -> KVCache:
         """A cache of zeros."""
@@ -122,6 +125,37 @@ class Decoder:
     def forward(self, step: StepInput, cache: KVCache) -> tuple[Tensor, Scores | None]:
         """Logits float32 [N, V] of the sampled rows, a view that the next call overwrites; and the scores that the step
         asks for. Writes the step's keys and values to ``cache``."""
+        w = self._layers(step, cache, whole=step.score is not None)
+        if w is None:
+            return self.logits[:0], None
+        normed(self.ops, self.norm, w, pending=True)
+        if step.score is None:
+            return self._logits(w.x), None
+        scores = self._score(w.x, step.score)
+        return self._logits_of(w.x, step.sample_row), scores
+
+    def pool(self, step: StepInput, cache: KVCache) -> Tensor:
+        """What the step adds to its sequences' pooled states. Pooling "last": float32 [N, width], the final hidden
+        states of the sampled rows, or [N, classes] with a head. "cls": float32 [S, width], that of each sequence's
+        first token in the step. "mean": float64 [S, width], the sum over its tokens in the step, so exact that it does
+        not matter where a text was cut. Writes keys and values as :meth:`forward` does."""
+        w = self._layers(step, cache, whole=self.pooling != "last")
+        if w is None:
+            return self.logits[:0]
+        if self.spec.head != "hidden":
+            return self._logits(normed(self.ops, self.norm, w, pending=True)).clone()
+        states = w.delta  # of the dtype of activations, which w.x may be shorter than
+        self.norm(self.ops, w.delta, states, w.residual)
+        starts = step.attention.q_start
+        if self.pooling == "cls":
+            return states.index_select(0, starts[:-1].clamp(max=len(states) - 1)).float()
+        if self.pooling == "mean":
+            return torch.segment_reduce(states.double(), "sum", offsets=starts.long(), axis=0)
+        return states.to(torch.float32, copy=True)
+
+    def _layers(self, step: StepInput, cache: KVCache, whole: bool) -> Workspace | None:
+        """What is left for the last norm to read: of all tokens if ``whole``, else of the sampled ones; None if there
+        are none of these."""
         ops, spec, w = self.ops, self.spec, self.workspace.first(len(step.token_ids))
         attention = self._attention(step, cache)
         ops.embed(step.token_ids, self.embed, w.residual, spec.embed_scale)
@@ -131,10 +165,10 @@ class Decoder:
             # What was left in w.delta is added to the residual first.
             x = normed(ops, layer.attn_norm, w, pending=i > 0 or self.positions is not None)
             attend(ops, layer, x, w, attention[self.kinds[i]], cache.k[i], cache.v[i])
-            if i == spec.layers - 1 and step.score is None:
+            if i == spec.layers - 1 and not whole:
                 # All keys and values are in the cache: from here on only the sampled rows matter.
                 if not len(step.sample_row):
-                    return self.logits[:0], None
+                    return None
                 w = keep_rows(ops, w, step.sample_row, self.sampled)
             if spec.parallel:
                 feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=False), w)
@@ -143,11 +177,7 @@ class Decoder:
             else:
                 project(ops, layer, w, w.delta)
                 feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=True), w)
-        normed(ops, self.norm, w, pending=True)
-        if step.score is None:
-            return self._logits(w.x), None
-        scores = self._score(w.x, step.score)
-        return self._logits_of(w.x, step.sample_row), scores
+        return w
 
     def _attention(self, step: StepInput, cache: KVCache) -> dict[LayerKind, Attention]:
         """What the layers of each kind need of the step."""
@@ -203,7 +233,7 @@ def _check_ops(spec: ModelSpec, ops: Ops) -> None:
 
 
 def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops) -> tuple:
-    """(layers, embedding [V, D], table of positions or None, final norm, packed LM head). A matrix is packed as it
+    """(layers, embedding [V, D], table of positions or None, final norm, packed head or None). A matrix is packed as it
     comes."""
     tables = ("embed", "positions")
 
@@ -213,7 +243,9 @@ def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops) 
         )
 
     got = {name: pack(name, t) if t.ndim == 2 and name not in tables else t.to(ops.device) for name, t in weights}
-    head = got.get("lm_head") if not spec.tied_embeddings else ops.pack_weight(got["embed"])
+    head = got.get("lm_head", got.get("classes"))
+    if spec.head == "tokens" and spec.tied_embeddings:
+        head = ops.pack_weight(got["embed"])
 
     def linear(name: str) -> Linear:
         return Linear(got[name], got.get(f"{name}_bias"))

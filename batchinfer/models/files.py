@@ -40,9 +40,23 @@ def read_whole(path: str, limit: int = MAX_JSON_BYTES) -> bytes:
     return bytes(data)
 
 
+def read_json_objects(path: str) -> list[dict[str, Any]]:
+    """The JSON list of objects in ``path``. Raises ModelError."""
+    value = _json(read_whole(path), path)
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise ModelError(f"{path} must hold a JSON list of objects")
+    return value
+
+
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """A JSON object without duplicate keys, from UTF-8 bytes. ``where`` names it in the ModelError."""
+    value = _json(data, where)
+    if not isinstance(value, dict):
+        raise ModelError(f"{where} must hold a JSON object, not {type(value).__name__}")
+    return value
 
+
+def _json(data: bytes, where: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys: dict[str, Any] = {}
         for key, value in pairs:
@@ -52,12 +66,9 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         return keys
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{where} is not valid JSON ({error}): copy or download the model again") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{where} must hold a JSON object, not {type(value).__name__}")
-    return value
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 The names and shapes of what weights are streamed as (``Layout.targets``, each once):
 
-    embed [V, D], positions [rows, D], norm [D], lm_head [V, D] (absent when tied), and for every layer i, as
-    ``layers.i.NAME``: attn_norm, attn_post_norm, mlp_norm, mlp_post_norm [D]; qkv [(H+2G)*E, D]; o [D, H*E];
-    q_norm, k_norm [E] or [H*E], [G*E]; gate_up [2*I, D] ([I, D] without a gate); down [D, I];
-    or of a mixture: router [X, D] (one row more for a shared expert), experts.j.gate_up, experts.j.down, the shared
-    expert last. Biases have the name of their matrix or norm with ``_bias``.
+    embed [V, D], positions [rows, D], norm [D], lm_head [V, D] (absent when tied; classes [C, D] of a classifier stand
+    in its place, or nothing), and for every layer i, as ``layers.i.NAME``: attn_norm, attn_post_norm, mlp_norm,
+    mlp_post_norm [D]; qkv [(H+2G)*E, D]; o [D, H*E]; q_norm, k_norm [E] or [H*E], [G*E]; gate_up [2*I, D] ([I, D]
+    without a gate); down [D, I]; or of a mixture: router [X, D] (one row more for a shared expert), experts.j.gate_up,
+    experts.j.down, the shared expert last. Biases have the name of their matrix or norm with ``_bias``.
 """
 
 from __future__ import annotations
@@ -103,6 +103,9 @@ GGUF_NAMES = Names(
     down="ffn_down",
     mlp_post_norm="post_ffw_norm",
 )
+CLASSES = "score"
+"""What Hugging Face calls the matrix of a classification head, in every architecture."""
+
 PAIRED = {"LlamaForCausalLM", "GraniteForCausalLM"}
 """llama.cpp rotates neighbours (2j, 2j+1) for these and stores q and k accordingly."""
 
@@ -111,18 +114,24 @@ def layout(spec: ModelSpec, gguf: bool = False) -> Layout:
     """The layout under the names of Hugging Face or of GGUF."""
     traits = ARCHITECTURES[spec.architecture]
     names = _gguf_names(spec) if gguf else traits.names
-    plan = Layout(root=names.root)
+    plan = Layout(root=names.root[: names.root.find(".") + 1])
     plan.add("embed", (names.root + names.embed,), (spec.vocab_size,), spec.width)
     if spec.position_rows:
         plan.add("positions", (names.root + names.positions,), (spec.position_rows,), spec.width)
     for i in range(spec.layers):
         _add_layer(plan, spec, names, i, gguf)
     _add_norm(plan, spec, "norm", names.root + names.norm, gguf)
-    if not spec.tied_embeddings:
+    own_head = spec.head == "tokens" and not spec.tied_embeddings
+    if own_head:
         plan.add("lm_head", (names.head,), (spec.vocab_size,), spec.width)
-    plan.ignored = frozenset(
-        {"rope_freqs.weight"} if gguf else {f"{names.head}.weight"} if spec.tied_embeddings else ()
-    )
+    if spec.head == "classes":
+        plan.add("classes", (CLASSES,), (spec.classes,), spec.width)
+    unused = {"rope_freqs.weight"} if gguf else set()
+    if spec.head != "tokens" or (spec.tied_embeddings and not gguf):
+        unused.add(f"{names.head}.weight")
+    if spec.head == "hidden":
+        unused.add(f"{CLASSES}.weight")
+    plan.ignored = frozenset(unused)
     return plan
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from batchinfer.models.architectures import QKNorm
 from batchinfer.models.files import ModelError
 from batchinfer.models.rope import RopeSpec
+from batchinfer.types import Head
 
 MAX_LAYERS = 10_000
 """Names are made for every tensor of every layer before the files are compared with them."""
@@ -90,6 +91,8 @@ class ModelSpec:
     logit_scale: float = 1.0
     score_softcap: float = 0.0
     logit_softcap: float = 0.0
+    head: Head = "tokens"
+    classes: int = 0  # of a classification head
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -107,6 +110,10 @@ class ModelSpec:
         if length > limit:
             raise ModelError(f"engine.max_model_len={length} is above the model's {limit} positions: lower it")
         return length
+
+    def with_head(self, head: Head) -> ModelSpec:
+        """The spec of the same layers, used with another head. What scales and bounds logits is the LM head's."""
+        return self if head == self.head else replace(self, head=head, logit_scale=1.0, logit_softcap=0.0)
 
     def layer_kinds(self, max_positions: int) -> tuple[LayerKind, ...]:
         """Of each layer, for sequences of at most ``max_positions`` tokens, where wider windows change nothing."""

@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from batchinfer.models.architectures import ARCHITECTURES, Traits, unknown_architecture
+from batchinfer.models.architectures import ARCHITECTURES, Traits, named_architecture, unknown_architecture
 from batchinfer.models.files import Keys, ModelError, read_json
 from batchinfer.models.gguf import is_gguf, read_gguf
 from batchinfer.models.gguf_spec import spec_from_gguf
+from batchinfer.models.labels import labels
 from batchinfer.models.model_spec import MAX_LAYERS, Activation, ExpertSpec, ModelSpec, checked, token_ids
 from batchinfer.models.rope import local_rope_from_config, rope_from_config
 
@@ -57,8 +58,10 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
     """ModelSpec of a Hugging Face config. Raises ModelError naming the key and ``where``."""
     names = config.get("architectures") or []
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    if name not in ARCHITECTURES:
+    known = named_architecture(name)
+    if known is None:
         raise unknown_architecture(name, "architectures", list(ARCHITECTURES), where, "auto_map" in config)
+    name, head = known
     traits = ARCHITECTURES[name]
     keys = _renamed(config, traits, where)
     _refuse_unsupported(keys)
@@ -115,11 +118,12 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
             logit_scale=1 / keys.number("logits_scaling", 1.0) if traits.multipliers else 1.0,
             score_softcap=_cap(keys, "attn_logit_softcapping") if traits.soft_caps else 0.0,
             logit_softcap=_cap(keys, "final_logit_softcapping") if traits.soft_caps else 0.0,
+            classes=len(labels(config, where)) if head == "classes" else 0,
             bos_id=(token_ids(config.get("bos_token_id")) or (None,))[0],
             eos_ids=token_ids(config.get("eos_token_id")),
         ),
         where,
-    )
+    ).with_head(head)
 
 
 def _renamed(config: Mapping[str, Any], traits: Traits, where: str) -> Keys:

@@ -64,6 +64,10 @@ class Tokenizer:
         encoded = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [np.array(item.ids, dtype=np.int32) for item in encoded]
 
+    def encode_pairs(self, pairs: list[tuple[str, str]]) -> list[np.ndarray]:
+        """One int32 array per pair of texts, joined as the model wants it."""
+        return [np.array(item.ids, dtype=np.int32) for item in self._backend.encode_batch_fast(pairs)]
+
     def decode_batch(self, ids: list[np.ndarray]) -> list[str]:
         """Text of each, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode_batch([np.asarray(item).tolist() for item in ids], skip_special_tokens=True)

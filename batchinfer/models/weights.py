@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -126,6 +126,21 @@ def dummy_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> 
             yield name, torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
         else:
             yield name, torch.full(shape, 0.0 if name.endswith("_bias") else 1.0, device=device)
+
+
+def with_token_head(
+    weights: Iterable[tuple[str, torch.Tensor]], spec: ModelSpec, tokens: Sequence[int]
+) -> tuple[ModelSpec, Iterator[tuple[str, torch.Tensor]]]:
+    """The model with the rows of ``tokens`` alone in its LM head, as a classification head, and its spec."""
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            if name == ("embed" if spec.tied_embeddings else "lm_head"):
+                yield "classes", tensor[list(tokens)]
+            if name != "lm_head":
+                yield name, tensor
+
+    return replace(spec, head="classes", classes=len(tokens)), stream()
 
 
 def _stored(model_path: str) -> list[tuple[str, tuple[StoredTensor, ...]]]:

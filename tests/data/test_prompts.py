@@ -11,6 +11,7 @@ from data.fakes import INVALID, ByteTokenizer, invalid_text
 
 from batchinfer.config import InputConfig
 from batchinfer.data import prompts
+from batchinfer.data import texts as text_values
 from batchinfer.data.prompts import PromptBuilder, row_seed
 from batchinfer.types import Chunk, Completion, ErrorCode, JobError, Request, SamplingParams
 
@@ -70,7 +71,7 @@ def test_rows_are_tokenised_slice_by_slice():
 @pytest.mark.feature("job", "null, empty, over-long and non-UTF-8 prompts, unknown roles ... are error rows")
 @pytest.mark.parametrize("kind", [pa.string(), pa.binary()])
 def test_bad_texts(kind: pa.DataType, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prompts, "MAX_PROMPT_CHARS", 5000)
+    monkeypatch.setattr(text_values, "MAX_PROMPT_CHARS", 5000)
     rows = [b"good", None, b"", b"12" + INVALID, b"x" * 1000, b"y" * 999, b"z" * 6000, b"nul \0 ok"]
     array = invalid_text(rows) if kind == pa.string() else pa.array(rows)
     entries = build(array, InputConfig(prompt_column="x"))

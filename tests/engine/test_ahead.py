@@ -46,6 +46,10 @@ class LaggingRunner(HostRunner):
         given = buffer.step_input(step.num_tokens, step.num_samples, self._table)
         a, count = given.attention, step.num_seqs  # the CPU's attention takes no empty sequences
         attention = replace(a, q_start=a.q_start[: count + 1], kv_len=a.kv_len[:count], slot=a.slot[:count])
+        if self._decoder.pooling:
+            states = self._decoder.pool(replace(given, attention=attention), self._cache)
+            self._done.append(StepOutput(SampleOutput(torch.zeros(step.num_samples, dtype=torch.int32)), states=states))
+            return
         scored = rows.scored()
         score = ScoreInput(*map(torch.from_numpy, scored)) if scored else None
         logits, scores = self._decoder.forward(replace(given, attention=attention, score=score), self._cache)

@@ -18,7 +18,7 @@ from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder
 from batchinfer.models.model_spec import ModelSpec
 from batchinfer.models.rope import RopeSpec
-from batchinfer.types import Completion, Request
+from batchinfer.types import Completion, Pooling, PoolSpec, Request
 
 VOCAB, EOS = 64, 1
 SPEC = ModelSpec(
@@ -58,7 +58,8 @@ class LetterTokenizer:
         return ["".join(chr(33 + t) for t in row.tolist() if t != EOS) for row in ids]
 
 
-def make_decoder() -> Decoder:
+def make_decoder(pooling: Pooling | None = None) -> Decoder:
+    """``pooling``: it has no head, and makes vectors."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -75,9 +76,9 @@ def make_decoder() -> Decoder:
             f"layers.{layer}.down": random(32, 48),
         }
     ops = op_list.load("cpu", 1)
-    return Decoder(
-        SPEC, iter(weights.items()), ops, torch.float32, max_positions=128, max_step_tokens=128, max_samples=32
-    )
+    spec = SPEC if pooling is None else SPEC.with_head("hidden")
+    sizes = {"max_positions": 128, "max_step_tokens": 128, "max_samples": 32}
+    return Decoder(spec, iter(weights.items()), ops, torch.float32, **sizes, pooling=pooling)
 
 
 RunnerMaker = Callable[[Decoder, int, int], Runner]
@@ -88,6 +89,7 @@ def make_engine(
     expected_share: float = 0.0,
     make_runner: RunnerMaker = HostRunner,
     trace: Trace | None = None,
+    pool: PoolSpec | None = None,
     **options: Any,
 ) -> Engine:
     given = {"num_pages": 200, "page_size": 4, "max_slots": 8, "max_step_tokens": 64, "prefix_cache": True} | options
@@ -105,6 +107,7 @@ def make_engine(
         page_size=given["page_size"],
         vocab_size=VOCAB,
         trace=trace,
+        pool=pool,
     )
 
 

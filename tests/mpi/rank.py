@@ -79,7 +79,7 @@ class Failing(FakeEngine):
 
 
 def load(
-    model: object, engine: object, *, threads: int, rank_on_node: int, ranks_on_node: int, source: object
+    model: object, engine: object, *, threads: int, rank_on_node: int, ranks_on_node: int, source: object, pool: object
 ) -> FakeEngine:
     if WHEN == "killed at the start":
         time.sleep(0.5)  # the exchange before is over everywhere
