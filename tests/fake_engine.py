@@ -84,7 +84,7 @@ class FakeEngine:
         while self._waiting and len(self._running) < self._slots:
             request = self._waiting.popleft()
             completion = self._complete(request)
-            steps = max((len(s.token_ids) for s in completion.samples), default=1)
+            steps = max((len(s.token_ids) for s in completion.samples), default=1) or 1  # a vector takes one too
             self._running.append([steps - self._known_tokens(request, completion), completion])
         for entry in self._running:
             entry[0] -= 1

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from fake_engine import identify_fake, load_fake
+from fake_engine import FakeEngine, identify_fake, load_fake
 from test_job import configure, inputs, prompts  # noqa: F401
 
 from batchinfer import job
@@ -18,7 +21,7 @@ from batchinfer.cluster.world import World
 from batchinfer.data.audit import verify
 from batchinfer.data.convert import convert
 from batchinfer.data.export import export
-from batchinfer.types import JobError
+from batchinfer.types import JobError, PoolSpec
 
 
 def test_openai_requests_in_and_results_out(tmp_path: Path) -> None:
@@ -69,3 +72,47 @@ def test_scores_of_continuations(
         assert row["is_greedy"] is True
     with pytest.raises(JobError, match="task"):
         job.run(configure(inputs, output), World(), load_fake, identify_fake)
+
+
+POOLS = {
+    "embed": PoolSpec("mean", 5, activation="normalise"),
+    "classify": PoolSpec("last", 2, "classes", "softmax", ("no", "yes")),
+    "rerank": PoolSpec("last", 2, "tokens", "softmax", tokens=(3, 4)),
+}
+
+
+@pytest.mark.feature("job", "vectors, classes and relevance: crashes and resume as for every other job")
+@pytest.mark.parametrize("task", POOLS)
+def test_what_is_made_of_vectors(task: str, inputs: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The engine fails in the middle; the next attempt goes on from the journal."""
+    pool, output = POOLS[task], tmp_path / "out"
+    failures = iter([FakeEngine(pool=pool, fail_at_step=5)])
+    changes: dict[str, Any] = {"task__name": task, "job__journal_seconds": 0.0}
+    if task == "rerank":
+        changes |= {"input__query_column": "prompt", "input__document_column": "prompt"}
+
+    def load(*_: object, **given: Any) -> FakeEngine:
+        assert given["pool"] == pool
+        return next(failures, FakeEngine(pool=pool))
+
+    def attempt(pool: PoolSpec = pool) -> int:
+        return job.run(configure(inputs, output, **changes), World(), load, identify_fake, lambda _: pool)
+
+    with pytest.raises(JobError, match="the device went away"):
+        attempt()
+    assert attempt() == 0
+    assert verify(str(output)).ok
+    table = pa.concat_tables([pq.read_table(part) for part in sorted(output.glob("part-*.parquet"))])
+    assert table["status"].to_pylist() == ["ok"] * 87
+    for row in table.to_pylist():
+        text = row["prompt"] if task != "rerank" else f"{row['prompt']}|{row['prompt']}"
+        vector = (np.resize(list(text.encode()), pool.width).astype(np.float32) / 256).tolist()
+        if task == "classify":
+            assert (row["scores"], row["label"]) == (vector, pool.labels[int(np.argmax(vector))])
+        else:
+            assert (row["embedding"] if task == "embed" else row["relevance"]) == (
+                vector if task == "embed" else vector[0]
+            )
+        assert row["prompt_tokens"] == len(text)
+    with pytest.raises(JobError, match=r"pool\.width"):
+        attempt(replace(pool, width=pool.width + 1))

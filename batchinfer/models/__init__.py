@@ -6,7 +6,8 @@ spec.py           ModelSpec: what kind of decoder    rope.py             rotary 
 weights.py        stream of (name, tensor)           layers.py           attention and MLP of a layer
 decoder.py        the one decoder                    identity.py         fingerprint of a model for the plan
 tokenizer.py      text <-> ids                       gguf_tokenizer.py   the same from GGUF metadata
-chat.py           chat templates in a sandbox
+chat.py           chat templates in a sandbox         pool_spec.py       what a task makes of a text but more text
+labels.py         classes of a classification head
 
 Only weights.py, layers.py and decoder.py need torch.
 """

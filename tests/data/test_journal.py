@@ -37,7 +37,8 @@ def same(one: Completion, other: Completion) -> bool:
         def of(s: Sample) -> object:
             lp = s.logprobs
             arrays = None if lp is None else (lp.chosen.tolist(), lp.top_ids.tolist(), lp.top.tolist(), lp.top.shape)
-            return s.token_ids.tolist(), s.token_ids.dtype, s.text, s.finish_reason, arrays
+            vector = None if s.vector is None else (s.vector.tolist(), s.vector.dtype)
+            return s.token_ids.tolist(), s.token_ids.dtype, s.text, s.finish_reason, arrays, vector
 
         return c.id, c.prompt_tokens, c.error, [of(s) for s in c.samples]
 
@@ -47,6 +48,7 @@ def same(one: Completion, other: Completion) -> bool:
 RECORDS = [
     completion(0, sample(1, 2, 3)),
     completion(3, sample(4, reason=""), sample(5, 6, reason="length")),
+    completion(5, Sample(np.zeros(0, np.int32), "", "pooled", vector=np.array([0.25, -1e-30], np.float32))),
     completion(49, sample(7, 8, logprobs=3), sample(9, logprobs=0), sample(logprobs=0, reason="")),
 ]
 
@@ -80,7 +82,7 @@ def test_there_and_back(journal: Journal, tmp_path: Path) -> None:
     got = recalled(tmp_path)
     assert list(got) == [record.id for record in RECORDS]
     assert all(same(got[record.id], record) for record in RECORDS)
-    assert [got[record.id].finished for record in RECORDS] == [True, False, False]
+    assert [got[record.id].finished for record in RECORDS] == [True, False, True, False]
 
 
 def test_only_what_is_new_and_needed_is_taken(journal: Journal) -> None:
@@ -99,7 +101,7 @@ def test_other_plans_and_other_chunks_are_passed_over(journal: Journal, tmp_path
     data = written(tmp_path)
     assert list(decode(data, PLAN, 8)) == []
     outside = replace(CHUNK, rows=10)
-    assert set(recalled(tmp_path, chunk=outside)) == {RECORDS[0].id, RECORDS[1].id}
+    assert set(recalled(tmp_path, chunk=outside)) == {record.id for record in RECORDS[:3]}
 
 
 def test_the_fullest_record_is_taken(tmp_path: Path) -> None:

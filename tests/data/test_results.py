@@ -11,7 +11,17 @@ from data.fakes import INVALID, complete, invalid_text
 
 from batchinfer.config import InputConfig, OutputConfig
 from batchinfer.data.results import LOGPROBS, ResultOptions, count_results, result_schema, result_table
-from batchinfer.types import Completion, ErrorCode, ExitCode, JobError, Request, RowError, SamplingParams
+from batchinfer.types import (
+    Completion,
+    ErrorCode,
+    ExitCode,
+    JobError,
+    PoolSpec,
+    Request,
+    RowError,
+    Sample,
+    SamplingParams,
+)
 
 SOURCE = pa.table({"id": [7, 8], "prompt": ["ab", None]})
 GENERATED = ["generated_text", "finish_reason", "prompt_tokens", "completion_tokens", "status", "error_code", "error"]
@@ -139,3 +149,27 @@ def test_counts():
         **{"ok": 1, "error": 2, "prompt_tokens": 902, "completion_tokens": 6},
         **{"error:NULL_PROMPT": 1, "error:PROMPT_TOO_LONG": 1},
     }
+
+
+def vectors(task: str, pool: PoolSpec, values: list[float]) -> pa.Table:
+    sample = Sample(np.zeros(0, np.int32), "", "pooled", vector=np.array(values, np.float32))
+    rows = [Completion(0, 9, (sample,)), Completion(1, 0, error=RowError(ErrorCode.NULL_PROMPT, "the value is null"))]
+    options = ResultOptions.of(InputConfig(columns=[]), OutputConfig(prefix="p_"), SamplingParams(), task, pool)
+    return result_table(SOURCE, rows, options)
+
+
+@pytest.mark.feature("output", "embeddings as fixed-size lists of float32, labels and scores, relevance")
+def test_vectors_become_the_columns_of_their_task() -> None:
+    table = vectors("embed", PoolSpec("last", 3), [0.5, 0.25, -1.0])
+    assert table.schema.field("p_embedding").type == pa.list_(pa.float32(), 3)
+    assert table["p_embedding"].to_pylist() == [[0.5, 0.25, -1.0], None]
+    names = ["p_embedding", "p_prompt_tokens", "p_status", "p_error_code", "p_error"]
+    assert table.column_names == names
+    table = vectors("classify", PoolSpec("last", 2, "classes", "softmax", ("no", "yes")), [0.25, 0.75])
+    assert table["p_label"].to_pylist() == ["yes", None]
+    assert table["p_scores"].to_pylist() == [[0.25, 0.75], None]
+    assert table.column_names == ["p_label", "p_scores", *names[1:]]
+    table = vectors("rerank", PoolSpec("last", 2, "tokens", "softmax"), [0.25, 0.75])
+    assert table["p_relevance"].to_pylist() == [0.25, None]
+    assert table.schema.field("p_relevance").type == pa.float32()
+    assert table["p_prompt_tokens"].to_pylist() == [9, 0]
