@@ -21,10 +21,12 @@ MISSING = "???"
 @dataclass(frozen=True)
 class ModelConfig:
     """``path``: a Hugging Face model directory (config.json, safetensors, tokenizer) or one .gguf file.
-    ``dummy_weights``: random ones in place of the files', for measurements."""
+    ``dummy_weights``: random ones in place of the files', for measurements. ``adapters``: names of LoRA adapters, and
+    the folders that PEFT has written them to."""
 
     path: str = MISSING
     dummy_weights: bool = False
+    adapters: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class InputConfig:
     text that the task score looks at, ``query_column`` and ``document_column`` those of the task rerank. ``columns``
     None passes all input columns through to the output. ``sampling_columns`` maps a field of SamplingParams to the
     column that overrides it row by row. ``allow_append``: files that were not there when the job was planned are added
-    to it. ``retry_errors_of``: a finished output whose good rows are taken over, so that only its error rows are
+    to it. ``adapter_column`` names the adapter (``model.adapters``) that a row goes through, null for none.
+    ``retry_errors_of``: a finished output whose good rows are taken over, so that only its error rows are
     computed.
     """
 
@@ -82,6 +85,7 @@ class InputConfig:
     continuation_column: str | None = None
     query_column: str | None = None
     document_column: str | None = None
+    adapter_column: str | None = None
     columns: list[str] | None = None
     sampling_columns: dict[str, str] = field(default_factory=dict)
     allow_append: bool = False
@@ -343,6 +347,7 @@ def check(config: Config, required: tuple[str, ...] = REQUIRED) -> None:
         raise JobError(f"sampling.{error}", ExitCode.USAGE) from None
     _check_prompt(value)
     _check_task(value)
+    _check_adapters(value)
     _check_engine(value)
     _check_dummy_weights(value, required)
     _check_paths(value)
@@ -403,6 +408,15 @@ def _check_rerank(value: dict[str, Any]) -> None:
     if all(tokens) and value["task.activation"] != "auto":
         reason = "the relevance is the probability of rerank.yes_token, against rerank.no_token"
         raise _refused("task.activation", value["task.activation"], reason)
+
+
+def _check_adapters(value: dict[str, Any]) -> None:
+    names, column = list(value["model.adapters"]), value["input.adapter_column"]
+    if column is not None and not names:
+        raise _refused("input.adapter_column", column, "there are no adapters: give model.adapters={NAME: FOLDER, ...}")
+    if column is None and len(names) > 1:
+        reason = "there are several, and a row goes through one: give input.adapter_column=NAME"
+        raise _refused("model.adapters", dict(value["model.adapters"]), reason)
 
 
 def _check_engine(value: dict[str, Any]) -> None:

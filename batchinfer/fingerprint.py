@@ -26,6 +26,7 @@ def fingerprint(
         **({"pool": dataclasses.asdict(pool)} if pool is not None else {}),
         **({"rerank": _rerank(config.rerank)} if config.task.name == "rerank" else {}),
         "model": dict(model),
+        **({"adapter_column": config.input.adapter_column} if config.input.adapter_column else {}),
         "input": {
             source.kind: prompt,
             "columns": config.input.columns,

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -109,6 +109,14 @@ def identify(model_path: str) -> dict[str, str]:
     from batchinfer.models.identity import model_fingerprint
 
     return model_fingerprint(model_path)
+
+
+def _identify_adapters(adapters: Mapping[str, str]) -> dict[str, str]:
+    if not adapters:
+        return {}
+    from batchinfer.models.identity import adapter_fingerprints
+
+    return adapter_fingerprints(adapters)
 
 
 def find_pool(config: Config) -> PoolSpec | None:
@@ -369,12 +377,13 @@ def open_on_root(
             check_constraint(config.sampling)
         except ValueError as error:
             raise JobError(f"sampling.{error}", ExitCode.USAGE) from None
+    model = identify(config.model.path) | _identify_adapters(config.model.adapters)
     retried = config.input.retry_errors_of
     earlier = EarlierOutput(retried, options) if retried else None
     plan = make_plan(
         files,
         earlier.plan.rows_per_chunk if earlier else config.output.rows_per_chunk,  # a chunk is taken over from one part
-        fingerprint(config, identify(config.model.path), earlier.plan.id if earlier else None, pool),
+        fingerprint(config, model, earlier.plan.id if earlier else None, pool),
         free={"engine": dataclasses.asdict(config.engine), "batchinfer": __version__},
         numeric=numeric(config),
     )

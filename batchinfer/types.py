@@ -33,6 +33,7 @@ class ErrorCode(str, Enum):
     BAD_TOKEN_IDS = "BAD_TOKEN_IDS"
     BAD_SAMPLING = "BAD_SAMPLING"
     BAD_CONSTRAINT = "BAD_CONSTRAINT"
+    BAD_ADAPTER = "BAD_ADAPTER"
     KV_CAPACITY = "KV_CAPACITY"
     ENGINE_CRASH = "ENGINE_CRASH"
     TIMEOUT = "TIMEOUT"
@@ -156,7 +157,8 @@ class Request:
     tokens do not depend on batch, rank or restart. ``so_far``: the samples that an earlier attempt began, none or all n
     of them; the unfinished ones go on after their tokens. ``scored_from``: nothing is generated; the Completion's one
     sample is the prompt from this index on (at least 1), with the log-probability of each of its tokens. ``group``:
-    requests of one number, not 0, are expected to get answers of like lengths.
+    requests of one number, not 0, are expected to get answers of like lengths. ``adapter``: the number of the model's
+    adapter that it goes through, None for the base model.
     """
 
     id: int
@@ -166,6 +168,7 @@ class Request:
     so_far: tuple[Sample, ...] = ()
     scored_from: int | None = None
     group: int = 0
+    adapter: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

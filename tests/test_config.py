@@ -115,6 +115,8 @@ RERANK = {"task.name": "rerank", "input.query_column": "q", "input.document_colu
         ({"task.name": "embed", "task.activation": "none"}, "only task=classify and task=rerank looks at it"),
         ({"task.name": "rerank"}, "it needs two columns: give input.query_column=NAME input.document_column=NAME"),
         ({"task.name": "rerank", "input.query_column": "q"}, "it needs two columns"),
+        ({"input.adapter_column": "a"}, "there are no adapters: give model.adapters={NAME: FOLDER, ...}"),
+        ({"model.adapters": {"a": "x", "b": "y"}}, "there are several, and a row goes through one"),
         ({"input.document_column": "d"}, "only task=rerank looks at it"),
         (RERANK | {"input.template": "{{ q }}"}, "a prompt has one source"),
         (RERANK | {"rerank.yes_token": "yes"}, "rerank.no_token is None: give both tokens, or none"),

@@ -147,6 +147,8 @@ def _needs(config: InputConfig, schema: pa.Schema) -> Iterator[_Need]:
         yield _Need("input.continuation_column", config.continuation_column, kind)
     if config.document_column is not None:
         yield _Need("input.document_column", config.document_column, TEXT)
+    if config.adapter_column is not None:
+        yield _Need("input.adapter_column", config.adapter_column, TEXT)
     for field, column in config.sampling_columns.items():
         if field not in SAMPLING_KINDS:
             text = f"input.sampling_columns.{field}: there is no such field; allowed: {', '.join(SAMPLING_KINDS)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from batchinfer.config import VECTOR_TASKS, Config, InputConfig, RerankConfig
+from batchinfer.data.adapters import AdapterChoice
 from batchinfer.data.columns import prompt_source
 from batchinfer.data.pairs import PairPrompts
 from batchinfer.data.reader import Unreadable, python_values
@@ -50,6 +51,7 @@ class PromptBuilder:
         max_model_len: int,
         run_seed: int,
         rerank: RerankConfig | None = None,
+        adapters: Iterable[str] = (),
     ):
         """``sampling`` holds for every field that a row does not override, with ``run_seed`` for its seed;
         ``max_model_len`` counts prompt and new tokens together. ``rerank`` makes prompts of pairs, if those are what
@@ -59,6 +61,7 @@ class PromptBuilder:
         if self._source.kind == "query_column":
             self._pair_prompts = PairPrompts(config, rerank or RerankConfig(), tokenizer)
         self._template = RowTemplate(self._source.name) if self._source.kind == "template" else None
+        self._adapters = AdapterChoice(adapters, config.adapter_column)
         self._continuation = config.continuation_column
         self._overrides = dict(config.sampling_columns)
         self._sampling = replace(sampling, seed=run_seed)
@@ -70,7 +73,13 @@ class PromptBuilder:
         """That of a job whose engine's sequences are at most ``max_model_len`` tokens."""
         sampling = POOLED if config.task.name in VECTOR_TASKS else config.sampling
         return PromptBuilder(
-            config.input, sampling, tokenizer, max_model_len, run_seed=config.sampling.seed, rerank=config.rerank
+            config.input,
+            sampling,
+            tokenizer,
+            max_model_len,
+            run_seed=config.sampling.seed,
+            rerank=config.rerank,
+            adapters=config.model.adapters,
         )
 
     def build(self, table: pa.Table, chunk: Chunk) -> list[Request | Completion]:
@@ -80,15 +89,15 @@ class PromptBuilder:
         built: list[Request | Completion] = []
         for start in range(0, chunk.rows, SLICE_ROWS):
             rows = table.slice(start, SLICE_ROWS)
-            if self._continuation is not None:
-                pairs = self._pairs(rows, self._continuation)
-                built += [self._scored(chunk.row_id(start + i), pair) for i, pair in enumerate(pairs)]
-                continue
-            prompts = self._prompts(rows)
-            samplings = row_samplings(rows, self._overrides, self._sampling)
-            for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-                built.append(self._request(chunk.row_id(start + i), prompt, sampling))
+            built += self._adapters.choose(rows, self._built(rows, chunk.row_id(start)))
         return built
+
+    def _built(self, rows: pa.Table, first: int) -> list[Request | Completion]:
+        if self._continuation is not None:
+            pairs = self._pairs(rows, self._continuation)
+            return [self._scored(first + i, pair) for i, pair in enumerate(pairs)]
+        prompts, samplings = self._prompts(rows), row_samplings(rows, self._overrides, self._sampling)
+        return [self._request(first + i, *given) for i, given in enumerate(zip(prompts, samplings, strict=True))]
 
     def _request(
         self, row: int, prompt: np.ndarray | RowError, sampling: SamplingParams | RowError

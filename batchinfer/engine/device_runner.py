@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from batchinfer.engine.memory import allocate_or_shrink, device_budget
-from batchinfer.engine.runner import StepOutput
+from batchinfer.engine.runner import StepOutput, adapter_rows
 from batchinfer.engine.slots import Rows, SlotTable
 from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores
+from batchinfer.models.lora import NO_ADAPTERS, AdapterRows
 from batchinfer.ops import SampleOutput
 from batchinfer.types import ExitCode, JobError
 
@@ -143,7 +144,9 @@ class DeviceRunner:
         start = time.perf_counter()
         extras = self.slots.extras(step.sample_slot, step.sample_count, rows)
         scored = rows.scored()
-        decoding = step.num_tokens == step.num_samples == step.num_decode and not extras and not scored
+        adapters = adapter_rows(rows, lambda array: torch.from_numpy(array).to(self._device))
+        plain = not extras and not scored and not adapters.tokens
+        decoding = step.num_tokens == step.num_samples == step.num_decode and plain
         tokens = padded(step.num_tokens, self._max_slots) if decoding else step.num_tokens
         samples = tokens if decoding else step.num_samples
         host = self._host[self._parity]
@@ -159,7 +162,7 @@ class DeviceRunner:
                 out = StepOutput(SampleOutput(graph.tokens))
             else:
                 score = ScoreInput(*(torch.from_numpy(a).to(self._device) for a in scored)) if scored else None
-                out = self._compute(tokens, samples, decoding, extras, score)
+                out = self._compute(tokens, samples, decoding, extras, score, adapters)
             scores = None if out.scores is None else _to_host(out.scores, len(out.scores.chosen))
             states = None if out.states is None else _copy(out.states)
             out = StepOutput(_to_host(out.sample, step.num_samples), scores, states)
@@ -195,13 +198,15 @@ class DeviceRunner:
         decoding: bool,
         extras: dict[str, object],
         score: ScoreInput | None = None,
+        adapters: AdapterRows = NO_ADAPTERS,
     ) -> StepOutput:
         """The step in the device's buffer: forward, sample, and remember the tokens of the slots."""
         arrays = self._buffer.arrays
         ids, slot = arrays["token_ids"][:tokens], arrays["slot"][:tokens]
         ids = ids[: len(slot)]  # decodes come first, one token a sequence
         torch.where(ids < 0, self._last_token.index_select(0, slot), ids, out=ids)
-        step = replace(self._buffer.step_input(tokens, samples, self._page_table, decoding), score=score)
+        step = self._buffer.step_input(tokens, samples, self._page_table, decoding)
+        step = replace(step, score=score, adapters=adapters)
         if self._decoder.pooling:
             tokens_of_nobody = torch.zeros(samples, dtype=torch.int32, device=self._device)
             return StepOutput(SampleOutput(tokens_of_nobody), states=self._decoder.pool(step, self._cache))

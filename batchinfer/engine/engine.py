@@ -64,9 +64,11 @@ class Engine:
         vocab_size: int,
         trace: Trace | None = None,
         pool: PoolSpec | None = None,
+        adapters: int = 0,
     ):
         self._trace = trace
         self._pool = pool
+        self._adapters = adapters
         self.vocab_size = vocab_size
         self._lengths = lengths
         self.tokenizer = tokenizer
@@ -152,6 +154,7 @@ class Engine:
                 min_new_tokens=params.min_tokens,
                 expected_new_tokens=self._lengths.expected(params.max_tokens, request.group),
                 **compute_from(request, self._pool),
+                family=0 if request.adapter is None else request.adapter + 1,
                 stop_token_ids=self._stop_ids(request),
                 generated=() if before is None else before.token_ids,
             )
@@ -195,7 +198,7 @@ class Engine:
         for slot, seq_id in zip(step.new_slots.tolist(), step.new_seqs.tolist(), strict=True):
             self._assign(slot, seq_id)
         places = tuple(places_scored(step, self._sequences)) if self._scored else ()
-        rows = StepRows(step, self._sequences, self._scheduler.tokens, places)
+        rows = StepRows(step, self._sequences, self._scheduler.tokens, places, adapted=self._adapters > 0)
         begin = self._phase("schedule", begin)
         self._runner.start(step, rows)
         self._in_flight.append(rows)
@@ -327,6 +330,9 @@ class Engine:
             )
         if int(request.prompt.min()) < 0 or int(request.prompt.max()) >= self.vocab_size:
             return RowError(ErrorCode.BAD_TOKEN_IDS, f"token ids must lie in [0, {self.vocab_size - 1}]")
+        if request.adapter is not None and not 0 <= request.adapter < self._adapters:
+            reason = f"there is no adapter number {request.adapter}: the engine has {self._adapters}"
+            return RowError(ErrorCode.BAD_ADAPTER, reason)
         if request.scored_from is not None and not 1 <= request.scored_from < length:
             reason = f"scored_from={request.scored_from} must lie in [1, {length - 1}]: a token is foretold by others"
             return RowError(ErrorCode.EMPTY_PROMPT, reason)

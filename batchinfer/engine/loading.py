@@ -24,6 +24,7 @@ from batchinfer.engine.runner import make_runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
 from batchinfer.models.files import ModelError, Source
+from batchinfer.models.lora import load_adapter
 from batchinfer.models.spec import load_spec
 from batchinfer.models.tokenizer import Tokenizer, load_tokenizer
 from batchinfer.models.weights import dummy_weights, load_weights, with_token_head
@@ -70,6 +71,7 @@ def load_engine(
         weights = load_weights(model.path, spec, dtype, source)
     if pool is not None and pool.tokens:
         spec, weights = with_token_head(weights, spec, pool.tokens)
+    adapters = [load_adapter(folder, spec, ops, dtype) for _, folder in sorted(model.adapters.items())]
     decoder = Decoder(
         spec,
         weights,
@@ -79,6 +81,7 @@ def load_engine(
         max_step_tokens=engine.max_step_tokens,
         max_samples=engine.max_slots,
         pooling=None if pool is None else pool.pooling,
+        adapters=adapters,
     )
     runner = make_runner(decoder, engine.page_size, engine.max_slots)
     pages = engine.num_pages or num_pages(
@@ -112,4 +115,5 @@ def load_engine(
         vocab_size=spec.vocab_size,
         trace=trace,
         pool=pool,
+        adapters=len(adapters),
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from batchinfer._engine import Step
 from batchinfer.engine.constrain import Constraint
-from batchinfer.engine.slots import History
+from batchinfer.engine.slots import History, RowGroups
 from batchinfer.models.decoder import Scores
 from batchinfer.types import Logprobs, Request, Sample
 
@@ -54,6 +54,15 @@ class StepRows:
     sequences: dict[int, Sequence]
     tokens: Callable[[int], np.ndarray]
     places: tuple[Scored, ...] = ()
+    adapted: bool = False  # whether sequences may have adapters
+
+    def adapters(self) -> tuple[RowGroups, RowGroups]:
+        if not self.adapted:
+            return [], []
+        numbers = [self.sequences[i].owner.request.adapter for i in self.step.seq_ids.tolist()]
+        of_sequence = np.array([-1 if number is None else number for number in numbers], np.int64)
+        of_token = np.repeat(of_sequence, np.diff(self.step.q_start))
+        return row_groups(of_token), row_groups(of_token[self.step.sample_row])
 
     def history(self, row: int) -> History:
         seq_id = int(self.step.sample_seq[row])
@@ -72,6 +81,11 @@ class StepRows:
             return None
         tokens = [p.sequence.owner.request.prompt[p.first : p.first + len(p.rows)] for p in self.places]
         return np.concatenate([p.rows for p in self.places]), np.concatenate(tokens).astype(np.int64)
+
+
+def row_groups(adapter: np.ndarray) -> RowGroups:
+    """By adapter, the rows that have it: int64 [N], -1 for none."""
+    return [(int(number), np.flatnonzero(adapter == number)) for number in np.unique(adapter[adapter >= 0])]
 
 
 def places_scored(step: Step, sequences: dict[int, Sequence]) -> Iterator[Scored]:

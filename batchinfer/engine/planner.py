@@ -117,7 +117,7 @@ class Planner:
             self._plan(np.argsort(np.argsort(-expected, kind="stable")))
             self._tail = 0
         request = self._left.popleft()
-        self._last = request.prompt
+        self._last = _keyed(request)
         return request
 
     def _sizes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -127,11 +127,19 @@ class Planner:
 
     def _plan(self, rank: np.ndarray) -> None:
         requests = list(self._left)
-        plan = make_plan([request.prompt for request in requests], rank, self._last)
+        plan = make_plan([_keyed(request) for request in requests], rank, self._last)
         groups = plan.group.tolist()
         self._left = deque(
             replace(requests[i], group=groups[i]) if groups[i] else requests[i] for i in plan.order.tolist()
         )
+
+
+def _keyed(request: Request) -> np.ndarray:
+    """What a request begins with, for the order: pages are shared within an adapter only, and so its number comes
+    first, where there is one."""
+    if request.adapter is None:
+        return request.prompt
+    return np.concatenate([np.full(GRAIN, -1 - request.adapter, np.int32), request.prompt])
 
 
 def tail(prompts: np.ndarray, expected: np.ndarray, max_slots: int, kv_tokens: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from batchinfer.engine.memory import free_memory, host_budget
 from batchinfer.engine.slots import Rows, SlotTable
 from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores, StepInput
+from batchinfer.models.lora import AdapterRows
 from batchinfer.ops import AttentionInput, SampleOutput
 from batchinfer.types import ExitCode, JobError
 
@@ -105,9 +106,9 @@ class HostRunner:
         start = time.perf_counter()
         sample, scores, states = SampleOutput(torch.zeros(step.num_samples, dtype=torch.int32)), None, None
         if self._decoder.pooling:
-            states = self._decoder.pool(self._step_input(step, None), self._cache)
+            states = self._decoder.pool(self._step_input(step, rows), self._cache)
         else:
-            logits, scores = self._decoder.forward(self._step_input(step, rows.scored()), self._cache)
+            logits, scores = self._decoder.forward(self._step_input(step, rows), self._cache)
         middle = time.perf_counter()
         if step.num_samples and not self._decoder.pooling:
             inputs = self.slots.gather(step.sample_slot, step.sample_count, rows)
@@ -128,7 +129,8 @@ class HostRunner:
         del self._decoder
 
     @staticmethod
-    def _step_input(step: Step, scored: tuple[np.ndarray, np.ndarray] | None) -> StepInput:
+    def _step_input(step: Step, rows: Rows) -> StepInput:
+        scored = rows.scored()
         tensor: Callable[[np.ndarray], torch.Tensor] = torch.from_numpy
         return StepInput(
             token_ids=tensor(step.token_ids),
@@ -142,4 +144,10 @@ class HostRunner:
             ),
             sample_row=tensor(step.sample_row),
             score=ScoreInput(*map(tensor, scored)) if scored else None,
+            adapters=adapter_rows(rows, tensor),
         )
+
+
+def adapter_rows(rows: Rows, tensor: Callable[[np.ndarray], torch.Tensor]) -> AdapterRows:
+    """``tensor`` puts an array where the decoder needs it."""
+    return AdapterRows(*(tuple((number, tensor(of)) for number, of in groups) for groups in rows.adapters()))

@@ -26,6 +26,10 @@ History = tuple[np.ndarray, np.ndarray]
 """Prompt and generated tokens of a sequence, int32."""
 
 
+RowGroups = list[tuple[int, np.ndarray]]
+"""(number of an adapter, rows int64), for each adapter that has some."""
+
+
 class Rows(Protocol):
     """What only the host knows of the rows that a step samples."""
 
@@ -34,6 +38,9 @@ class Rows(Protocol):
 
     def allow(self, row: int, mask: np.ndarray) -> None:
         """Fill ``mask`` int32 [ceil(V / 32)], see ``SampleInput.allowed``; asked for rows with a constraint."""
+
+    def adapters(self) -> tuple[RowGroups, RowGroups]:
+        """Of the step's tokens and of its samples, the rows that go through an adapter."""
 
     def scored(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Tokens of the step, int32 [M], and what the text goes on with after each, int64 [M], where somebody wants

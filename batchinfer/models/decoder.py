@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from batchinfer.models.layers import (
     normed,
     project,
 )
+from batchinfer.models.lora import NO_ADAPTERS, Adapter, AdapterRows
 from batchinfer.models.model_spec import LayerKind, ModelSpec
 from batchinfer.ops import AttentionInput, Experts, HeadNorm, Ops, Rope
 from batchinfer.types import Pooling
@@ -53,7 +54,8 @@ class StepInput:
     """One step: T tokens of S sequences, N of which are sampled from.
 
     ``token_ids``, ``positions`` int32 [T]; ``kv_index`` int64 [T], the token's place in the cache (page * page size +
-    offset); ``sample_row`` int32 [N], which of the T tokens. ``score`` is None in most steps.
+    offset); ``sample_row`` int32 [N], which of the T tokens. ``score`` is None in most steps. ``adapters``: the rows
+    that do not go through the base model alone.
     """
 
     token_ids: Tensor
@@ -62,6 +64,7 @@ class StepInput:
     attention: AttentionInput
     sample_row: Tensor
     score: ScoreInput | None = None
+    adapters: AdapterRows = NO_ADAPTERS
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class KVCache:
 
 
 class Decoder:
-    """Holds packed weights, the rope table and the workspace; the cache is the caller's.
+    """Holds packed weights, adapters, the rope table and the workspace; the cache is the caller's.
 
     ``weights`` yields (name, tensor) as :func:`batchinfer.models.weights.load_weights` does and is used up tensor by
     tensor. A step has at most ``max_step_tokens`` tokens at positions below ``max_positions``, and samples from at most
@@ -98,10 +101,11 @@ class Decoder:
         max_step_tokens: int,
         max_samples: int,
         pooling: Pooling | None = None,
+        adapters: Sequence[Adapter] = (),
     ):
         _check_ops(spec, ops)
         self.spec, self.ops, self.dtype, self.pooling = spec, ops, dtype, pooling
-        self.layers, self.embed, self.positions, self.norm, self.head = _assemble(spec, weights, ops)
+        self.layers, self.embed, self.positions, self.norm, self.head = _assemble(spec, weights, ops, adapters)
         self.kinds = spec.layer_kinds(max_positions)
         self.different_kinds = tuple(dict.fromkeys(self.kinds))
         tables = {"global": spec.rope, "local": spec.local_rope}
@@ -157,26 +161,26 @@ class Decoder:
         """What is left for the last norm to read: of all tokens if ``whole``, else of the sampled ones; None if there
         are none of these."""
         ops, spec, w = self.ops, self.spec, self.workspace.first(len(step.token_ids))
-        attention = self._attention(step, cache)
+        attention, groups = self._attention(step, cache), step.adapters.tokens
         ops.embed(step.token_ids, self.embed, w.residual, spec.embed_scale)
         if self.positions is not None:
             ops.embed(step.positions, self.positions, w.delta)
         for i, layer in enumerate(self.layers):
             # What was left in w.delta is added to the residual first.
             x = normed(ops, layer.attn_norm, w, pending=i > 0 or self.positions is not None)
-            attend(ops, layer, x, w, attention[self.kinds[i]], cache.k[i], cache.v[i])
+            attend(ops, layer, x, w, attention[self.kinds[i]], cache.k[i], cache.v[i], groups)
             if i == spec.layers - 1 and not whole:
                 # All keys and values are in the cache: from here on only the sampled rows matter.
                 if not len(step.sample_row):
                     return None
-                w = keep_rows(ops, w, step.sample_row, self.sampled)
+                w, groups = keep_rows(ops, w, step.sample_row, self.sampled), step.adapters.samples
             if spec.parallel:
-                feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=False), w)
-                project(ops, layer, w, w.y)
+                feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=False), w, groups)
+                project(ops, layer, w, w.y, groups)
                 ops.add(w.y, w.residual)
             else:
-                project(ops, layer, w, w.delta)
-                feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=True), w)
+                project(ops, layer, w, w.delta, groups)
+                feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=True), w, groups)
         return w
 
     def _attention(self, step: StepInput, cache: KVCache) -> dict[LayerKind, Attention]:
@@ -232,15 +236,15 @@ def _check_ops(spec: ModelSpec, ops: Ops) -> None:
         raise ModelError(f"{needed}: set {others}")
 
 
-def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops) -> tuple:
+def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops, adapters: Sequence[Adapter]) -> tuple:
     """(layers, embedding [V, D], table of positions or None, final norm, packed head or None). A matrix is packed as it
     comes."""
     tables = ("embed", "positions")
 
     def pack(name: str, weight: Tensor) -> Any:
-        return ops.pack_weight(
-            weight, gated=spec.fused_gate and re.fullmatch(r"layers\.\d+\.gate_up", name) is not None
-        )
+        gated = spec.fused_gate and re.fullmatch(r"layers\.\d+\.gate_up", name) is not None
+        # Where an adapter adds to gates and values, they are needed by themselves.
+        return ops.pack_weight(weight, gated=gated and not any(name in adapter for adapter in adapters))
 
     got = {name: pack(name, t) if t.ndim == 2 and name not in tables else t.to(ops.device) for name, t in weights}
     head = got.get("lm_head", got.get("classes"))
@@ -248,7 +252,8 @@ def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops) 
         head = ops.pack_weight(got["embed"])
 
     def linear(name: str) -> Linear:
-        return Linear(got[name], got.get(f"{name}_bias"))
+        mine = tuple(adapter.get(name) for adapter in adapters)
+        return Linear(got[name], got.get(f"{name}_bias"), mine if any(mine) else ())
 
     def norm(name: str, scale: float = 1.0) -> Norm | None:
         weight = got.get(name)

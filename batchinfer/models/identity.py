@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 
 from batchinfer.models.files import open_for_reading, read_at, read_json
 from batchinfer.models.gguf import is_gguf, read_gguf
-from batchinfer.models.safetensors import open_folder
+from batchinfer.models.peft_files import CONFIG, WEIGHTS
+from batchinfer.models.safetensors import open_folder, read_header
 from batchinfer.models.tokenizer import Tokenizer, load_tokenizer
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -38,6 +40,18 @@ def model_fingerprint(model_path: str, tokenizer: Tokenizer | None = None) -> di
         "weights": weights.hexdigest(),
         "tokenizer": (tokenizer or load_tokenizer(model_path)).fingerprint,
     }
+
+
+def adapter_fingerprints(adapters: Mapping[str, str]) -> dict[str, str]:
+    """sha256 (hex) of each adapter's config and weights, by "adapter NAME". Raises ModelError."""
+    found = {}
+    for name, folder in sorted(adapters.items()):
+        config = read_json(os.path.join(folder, CONFIG))
+        file = read_header(os.path.join(folder, WEIGHTS))
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        digest.update(_file_digest(file.path, 8 + len(file.header), file.size))
+        found[f"adapter {name}"] = digest.hexdigest()
+    return found
 
 
 def _file_digest(path: str, header_bytes: int, size: int) -> bytes:

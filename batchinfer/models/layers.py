@@ -8,16 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchinfer.models.lora import Factors, Groups
 from batchinfer.models.model_spec import ModelSpec
 from batchinfer.ops import Experts, HeadNorm, Ops, Rope
 
 
 @dataclass(frozen=True)
 class Linear:
-    """``weight`` as packed by the ops; ``bias`` float32 [N] or None."""
+    """``weight`` as packed by the ops; ``bias`` float32 [N] or None; ``adapters``: by their numbers, None for those
+    that leave it alone; () if all do."""
 
     weight: Any
     bias: Tensor | None = None
+    adapters: tuple[Factors | None, ...] = ()
+
+    def __call__(self, ops: Ops, x: Tensor, out: Tensor, groups: Groups) -> None:
+        """out = x through weight and bias, and the rows of ``groups`` through their adapters too."""
+        ops.linear(x, self.weight, out, self.bias)
+        for number, rows in groups if self.adapters else ():
+            factors = self.adapters[number]
+            if factors is not None:
+                factors.add(ops, x, rows, out)
 
 
 @dataclass(frozen=True)
@@ -138,40 +149,51 @@ def normed(ops: Ops, norm: Norm | None, w: Workspace, pending: bool) -> Tensor:
     return w.x
 
 
-def attend(ops: Ops, layer: Layer, x: Tensor, w: Workspace, step: Attention, k_cache: Tensor, v_cache: Tensor) -> None:
+def attend(
+    ops: Ops,
+    layer: Layer,
+    x: Tensor,
+    w: Workspace,
+    step: Attention,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    groups: Groups = (),
+) -> None:
     """w.attn = attention heads of x; writes this step's keys and values to the caches."""
-    ops.linear(x, layer.qkv.weight, w.qkv, layer.qkv.bias)
+    layer.qkv(ops, x, w.qkv, groups)
     ops.rope_and_cache(w.qkv, step.positions, step.kv_index, step.rope, k_cache, v_cache, w.q, layer.head_norm)
     ops.attention(w.q, k_cache, v_cache, step.plan, step.scale, w.attn, w.lse, step.softcap)
 
 
-def project(ops: Ops, layer: Layer, w: Workspace, out: Tensor) -> None:
+def project(ops: Ops, layer: Layer, w: Workspace, out: Tensor, groups: Groups = ()) -> None:
     """out = what attention adds to the residual."""
-    ops.linear(w.attn.flatten(1), layer.o.weight, out, layer.o.bias)
+    layer.o(ops, w.attn.flatten(1), out, groups)
     if layer.attn_post_norm is not None:
         layer.attn_post_norm(ops, out, out)
 
 
-def feed(ops: Ops, spec: ModelSpec, layer: Layer, x: Tensor, w: Workspace) -> None:
+def feed(ops: Ops, spec: ModelSpec, layer: Layer, x: Tensor, w: Workspace, groups: Groups = ()) -> None:
     """w.delta = what the MLP adds to the residual. x may be w.x."""
     if isinstance(layer.mlp, Mixture):
         _mix(ops, layer.mlp, x, w)
     else:
-        _mlp(ops, spec, layer.mlp, x, w)
+        _mlp(ops, spec, layer.mlp, x, w, groups)
     if layer.mlp_post_norm is not None:
         layer.mlp_post_norm(ops, w.delta, w.delta)
 
 
-def _mlp(ops: Ops, spec: ModelSpec, mlp: Mlp, x: Tensor, w: Workspace) -> None:
-    if spec.fused_gate:
+def _mlp(ops: Ops, spec: ModelSpec, mlp: Mlp, x: Tensor, w: Workspace, groups: Groups) -> None:
+    if spec.fused_gate and not mlp.gate_up.adapters:
         ops.gated_linear(x, mlp.gate_up.weight, w.gated, w.gate_up, mlp.gate_up.bias)
     else:
-        ops.linear(x, mlp.gate_up.weight, w.gate_up, mlp.gate_up.bias)
-        if spec.gated:
+        mlp.gate_up(ops, x, w.gate_up, groups)
+        if spec.fused_gate:  # the same bits as in one op
+            ops.silu_mul(w.gate_up, w.gated)
+        elif spec.gated:
             ops.gelu_mul(w.gate_up, w.gated)
         else:
             ops.activate(spec.activation, w.gate_up, w.gated)
-    ops.linear(w.gated, mlp.down.weight, w.delta, mlp.down.bias)
+    mlp.down(ops, w.gated, w.delta, groups)
 
 
 def _mix(ops: Ops, mixture: Mixture, x: Tensor, w: Workspace) -> None:

@@ -194,6 +194,15 @@ def _decode(data: memoryview, piece: Piece, path: str) -> torch.Tensor:
     return torch.from_numpy(values).view(shape)
 
 
+def reorder(rows: torch.Tensor, part: Part) -> torch.Tensor:
+    """The rows of a part [N, ...] in the decoder's order."""
+    if part.order == "pairs":  # rows (2j, 2j+1) of each head -> (j, j + E/2)
+        return rows.view(part.heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+    if part.order == "by_head":  # [H, 3, E] -> [3, H, E]
+        return rows.view(part.heads, 3, -1, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+    return rows
+
+
 def _put(values: torch.Tensor, piece: Piece, part: Part, out: torch.Tensor) -> None:
     """Rows of the stored tensor into its part ``out``, which is brought into the decoder's order with the last."""
     here = slice(piece.row, piece.row + piece.rows)
@@ -201,9 +210,7 @@ def _put(values: torch.Tensor, piece: Piece, part: Part, out: torch.Tensor) -> N
     target[here].copy_(values)
     if here.stop < piece.tensor.shape[0]:
         return
-    if part.order == "pairs":  # rows (2j, 2j+1) of each head -> (j, j + E/2)
-        out.copy_(out.view(part.heads, -1, 2, *out.shape[1:]).transpose(1, 2).reshape(out.shape))
-    elif part.order == "by_head":  # [H, 3, E] -> [3, H, E]
-        out.copy_(out.view(part.heads, 3, -1, *out.shape[1:]).transpose(0, 1).reshape(out.shape))
+    if part.order in ("pairs", "by_head"):
+        out.copy_(reorder(out, part))
     if part.offset:
         out.add_(part.offset)

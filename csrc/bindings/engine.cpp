@@ -122,7 +122,7 @@ PYBIND11_MODULE(_engine, module) {
         .def(
             "add",
             [](Scheduler& self, int64_t seq_id, const py::object& prompt, int32_t max_new_tokens,
-               int32_t min_new_tokens, int32_t expected_new_tokens, int32_t compute_from,
+               int32_t min_new_tokens, int32_t expected_new_tokens, int32_t compute_from, int32_t family,
                const py::object& stop_token_ids, const py::object& generated) {
                 const auto prompt_array = as_int32(prompt, "prompt");
                 const auto stop_array = as_int32(stop_token_ids, "stop_token_ids");
@@ -133,12 +133,13 @@ PYBIND11_MODULE(_engine, module) {
                           .min_new_tokens = min_new_tokens,
                           .expected_new_tokens = expected_new_tokens,
                           .compute_from = compute_from,
+                          .family = family,
                           .stop_token_ids = view(stop_array),
                           .generated = view(generated_array)});
             },
             py::arg("seq_id"), py::arg("prompt"), py::kw_only(), py::arg("max_new_tokens"),
             py::arg("min_new_tokens") = 0, py::arg("expected_new_tokens") = 0, py::arg("compute_from") = kComputeLast,
-            py::arg("stop_token_ids") = py::tuple(), py::arg("generated") = py::tuple())
+            py::arg("family") = 0, py::arg("stop_token_ids") = py::tuple(), py::arg("generated") = py::tuple())
         .def("schedule", [](Scheduler& self) { return std::const_pointer_cast<Step>(self.schedule()); })
         .def(
             "update",

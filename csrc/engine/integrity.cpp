@@ -102,7 +102,7 @@ void Scheduler::check_integrity() const {
             const bool in_tree = pool_.tree().contains(page);
             if (i < sequence->published) {
                 require(in_tree, *sequence, "a published page is not in the tree");
-                require(pool_.tree().parent(page) == (i == 0 ? PrefixTree::kRoot : pages(*sequence)[i - 1]), *sequence,
+                require(pool_.tree().parent(page) == (i == 0 ? sequence->root : pages(*sequence)[i - 1]), *sequence,
                         "a published page has another parent");
                 require(std::ranges::equal(pool_.tree().tokens(page), page_tokens(*sequence, i)), *sequence,
                         "a published page has other tokens");

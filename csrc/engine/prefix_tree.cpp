@@ -56,7 +56,7 @@ PageId PrefixTree::insert(PageId parent, std::span<const int32_t> tokens, PageId
     PageId& first = bucket(h);
     node.next_in_bucket = first;
     first = page;
-    if (parent != kRoot) ++nodes_[parent].num_children;
+    if (!is_root(parent)) ++nodes_[parent].num_children;
     ++num_nodes_;
     return page;
 }
@@ -67,7 +67,7 @@ void PrefixTree::remove(PageId page) {
     while (*link != page)
         link = &nodes_[*link].next_in_bucket;
     *link = node.next_in_bucket;
-    if (node.parent != kRoot) --nodes_[node.parent].num_children;
+    if (!is_root(node.parent)) --nodes_[node.parent].num_children;
     node = Node{};
     --num_nodes_;
 }
@@ -114,7 +114,7 @@ void PrefixTree::check(const PageAllocator& pages) const {
         ++num_nodes;
         require(find(node.parent, tokens(page)) == page, page, "not found by its own tokens");
         require(node.idle == (pages.refs(page) == 0), page, "idle and reference count disagree");
-        if (node.parent == kRoot) continue;
+        if (is_root(node.parent)) continue;
         ++children[node.parent];
         require(nodes_[node.parent].in_tree, page, "its parent is not in the tree");
         require(pages.refs(node.parent) >= pages.refs(page), page, "has more holders than its parent");
@@ -123,7 +123,7 @@ void PrefixTree::check(const PageAllocator& pages) const {
         const Node& node = nodes_[page];
         require(node.in_tree && node.idle, page, "in the idle list without being idle");
         require(!passed[page] && num_idle++ < num_idle_, page, "the idle list runs in a circle");
-        require(node.parent == kRoot || !passed[node.parent], page, "would be evicted after its parent");
+        require(is_root(node.parent) || !passed[node.parent], page, "would be evicted after its parent");
         passed[page] = true;
     }
     for (PageId page = 0; page < static_cast<PageId>(nodes_.size()); ++page) {

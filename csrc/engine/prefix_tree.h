@@ -14,17 +14,22 @@ namespace batchinfer {
 /// A child is found by a 64-bit hash of (parent, its tokens) and then compared token by token, so a collision of
 /// hashes costs time and never mixes up prefixes.
 ///
+/// There is a root for each family of sequences: of different families no pages are alike, whatever their tokens.
+///
 /// Idle nodes (nobody holds their page) may be evicted, least recently dropped first. Whoever holds a page holds all
 /// its ancestors and drops deeper pages first; so a node becomes idle after its descendants, and the oldest idle node
 /// is always a leaf. find() costs O(page_size), everything else O(1) on average.
 class PrefixTree {
   public:
     static constexpr PageId kRoot = kNoPage;
+    /// The root of a family, 0 (kRoot), 1, 2 ...
+    static constexpr PageId root(int32_t family) { return kRoot - family; }
+    static constexpr bool is_root(PageId parent) { return parent <= kRoot; }
 
     /// `hash_bits` < 64 keeps only so many bits of the hash: for tests of collisions.
     PrefixTree(int32_t num_pages, int32_t page_size, int32_t hash_bits = 64);
 
-    /// The child of `parent` (a page of the tree, or kRoot) that holds exactly `tokens` [page_size], or kNoPage.
+    /// The child of `parent` (a page of the tree, or a root) that holds exactly `tokens` [page_size], or kNoPage.
     PageId find(PageId parent, std::span<const int32_t> tokens) const;
     /// `page`, held and not in the tree, becomes the child of `parent` for `tokens`, unless there is one already.
     /// Returns the child.

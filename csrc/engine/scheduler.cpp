@@ -62,6 +62,7 @@ void Scheduler::add(const NewSequence& request) {
     require(request.min_new_tokens >= 0, "min_new_tokens must not be negative");
     require(request.expected_new_tokens >= 0, "expected_new_tokens must not be negative");
     require(request.compute_from >= 0, "compute_from must not be negative");
+    require(request.family >= 0, "family must not be negative");
     require(std::ranges::all_of(request.prompt, [](int32_t id) { return id >= 0; }), "the prompt has a negative token");
     require(std::ssize(request.prompt) < config_.max_seq_len,
             "its prompt of " + std::to_string(request.prompt.size()) +
@@ -89,6 +90,7 @@ void Scheduler::add(const NewSequence& request) {
     sequence->arrival = num_arrived_++;
     sequence->min_new_tokens = request.min_new_tokens;
     sequence->compute_from = request.compute_from;
+    sequence->root = PrefixTree::root(request.family);
     sequence->expected_new_tokens =
         request.expected_new_tokens == 0 ? max_new : std::min(request.expected_new_tokens, max_new);
     if (stop_token_ids_ == nullptr || !std::ranges::equal(*stop_token_ids_, request.stop_token_ids)) {
@@ -209,7 +211,7 @@ void Scheduler::match_prefix(const Sequence& sequence) {
     if (!config_.prefix_cache) return;
     // The last token gives the logits: compute it.
     const int32_t limit = std::min(sequence.known() - 1, sequence.compute_from) / config_.page_size;
-    PageId page = PrefixTree::kRoot;
+    PageId page = sequence.root;
     while (static_cast<int32_t>(prefix_.size()) < limit) {
         page = pool_.find(page, page_tokens(sequence, static_cast<int32_t>(prefix_.size())));
         if (page == kNoPage) break;
@@ -282,7 +284,7 @@ void Scheduler::publish(Sequence& sequence, bool adopt) {
         const int32_t column = sequence.published;
         PageId* row = table_->row(sequence.slot);
         const PageId own = row[column];
-        const PageId parent = column == 0 ? PrefixTree::kRoot : row[column - 1];
+        const PageId parent = column == 0 ? sequence.root : row[column - 1];
         const PageId page = pool_.publish(parent, page_tokens(sequence, column), own);
         if (page != own) {
             if (!adopt) return;

@@ -40,6 +40,7 @@ struct NewSequence {
     int32_t min_new_tokens = 0;           // stop tokens before so many generated ones do not stop
     int32_t expected_new_tokens = 0;      // 0: max_new_tokens
     int32_t compute_from = kComputeLast;  // prompt positions from here on are computed, whatever the cache has
+    int32_t family = 0;                   // the cache's pages are shared within one family only: 0, 1, 2 ...
     std::span<const int32_t> stop_token_ids = {};
     std::span<const int32_t> generated = {};  // of an earlier life: it goes on from there, and they count as its own
 };

@@ -44,7 +44,8 @@ struct alignas(64) Sequence {
     int64_t arrival = 0;
     int32_t expected_new_tokens = 0;
     int32_t compute_from = 0;
-    size_t position = 0;  // in the scheduler's list of running sequences
+    PageId root = kNoPage;  // of its family in the prefix tree
+    size_t position = 0;    // in the scheduler's list of running sequences
 
     /// Asks for the lines that every step touches, some sequences ahead of their use. Without, update() of 2,000
     /// sequences takes a third longer.

@@ -11,7 +11,7 @@ import torch
 from engine.tiny_engine import VOCAB, make_decoder, make_engine, random_prompts, run
 
 from batchinfer._engine import Step
-from batchinfer.engine.runner import HostRunner, StepOutput
+from batchinfer.engine.runner import HostRunner, StepOutput, adapter_rows
 from batchinfer.engine.slots import Rows
 from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.models.decoder import Decoder, ScoreInput
@@ -46,13 +46,16 @@ class LaggingRunner(HostRunner):
         given = buffer.step_input(step.num_tokens, step.num_samples, self._table)
         a, count = given.attention, step.num_seqs  # the CPU's attention takes no empty sequences
         attention = replace(a, q_start=a.q_start[: count + 1], kv_len=a.kv_len[:count], slot=a.slot[:count])
+        adapters = adapter_rows(rows, torch.from_numpy)
         if self._decoder.pooling:
-            states = self._decoder.pool(replace(given, attention=attention), self._cache)
+            states = self._decoder.pool(replace(given, attention=attention, adapters=adapters), self._cache)
             self._done.append(StepOutput(SampleOutput(torch.zeros(step.num_samples, dtype=torch.int32)), states=states))
             return
         scored = rows.scored()
         score = ScoreInput(*map(torch.from_numpy, scored)) if scored else None
-        logits, scores = self._decoder.forward(replace(given, attention=attention, score=score), self._cache)
+        logits, scores = self._decoder.forward(
+            replace(given, attention=attention, score=score, adapters=adapters), self._cache
+        )
         out = SampleOutput(torch.zeros(0, dtype=torch.int32))
         if step.num_samples:
             extras = self.slots.extras(step.sample_slot, step.sample_count, rows)

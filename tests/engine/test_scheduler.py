@@ -397,6 +397,7 @@ def test_arrays_live_as_long_as_someone_holds_them() -> None:
         ({"min_new_tokens": -1}, "min_new_tokens must not be negative"),
         ({"expected_new_tokens": -1}, "expected_new_tokens must not be negative"),
         ({"compute_from": -1}, "compute_from must not be negative"),
+        ({"family": -1}, "family must not be negative"),
         ({"seq_id": 7}, "sequence 7: this id is open already"),
         ({"generated": [1, 2, 3, 4]}, "4 generated tokens already, and may have 4"),
         ({"generated": [-1]}, "generated token is negative"),
@@ -462,3 +463,18 @@ def test_what_must_be_computed_does_not_come_from_the_cache(compute_from: int, f
     step = s.schedule()
     assert step is not None
     assert step.positions.tolist() == list(range(first, 15))
+
+
+def test_families_share_no_pages() -> None:
+    s = Scheduler(num_pages=40, page_size=4, max_slots=8, max_step_tokens=64, max_seq_len=64)
+    prompt, computed = list(range(15)), []
+    for seq_id, family in enumerate([0, 1, 0, 1, 7, 7]):
+        s.add(seq_id, prompt, max_new_tokens=1, family=family)
+        step = s.schedule()
+        assert step is not None
+        s.check_integrity()
+        computed.append(step.num_tokens)
+        s.update([5])
+        s.check_integrity()
+    assert computed == [15, 15, 3, 3, 15, 3]
+    assert s.pages_cached == 9
