@@ -22,7 +22,7 @@ from batchinfer.engine.open_work import (
     stack,
     unstack,
 )
-from batchinfer.engine.pooled import compute_from, pooled_sample, record_states, trimmed
+from batchinfer.engine.pooled import cache_rules, pooled_sample, record_states, trimmed
 from batchinfer.engine.runner import Runner, StepOutput
 from batchinfer.engine.seeds import sample_seed
 from batchinfer.engine.stopping import completes_stop, cut_text
@@ -114,10 +114,8 @@ class Engine:
     def add(self, request: Request) -> None:
         """Take a request. One that can't run comes back from the next :meth:`step` as a Completion with an error."""
         self._open += 1
-        if self._pool:
-            request = replace(request, prompt=trimmed(request.prompt, self._pool.pad_id), sampling=SCORING)
-        elif request.scored_from is not None:
-            request = replace(request, sampling=SCORING)
+        if self._pool or request.scored_from is not None:
+            request = replace(request, prompt=trimmed(request.prompt, self._pool), sampling=SCORING)
         error, constraints = self._refusal(request), []
         if error is None:
             try:
@@ -153,8 +151,7 @@ class Engine:
                 max_new_tokens=params.max_tokens,
                 min_new_tokens=params.min_tokens,
                 expected_new_tokens=self._lengths.expected(params.max_tokens, request.group),
-                **compute_from(request, self._pool),
-                family=0 if request.adapter is None else request.adapter + 1,
+                **cache_rules(request, self._pool),
                 stop_token_ids=self._stop_ids(request),
                 generated=() if before is None else before.token_ids,
             )

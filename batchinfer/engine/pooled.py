@@ -14,20 +14,23 @@ SMALLEST_NORM = 1e-12
 """A shorter vector is not brought to length 1: as in torch.nn.functional.normalize."""
 
 
-def trimmed(prompt: np.ndarray, pad_id: int | None) -> np.ndarray:
-    """The prompt without the padding at its end; one token stays."""
-    if pad_id is None:
+def trimmed(prompt: np.ndarray, pool: PoolSpec | None) -> np.ndarray:
+    """The prompt without the padding at its end, if that is to be left out; one token stays."""
+    if pool is None or pool.pad_id is None:
         return prompt
-    rest = np.flatnonzero(prompt != pad_id)
+    rest = np.flatnonzero(prompt != pool.pad_id)
     return prompt[: rest[-1] + 1 if len(rest) else 1]
 
 
-def compute_from(request: Request, pool: PoolSpec | None) -> dict[str, int]:
-    """From which position on the scheduler has to compute a prompt that the cache may have. The cache holds keys and
-    values, not the states that scores and means are made of. Nothing: all but the last may come from the cache."""
+def cache_rules(request: Request, pool: PoolSpec | None) -> dict[str, int]:
+    """What of a prompt the scheduler may take from the cache. That holds keys and values, not the states of which
+    scores and means are made; and those of one adapter are of no use to another."""
+    rules = {"family": 0 if request.adapter is None else request.adapter + 1}
     if request.scored_from is not None:
-        return {"compute_from": request.scored_from - 1}
-    return {"compute_from": 0} if pool is not None and pool.pooling != "last" else {}
+        rules["compute_from"] = request.scored_from - 1
+    elif pool is not None and pool.pooling != "last":
+        rules["compute_from"] = 0
+    return rules
 
 
 def record_states(step: Step, states: np.ndarray, pool: PoolSpec, sequences: Mapping[int, Sequence]) -> None:

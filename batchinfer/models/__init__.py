@@ -7,7 +7,8 @@ weights.py        stream of (name, tensor)           layers.py           attenti
 decoder.py        the one decoder                    identity.py         fingerprint of a model for the plan
 tokenizer.py      text <-> ids                       gguf_tokenizer.py   the same from GGUF metadata
 chat.py           chat templates in a sandbox         pool_spec.py       what a task makes of a text but more text
-labels.py         classes of a classification head
+labels.py         classes of a classification head    peft_files.py      what an adapter's files hold
+lora.py           adapters beside the weights
 
-Only weights.py, layers.py and decoder.py need torch.
+Only weights.py, lora.py, layers.py and decoder.py need torch.
 """

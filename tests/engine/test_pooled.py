@@ -121,4 +121,5 @@ def test_probabilities_are_those_of_torch(values: np.ndarray) -> None:
     [([1, 2, 0, 0], 0, [1, 2]), ([0, 1, 0, 2], 0, [0, 1, 0, 2]), ([0, 0], 0, [0]), ([1, 0], None, [1, 0]), ([], 0, [])],
 )
 def test_padding_at_the_end_does_not_count(prompt: list[int], pad: int | None, kept: list[int]) -> None:
-    assert trimmed(np.array(prompt, np.int32), pad).tolist() == kept
+    pool = PoolSpec("last", 1, "classes", pad_id=pad)
+    assert trimmed(np.array(prompt, np.int32), pool).tolist() == kept
