@@ -68,9 +68,10 @@ def _pool(config: Config) -> PoolSpec | None:
 
 
 def _estimate(config: Config, files: list[InputFile], plan: Plan, timed: bool, pool: PoolSpec | None) -> list[str]:
+    from batchinfer.models.encoder_spec import EncoderSpec, encoder_spec
     from batchinfer.models.spec import load_spec
 
-    spec = load_spec(config.model.path)
+    spec = encoder_spec(config.model.path) or load_spec(config.model.path)
     seconds = None
     if timed:
         from batchinfer.engine.loading import load_engine
@@ -87,7 +88,7 @@ def _estimate(config: Config, files: list[InputFile], plan: Plan, timed: bool, p
         engine.close()
     in_a_row = draw(config, files, plan, tokenizer, longest, stretch(plan.chunks, STRETCH))
     lines = describe(sample, config, len(plan.chunks), seconds)
-    return lines + describe_order(config, in_a_row.requests, spec)
+    return lines if isinstance(spec, EncoderSpec) else lines + describe_order(config, in_a_row.requests, spec)
 
 
 def show_status(config: Config) -> int:

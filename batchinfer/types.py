@@ -153,12 +153,13 @@ class Request:
     """One prompt for the engine.
 
     ``id`` is opaque to the engine and comes back in the Completion. ``prompt`` is int32 [tokens], at least one.
-    ``seed`` is a 64-bit hash of (run seed, row identity): sample ``i`` draws from hash(seed, i), so that its
-    tokens do not depend on batch, rank or restart. ``so_far``: the samples that an earlier attempt began, none or all n
-    of them; the unfinished ones go on after their tokens. ``scored_from``: nothing is generated; the Completion's one
-    sample is the prompt from this index on (at least 1), with the log-probability of each of its tokens. ``group``:
-    requests of one number, not 0, are expected to get answers of like lengths. ``adapter``: the number of the model's
-    adapter that it goes through, None for the base model.
+    ``seed`` is a 64-bit hash of (run seed, row identity): sample ``i`` draws from hash(seed, i), so that its tokens do
+    not depend on batch, rank or restart. ``so_far``: the samples that an earlier attempt began, none or all n of them;
+    the unfinished ones go on after their tokens. ``scored_from``: nothing is generated; the Completion's one sample is
+    the prompt from this index on (at least 1), with the log-probability of each of its tokens. ``group``: requests of
+    one number, not 0, are expected to get answers of like lengths. ``adapter``: the number of the model's adapter that
+    it goes through, None for the base model. ``second_from``: where the second text of a pair begins, which some
+    encoders are told.
     """
 
     id: int
@@ -169,6 +170,7 @@ class Request:
     scored_from: int | None = None
     group: int = 0
     adapter: int | None = None
+    second_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

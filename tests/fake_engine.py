@@ -23,8 +23,9 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
-    def encode_pairs(self, pairs: list[tuple[str, str]]) -> list[np.ndarray]:
-        return self.encode_batch([f"{query}|{document}" for query, document in pairs])
+    def encode_pairs(self, pairs: list[tuple[str, str]]) -> list[tuple[np.ndarray, int]]:
+        joined = self.encode_batch([f"{query}|{document}" for query, document in pairs])
+        return [(ids, len(query.encode()) + 1) for ids, (query, _) in zip(joined, pairs, strict=True)]
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         return "".join(f"<{message['role']}>{message['content']}" for message in messages)

@@ -21,7 +21,7 @@ VARIABLES = ("query", "document", "instruction")
 class PairTokenizer(Protocol):
     def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[np.ndarray]: ...
 
-    def encode_pairs(self, pairs: list[tuple[str, str]]) -> list[np.ndarray]: ...
+    def encode_pairs(self, pairs: list[tuple[str, str]]) -> list[tuple[np.ndarray, int]]: ...
 
 
 class PairPrompts:
@@ -38,20 +38,23 @@ class PairPrompts:
                 f"rerank.template has the variable {unknown[0]!r}; it may have {', '.join(VARIABLES)}", ExitCode.USAGE
             )
 
-    def prompts(self, rows: pa.Table) -> list[np.ndarray | RowError]:
-        """Token ids (int32) or the error of each row."""
+    def prompts(self, rows: pa.Table) -> list[tuple[np.ndarray, int | None] | RowError]:
+        """Token ids (int32) and where the document begins (None if nobody asks), or the error of each row."""
         queries, documents = (
             [_named(name, checked(plain_text(value))) for value in python_values(rows[name])] for name in self._columns
         )
         pairs = [first_error(*pair) or pair for pair in zip(queries, documents, strict=True)]
         if self._template is not None:
             prompts = [pair if isinstance(pair, RowError) else checked(self._rendered(*pair)) for pair in pairs]
-            encode: Any = self._tokenizer.encode_batch
+            encode: Any = self._encode
         else:
             prompts, encode = pairs, self._tokenizer.encode_pairs
         good = [prompt for prompt in prompts if not isinstance(prompt, RowError)]
         encoded = iter(encode(good) if good else ())
-        return [p if isinstance(p, RowError) else np.asarray(next(encoded), np.int32) for p in prompts]
+        return [p if isinstance(p, RowError) else next(encoded) for p in prompts]
+
+    def _encode(self, texts: list[str]) -> list[tuple[np.ndarray, None]]:
+        return [(np.asarray(ids, np.int32), None) for ids in self._tokenizer.encode_batch(texts)]
 
     def _rendered(self, query: str, document: str) -> str | RowError:
         try:

@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[np.ndarray]: ...
 
-    def encode_pairs(self, pairs: list[tuple[str, str]]) -> list[np.ndarray]: ...
+    def encode_pairs(self, pairs: list[tuple[str, str]]) -> list[tuple[np.ndarray, int]]: ...
 
     def render_chat(self, messages: list[dict[str, str]]) -> str: ...
 
@@ -96,6 +96,8 @@ class PromptBuilder:
         if self._continuation is not None:
             pairs = self._pairs(rows, self._continuation)
             return [self._scored(first + i, pair) for i, pair in enumerate(pairs)]
+        if self._pair_prompts is not None:
+            return [self._pair(first + i, pair) for i, pair in enumerate(self._pair_prompts.prompts(rows))]
         prompts, samplings = self._prompts(rows), row_samplings(rows, self._overrides, self._sampling)
         return [self._request(first + i, *given) for i, given in enumerate(zip(prompts, samplings, strict=True))]
 
@@ -113,6 +115,13 @@ class PromptBuilder:
         if isinstance(sampling, RowError):
             return Completion(row, length, error=sampling)
         return Request(row, prompt, sampling, row_seed(sampling.seed, row))
+
+    def _pair(self, row: int, pair: tuple[np.ndarray, int | None] | RowError) -> Request | Completion:
+        if isinstance(pair, RowError):
+            return Completion(row, 0, error=pair)
+        prompt, second_from = pair
+        made = self._request(row, prompt, self._sampling)
+        return replace(made, second_from=second_from) if isinstance(made, Request) else made
 
     def _scored(self, row: int, pair: tuple[np.ndarray, np.ndarray] | RowError) -> Request | Completion:
         if isinstance(pair, RowError):
@@ -145,8 +154,6 @@ class PromptBuilder:
 
     def _prompts(self, rows: pa.Table) -> list[np.ndarray | RowError]:
         """Token ids (int32) or the error of each row."""
-        if self._pair_prompts is not None:
-            return self._pair_prompts.prompts(rows)
         if self._source.kind == "token_ids_column":
             return [_token_ids(ids, self._tokenizer.vocab_size) for ids in rows[self._source.name]]
         texts = self._texts(rows, checked)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from batchinfer import ops as op_list
@@ -17,17 +19,21 @@ except ImportError as error:  # BATCHINFER_DEVICE=none, or a folder of sources w
     ) from None
 
 from batchinfer.config import EngineConfig, ModelConfig
+from batchinfer.engine.encoder_engine import EncoderEngine
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.memory import num_pages
 from batchinfer.engine.runner import make_runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
+from batchinfer.models.encoder import Encoder
+from batchinfer.models.encoder_spec import EncoderSpec, encoder_spec
 from batchinfer.models.files import ModelError, Source
 from batchinfer.models.lora import load_adapter
 from batchinfer.models.spec import load_spec
 from batchinfer.models.tokenizer import Tokenizer, load_tokenizer
 from batchinfer.models.weights import dummy_weights, load_weights, with_token_head
+from batchinfer.ops import Ops
 
 OTHER_TASKS = "use task=embed, or task=classify or task=rerank of a model with a classification head"
 
@@ -44,7 +50,7 @@ def load_engine(
     tokenizer: Tokenizer | None = None,
     source: Source | None = None,
     pool: PoolSpec | None = None,
-) -> Engine:
+) -> Engine | EncoderEngine:
     """An engine with its weights in memory.
 
     ``threads`` 0: the CPUs that this process may use. On GPUs, rank i of a node takes its i-th visible device. The
@@ -58,6 +64,9 @@ def load_engine(
         ops = op_list.load(engine.device, threads, rank=rank_on_node, ops=engine.ops)
     except RuntimeError as error:
         raise JobError(f"engine.device={engine.device}: {error}", ExitCode.UNFIT) from None
+    encoder = encoder_spec(model.path)
+    if encoder is not None:
+        return _encoder_engine(encoder, ops, model, engine, tokenizer, source, pool)
     trace = Trace(engine.profile) if engine.profile else None
     spec = load_spec(model.path)
     if spec.head != "tokens" and pool is None:
@@ -116,4 +125,29 @@ def load_engine(
         trace=trace,
         pool=pool,
         adapters=len(adapters),
+    )
+
+
+def _encoder_engine(
+    spec: EncoderSpec,
+    ops: Ops,
+    model: ModelConfig,
+    engine: EngineConfig,
+    tokenizer: Tokenizer | None,
+    source: Source | None,
+    pool: PoolSpec | None,
+) -> EncoderEngine:
+    if pool is None:
+        raise ModelError(f"{model.path} is an encoder ({spec.architecture}), which generates nothing: {OTHER_TASKS}")
+    for key, given in (("model.adapters", model.adapters), ("model.dummy_weights", model.dummy_weights)):
+        if given:
+            raise ModelError(f"{key}={given} is not supported with an encoder ({spec.architecture})")
+    dtype = DTYPES[engine.dtype]
+    return EncoderEngine(
+        Encoder(replace(spec, head=pool.head), load_weights(model.path, spec, dtype, source), ops, dtype),
+        tokenizer or load_tokenizer(model.path),
+        pool,
+        max_len=spec.resolve_length(engine.max_model_len),
+        max_slots=engine.max_slots,
+        max_step_tokens=engine.max_step_tokens,
     )

@@ -1,4 +1,4 @@
-"""Models: from files to logits.
+"""Models: from files to logits, or to vectors.
 
 files.py          reading files: errors, JSON, blocks at an offset
 safetensors.py    the safetensors container          gguf.py             the GGUF container
@@ -8,7 +8,7 @@ decoder.py        the one decoder                    identity.py         fingerp
 tokenizer.py      text <-> ids                       gguf_tokenizer.py   the same from GGUF metadata
 chat.py           chat templates in a sandbox         pool_spec.py       what a task makes of a text but more text
 labels.py         classes of a classification head    peft_files.py      what an adapter's files hold
-lora.py           adapters beside the weights
+lora.py           adapters beside the weights         encoder.py         BERT and its like (encoder_spec.py)
 
-Only weights.py, lora.py, layers.py and decoder.py need torch.
+Only weights.py, lora.py, layers.py, decoder.py and encoder.py need torch.
 """

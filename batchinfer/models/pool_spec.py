@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from batchinfer.config import VECTOR_TASKS, Config, EmbedConfig, RerankConfig
+from batchinfer.models.encoder_spec import EncoderSpec, encoder_spec
 from batchinfer.models.files import ModelError, read_json, read_json_objects
 from batchinfer.models.gguf import is_gguf
 from batchinfer.models.labels import activation, labels
@@ -36,7 +37,7 @@ def pool_spec(config: Config) -> PoolSpec | None:
     if config.task.name not in VECTOR_TASKS:
         return None
     path = config.model.path
-    spec = load_spec(path)
+    spec = encoder_spec(path) or load_spec(path)
     if config.task.name == "embed":
         return embed_spec(path, spec, config.embed)
     if spec.head == "classes":
@@ -49,7 +50,7 @@ def pool_spec(config: Config) -> PoolSpec | None:
     return yes_no_spec(path, spec, config.rerank, load_tokenizer(path))
 
 
-def embed_spec(path: str, spec: ModelSpec, settings: EmbedConfig) -> PoolSpec:
+def embed_spec(path: str, spec: ModelSpec | EncoderSpec, settings: EmbedConfig) -> PoolSpec:
     """Of the task embed."""
     if settings.dimensions > spec.width:
         raise JobError(
@@ -58,7 +59,8 @@ def embed_spec(path: str, spec: ModelSpec, settings: EmbedConfig) -> PoolSpec:
         )
     folder, pooling = _pooling_folder(path), settings.pooling
     if pooling == "auto":
-        pooling = "last" if folder is None else _mode(os.path.join(folder, "config.json"))
+        usual = "mean" if isinstance(spec, EncoderSpec) else "last"
+        pooling = usual if folder is None else _mode(os.path.join(folder, "config.json"))
     return PoolSpec(
         pooling,  # type: ignore[arg-type]
         settings.dimensions or spec.width,
@@ -66,7 +68,7 @@ def embed_spec(path: str, spec: ModelSpec, settings: EmbedConfig) -> PoolSpec:
     )
 
 
-def class_spec(path: str, spec: ModelSpec, task: str, wanted: str) -> PoolSpec:
+def class_spec(path: str, spec: ModelSpec | EncoderSpec, task: str, wanted: str) -> PoolSpec:
     """Of a model with a classification head, whose padding transformers leaves out of account too."""
     where = os.path.join(path, "config.json")
     config = read_json(where)
@@ -77,17 +79,18 @@ def class_spec(path: str, spec: ModelSpec, task: str, wanted: str) -> PoolSpec:
         )
     kind = activation(config, where) if wanted == "auto" else "" if wanted == "none" else wanted
     pad = config.get("pad_token_id")
+    encoder = isinstance(spec, EncoderSpec)
     return PoolSpec(
-        "last",
+        "cls" if encoder else "last",
         len(names),
         head="classes",
         activation=kind,  # type: ignore[arg-type]
         labels=names,
-        pad_id=pad if type(pad) is int else None,
+        pad_id=pad if type(pad) is int and not encoder else None,
     )
 
 
-def yes_no_spec(path: str, spec: ModelSpec, settings: RerankConfig, tokenizer: Tokenizer) -> PoolSpec:
+def yes_no_spec(path: str, spec: ModelSpec | EncoderSpec, settings: RerankConfig, tokenizer: Tokenizer) -> PoolSpec:
     """Of a model that is asked for one of two tokens: its first value is the probability of the one for
     yes against the other."""
     if spec.head != "tokens":

@@ -133,7 +133,8 @@ def _renamed(config: Mapping[str, Any], traits: Traits, where: str) -> Keys:
     return Keys({**traits.defaults, **given, **theirs}, where, traits.keys)
 
 
-def _refuse_unsupported(keys: Keys) -> None:
+def refuse_quantised(keys: Keys) -> None:
+    """Raise ModelError for a config of quantised weights."""
     quantisation = keys.config.get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else quantisation
@@ -141,6 +142,10 @@ def _refuse_unsupported(keys: Keys) -> None:
             f"{keys.where}: quantization_config ({method}) is not supported: use the unquantised (bf16, fp16, fp32) "
             "weights or a GGUF file of the model"
         )
+
+
+def _refuse_unsupported(keys: Keys) -> None:
+    refuse_quantised(keys)
     for key, harmless in HARMLESS.items():
         value = keys.config.get(key, harmless)
         if value is not harmless:

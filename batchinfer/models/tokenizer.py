@@ -64,9 +64,12 @@ class Tokenizer:
         encoded = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [np.array(item.ids, dtype=np.int32) for item in encoded]
 
-    def encode_pairs(self, pairs: list[tuple[str, str]]) -> list[np.ndarray]:
-        """One int32 array per pair of texts, joined as the model wants it."""
-        return [np.array(item.ids, dtype=np.int32) for item in self._backend.encode_batch_fast(pairs)]
+    def encode_pairs(self, pairs: list[tuple[str, str]]) -> list[tuple[np.ndarray, int]]:
+        """One int32 array per pair of texts, joined as the model wants it, and where the second begins for a model that
+        tells them apart (the array's length if it does not)."""
+        encoded = self._backend.encode_batch_fast(pairs)
+        arrays = [(np.array(item.ids, np.int32), np.array(item.type_ids, np.int32)) for item in encoded]
+        return [(ids, len(ids) if not types.any() else int(types.argmax())) for ids, types in arrays]
 
     def decode_batch(self, ids: list[np.ndarray]) -> list[str]:
         """Text of each, special tokens left out; bytes that are no UTF-8 become U+FFFD."""

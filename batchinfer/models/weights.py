@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from batchinfer.models.encoder_spec import EncoderSpec, encoder_layout
 from batchinfer.models.files import Block, BlockReader, ModelError, OwnReading, Source, StoredTensor
 from batchinfer.models.gguf import is_gguf, read_gguf
 from batchinfer.models.layout import Layout, Part, layout
@@ -53,7 +54,7 @@ class WeightBlock(Block):
 
 
 def load_weights(
-    model_path: str, spec: ModelSpec, dtype: torch.dtype, source: Source | None = None
+    model_path: str, spec: ModelSpec | EncoderSpec, dtype: torch.dtype, source: Source | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every target of the model's layout once, in about the order of the files.
 
@@ -61,7 +62,7 @@ def load_weights(
     ModelError naming the file and the tensor: missing, left over, wrong shape, unsupported dtype, truncated.
     """
     source = source or OwnReading()
-    plan = layout(spec, is_gguf(model_path))
+    plan = encoder_layout(spec) if isinstance(spec, EncoderSpec) else layout(spec, is_gguf(model_path))
     stored = [
         (path, [tensor for tensor in tensors if not _unused(tensor.name, plan)])
         for path, tensors in source.value(lambda: _stored(model_path))
@@ -153,7 +154,9 @@ def _unused(name: str, plan: Layout) -> bool:
     return name in plan.ignored or IGNORED.fullmatch(name) is not None
 
 
-def _check(stored: list[tuple[str, list[StoredTensor]]], plan: Layout, spec: ModelSpec, model_path: str) -> None:
+def _check(
+    stored: list[tuple[str, list[StoredTensor]]], plan: Layout, spec: ModelSpec | EncoderSpec, model_path: str
+) -> None:
     """The headers against the layout."""
     seen: set[str] = set()
     for path, tensor in ((path, tensor) for path, tensors in stored for tensor in tensors):

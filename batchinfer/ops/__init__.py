@@ -13,6 +13,7 @@ Every op writes into the ``out`` it is given, which is contiguous and may not al
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -212,6 +213,11 @@ class Ops(Protocol):
         the scores). A score is s = scale * q.k, or softcap * tanh(s / softcap) with a ``softcap`` above 0. Query head
         h reads key/value head h // (H // G). The order of additions depends on the sequence alone. K/V of this step's
         tokens are already in the caches."""
+
+    def attend_texts(self, qkv: Tensor, starts: Sequence[int], scale: float, out: Tensor) -> None:
+        """Attention of each token to all of its text, without a cache: qkv [T, 3, H, E] and out [T, H, E] of the dtype
+        of ``activations``; text i is the tokens starts[i]..starts[i + 1], from 0 to T, none of them empty. A text's
+        result does not depend on the others."""
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         """out [T, I] = silu(gate_up[:, :I]) * gate_up[:, I:]."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.fields import SAMPLE_FIELDS
+from batchinfer.ops.texts import TextAttention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of weights, caches and activations."""
@@ -39,7 +40,7 @@ class Plan(Protocol):
     cache_shape: tuple[int, ...]
 
 
-class DeviceOps(ABC):
+class DeviceOps(TextAttention, ABC):
     """All ops of :class:`batchinfer.ops.Ops`; a backend adds the launches, whose arguments are checked here.
 
     Raises ValueError on shapes and dtypes.

@@ -18,6 +18,7 @@ from torch import Tensor
 from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.experts import mix_by_expert
 from batchinfer.ops.fields import SAMPLE_FIELDS
+from batchinfer.ops.texts import TextAttention
 
 if TYPE_CHECKING:
     from batchinfer._ops import AttentionPlan, PackedWeight
@@ -28,7 +29,7 @@ ACTIVATIONS: dict[Activation, int] = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
 """With their number there."""
 
 
-class NativeOps:
+class NativeOps(TextAttention):
     """All ops of :class:`batchinfer.ops.Ops` on ``device`` "cpu".
 
     ``threads`` 0 uses the CPUs of this process's affinity mask. ``isa`` names an instruction set ("avx2", "avx512",

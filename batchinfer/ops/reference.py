@@ -8,6 +8,8 @@ matrix product promises no order.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -143,6 +145,11 @@ class ReferenceOps:
             scores.masked_fill_(hidden, -torch.inf)
             out[tokens] = torch.einsum("hqk,khe->qhe", scores.softmax(dim=-1), read(v_cache)).to(out.dtype)
             lse[tokens] = scores.logsumexp(dim=-1).T.to(lse.dtype)
+
+    def attend_texts(self, qkv: Tensor, starts: Sequence[int], scale: float, out: Tensor) -> None:
+        for begin, end in pairwise(starts):
+            q, k, v = qkv[begin:end].to(self.dtype).permute(1, 2, 0, 3)
+            out[begin:end] = ((scale * q @ k.mT).softmax(-1) @ v).transpose(0, 1)
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         gate, up = gate_up.to(self.dtype).chunk(2, dim=-1)

@@ -33,6 +33,7 @@ def text(row: Request | Completion) -> str:
 def test_pairs_with_and_without_a_template(tmp_path: Path) -> None:
     rows = {"q": ["what", "é"], "d": ["this", "{{ query }}"]}
     assert [text(row) for row in build(rows)] == ["what|this", "é|{{ query }}"]
+    assert [row.second_from for row in build(rows)] == [5, 3]
     template = "{{ instruction }}: {{ query }} ~ {{ document }}"
     assert [text(row) for row in build(rows, RerankConfig(template, "find"))] == [
         "find: what ~ this",
