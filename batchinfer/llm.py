@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,21 +26,34 @@ class LLM:
     >>> llm.generate(["The capital of France is"], SamplingParams(max_tokens=8))[0].samples[0].text  # doctest: +SKIP
 
     ``options`` are the fields of the configuration group ``engine``. With ``task`` "embed" or "classify" it makes
-    vectors of texts, and generates nothing; ``embed`` says which.
+    vectors of texts, and generates nothing; ``embed`` says which. ``adapters``: names of LoRA adapters and their
+    folders.
     """
 
-    def __init__(self, model: str, task: str = "generate", embed: EmbedConfig | None = None, **options: Any):
+    def __init__(
+        self,
+        model: str,
+        task: str = "generate",
+        embed: EmbedConfig | None = None,
+        adapters: Mapping[str, str] | None = None,
+        **options: Any,
+    ):
         config = EngineConfig(**options)
         self._reorder = config.reorder
-        whole = Config(TaskConfig(task), ModelConfig(path=model), embed=embed or EmbedConfig(), engine=config)
-        check(whole, required=("model.path",))
+        self._adapters = sorted(adapters or {})
+        named = ModelConfig(path=model, adapters=dict(adapters or {}))
+        whole = Config(TaskConfig(task), named, embed=embed or EmbedConfig(), engine=config)
+        check(replace(whole, model=ModelConfig(path=model)), required=("model.path",))
         self._engine = load_engine(whole.model, config, threads=config.threads, pool=pool_spec(whole))
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams | None = None) -> list[Completion]:
-        """Continue every prompt; completions in the order of the prompts, a bad prompt's with its ``error`` set."""
-        sampling = sampling or SamplingParams()
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams | None = None, adapter: str | None = None
+    ) -> list[Completion]:
+        """Continue every prompt; completions in the order of the prompts, a bad prompt's with its ``error`` set.
+        ``adapter``: the name of the one that they go through; ValueError if there is none of this name."""
+        sampling, number = sampling or SamplingParams(), None if adapter is None else self._adapters.index(adapter)
         return self._run(
-            Request(index, ids, sampling, seed=mix(mix(sampling.seed) ^ index))
+            Request(index, ids, sampling, seed=mix(mix(sampling.seed) ^ index), adapter=number)
             for index, ids in enumerate(self._encode(prompts))
         )
 

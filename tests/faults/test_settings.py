@@ -15,7 +15,7 @@ from fake_engine import FakeEngine, load_fake
 from faults.harness import configuration
 from faults.sizes import tally
 
-from batchinfer import job
+from batchinfer import fingerprint, job
 from batchinfer.cluster.world import World
 from batchinfer.config import from_dict
 from batchinfer.types import ExitCode, JobError
@@ -287,7 +287,7 @@ def test_what_changes_results_slightly_is_noted_or_refused(
 def test_another_version_is_noted_or_refused(
     place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(job, "__version__", "99.0")
+    monkeypatch.setattr(fingerprint, "__version__", "99.0")
     assert place.run({}) == 0
     assert '-> "99.0"' in capfd.readouterr().err
     refusal(place, "batchinfer", {"job.strict_resume": True})

@@ -24,7 +24,7 @@ from batchinfer.models.model_spec import ExpertSpec, ModelSpec
 from batchinfer.models.rope import RopeSpec
 from batchinfer.ops import AttentionInput, Ops
 from batchinfer.ops.reference import ReferenceOps
-from batchinfer.types import Completion, JobError, Request, SamplingParams
+from batchinfer.types import Completion, JobError, PoolSpec, Request, SamplingParams
 
 VOCAB = 512
 LLAMA = ModelSpec(
@@ -91,7 +91,7 @@ def make_decoder(spec: ModelSpec, ops: Ops, dtype: torch.dtype) -> Decoder:
     return Decoder(spec, iter(weights.items()), ops, dtype, **sizes)
 
 
-def make_engine(decoder: Decoder, **options: Any) -> Engine:
+def make_engine(decoder: Decoder, pool: PoolSpec | None = None, adapters: int = 0, **options: Any) -> Engine:
     given = {"num_pages": 400, "page_size": 16, "max_slots": 64, "max_step_tokens": 256} | options
     runner = make_runner(decoder, given["page_size"], given["max_slots"])
     assert runner.allocate(given["num_pages"]) == given["num_pages"]
@@ -105,6 +105,8 @@ def make_engine(decoder: Decoder, **options: Any) -> Engine:
         num_pages=given["num_pages"],
         page_size=given["page_size"],
         vocab_size=VOCAB,
+        pool=pool,
+        adapters=adapters,
     )
 
 

@@ -75,8 +75,10 @@ def configure(folder: Path, task: str, **embed: Any) -> Config:
 
 
 @pytest.mark.feature("tasks", "embed: the vectors of transformers, encoders (BERT, RoBERTa, XLM-R)")
-@pytest.mark.parametrize("device", ["cpu", "reference"])
-@pytest.mark.parametrize("kind", ["Model", "ForMaskedLM", "ForSequenceClassification"])
+@pytest.mark.parametrize(
+    ("kind", "device"),
+    [("Model", "cpu"), ("Model", "reference"), ("ForMaskedLM", "cpu"), ("ForSequenceClassification", "cpu")],
+)
 @pytest.mark.parametrize("family", ENCODERS)
 def test_embeddings_are_those_of_transformers(family: str, kind: str, device: str, tmp_path: Path) -> None:
     model = build(family, kind, tmp_path)

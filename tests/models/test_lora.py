@@ -217,3 +217,25 @@ def test_the_plan_knows_an_adapter_by_its_weights_and_its_scale(tiny: Tiny, tmp_
     edit_json(folder / "adapter_config.json", lora_alpha=6.0)
     other = write_adapter(tmp_path / "c", model, ("v_proj",), 1)
     assert len({str(adapter_fingerprints({"x": str(f)})) for f in (folder, copy, other)}) == 3
+
+
+@pytest.mark.feature("LoRA", "adapters by their names in a notebook")
+def test_the_notebook_names_its_adapters(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from batchinfer import llm as door
+
+    model, modules = tiny("llama").folder, MODULES["llama-biased-tied"]
+    adapters = {str(i): str(write_adapter(tmp_path / str(i), model, modules, i, lora_alpha=20.0)) for i in range(2)}
+    load = door.load_engine
+    monkeypatch.setattr(door, "load_engine", lambda *a, **k: load(*a, **k, tokenizer=LetterTokenizer()))  # type: ignore[arg-type]
+    options = {"device": "cpu", "dtype": "fp32", "threads": 1, "num_pages": 20}
+    llm = door.LLM(str(model), adapters=adapters, **options)
+    greedy = SamplingParams(max_tokens=8, ignore_eos=True)
+    texts = {name: llm.generate([prompts()[0]], greedy, name)[0].samples[0].token_ids for name in (None, "0", "1")}
+    with pytest.raises(ValueError, match="'2' is not in list"):
+        llm.generate([prompts()[0]], greedy, "2")
+    llm.close()
+    assert len({tuple(tokens) for tokens in texts.values()}) == 3
+    vectors = door.LLM(str(model), task="embed", **options)
+    (completion,) = vectors.vectors([prompts()[0]])
+    vectors.close()
+    assert np.linalg.norm(completion.samples[0].vector) == pytest.approx(1, abs=1e-6)
