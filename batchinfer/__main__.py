@@ -47,7 +47,9 @@ COMMANDS = {
     "doctor": Command("say what this installation and this node can do, and what to repair", ()),
 }
 
-ESCAPED = ("sampling.stop", "input.template")
+MAPPINGS = tuple(key for key, _ in items() if type_of(key).startswith("dict"))
+
+ESCAPED = ("sampling.stop", "input.template", "rerank.template")
 """Keys in which, on the command line, \\n and \\t mean what they do in a quoted YAML text."""
 
 EXAMPLE = "batchinfer run model.path=DIR|FILE.gguf input.path=prompts.parquet output.path=OUT sampling.max_tokens=64"
@@ -249,7 +251,7 @@ def _prepare(override: str, config_dir: Path | None) -> str:
         if key in _groups(config_dir):
             _check_option(key, value, config_dir)
         return override
-    if key.startswith("input.sampling_columns"):  # a mapping: its keys are new ones each time
+    if key.startswith(MAPPINGS):  # their keys are new ones each time
         return f"++{key}={value}"
     try:
         kind = type_of(key)

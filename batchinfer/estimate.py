@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from batchinfer.config import Config
+from batchinfer.config import VECTOR_TASKS, Config
 from batchinfer.data.columns import used_columns
 from batchinfer.data.plan import Plan
 from batchinfer.data.prompts import PromptBuilder
@@ -160,9 +160,10 @@ def describe(sample: Sample, config: Config, chunks: int, seconds: float | None 
     most = sample.scaled(sum(r.sampling.max_tokens * r.sampling.n for r in sample.requests))
     prompt = sample.scaled(mean * len(sample.requests))
     errors = ", ".join(f"{code} {count}" for code, count in sorted(sample.errors.items())) or "none"
+    answers = "" if config.task.name in VECTOR_TASKS else f", at most {_short(most)} output (sampling.max_tokens)"
     lines = [
         f"sample     {sample.drawn:,} rows; prompts of {mean:,.0f} tokens, {longest:,} at most; errors: {errors}",
-        f"tokens     about {_short(prompt)} prompt, at most {_short(most)} output (sampling.max_tokens)",
+        f"tokens     about {_short(prompt)} prompt{answers}",
         f"inodes     {chunks + STATE_FILES:,}",
     ]
     if seconds is not None and sample.requests:

@@ -98,6 +98,8 @@ def test_values_that_users_write() -> None:
             "input.columns=[id,'a, b']",
             "input.sampling_columns.max_tokens=limit",
             "++input.sampling_columns={temperature:temp}",
+            "model.adapters={law: some/where}",
+            "model.adapters.code=else/where",
             'sampling.stop=["\\n\\n","a=b, c"]',
             "sampling.stop_token_ids=[1,2]",
             "sampling.logprobs=null",
@@ -110,6 +112,7 @@ def test_values_that_users_write() -> None:
     assert config.input.template == "Q: {{ question }}\n'A':"
     assert config.input.columns == ["id", "a, b"]
     assert config.input.sampling_columns == {"max_tokens": "limit", "temperature": "temp"}
+    assert config.model.adapters == {"law": "some/where", "code": "else/where"}
     assert config.sampling.stop == ("\n\n", "a=b, c")
     assert config.sampling.stop_token_ids == (1, 2)
     assert (config.sampling.logprobs, config.input.messages_column, config.cluster.mpi) == (None, None, "off")

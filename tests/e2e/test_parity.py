@@ -124,3 +124,26 @@ def test_scores_are_those_of_transformers(smollm_dir: Path, prompts: list[list[i
         np.testing.assert_allclose(sample.logprobs.chosen, theirs, atol=1e-4)
         assert abs(sample.logprobs.chosen.sum(dtype=np.float64) - theirs.sum()) < 1e-4 * max(1.0, abs(theirs.sum()))
         assert sample.logprobs.top_ids[:, 0].tolist() == expected.argmax(1).tolist()
+
+
+@pytest.mark.feature("tasks", "embed: the real model's vectors are those of transformers in float32")
+def test_vectors_are_those_of_transformers(smollm_dir: Path, prompts: list[list[int]]) -> None:
+    """Prompts that are cut into several steps; within 1e-4 of a vector of length 1."""
+    import torch
+    from transformers import AutoModel
+
+    from batchinfer import LLM
+    from batchinfer.config import EmbedConfig
+
+    model, chosen = AutoModel.from_pretrained(smollm_dir, dtype=torch.float32).eval(), prompts[:12]
+    for pooling in ("last", "mean"):
+        options = {"dtype": "fp32", "max_model_len": 1024, "max_step_tokens": 64, "max_slots": 8}
+        llm = LLM(str(smollm_dir), task="embed", embed=EmbedConfig(pooling=pooling), **options)
+        done = llm.vectors(chosen)
+        llm.close()
+        for ids, completion in zip(chosen, done, strict=True):
+            with torch.inference_mode():
+                states = model(torch.tensor([ids])).last_hidden_state[0].double()
+            pooled = states[-1] if pooling == "last" else states.mean(0)
+            expected = torch.nn.functional.normalize(pooled, dim=0).numpy()
+            np.testing.assert_allclose(completion.samples[0].vector, expected, atol=1e-4)
