@@ -243,7 +243,8 @@ class Engine:
         work.steps += 1
         work.seconds += out.end - out.begin
         work.tokens += step.num_tokens
-        work.samples += step.num_samples + sum(len(place.rows) for place in rows.places)
+        if not self._pool:
+            work.samples += step.num_samples + sum(len(place.rows) for place in rows.places)
         work.context += int(lengths.sum())
         # A token attends to itself and all before it; the last of a prompt's to the whole length.
         work.pairs += int(lengths[:decodes].sum() + (queries * lengths[decodes:] - queries * (queries - 1) // 2).sum())

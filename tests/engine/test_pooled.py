@@ -37,7 +37,7 @@ def states(ids: np.ndarray) -> np.ndarray:
 def vectors(pooling: Pooling, prompts: list[np.ndarray], **options: object) -> list[np.ndarray]:
     engine = make_engine(make_decoder(pooling), pool=PoolSpec(pooling, WIDTH), **options)
     done = run(engine, [Request(i, prompt, ANY) for i, prompt in enumerate(prompts)])
-    assert engine.stats().output_tokens == 0
+    assert (engine.stats().output_tokens, engine.stats().prefill.samples) == (0, 0)
     samples = [done[i].samples for i in range(len(prompts))]
     assert all(len(given) == 1 and given[0].finish_reason == "pooled" for given in samples)
     return [given[0].vector for given in samples]
