@@ -145,7 +145,7 @@ def test_texts_are_those_of_merged_weights(tiny: Tiny, tmp_path: Path, device: s
     assert len({tuple(completion.samples[0].token_ids) for completion in got}) > 4
     if device == "reference":  # torch's products promise no order
         return
-    for number in (None, 0, 1, 2):
+    for number in (None, 1):
         mine = [request for request in requests if request.adapter == number]
         alone = run(engine_of(model, {} if number is None else adapters, device=device), mine)
         for request, completion in zip(mine, alone, strict=True):
