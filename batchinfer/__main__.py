@@ -249,7 +249,7 @@ def _prepare(override: str, config_dir: Path | None) -> str:
         if key in _groups(config_dir):
             _check_option(key, value, config_dir)
         return override
-    if key.startswith("input.sampling_columns"):  # a mapping: its keys are new ones each time
+    if key.startswith(("input.sampling_columns", "sampling.logit_bias")):  # a mapping: its keys are new ones each time
         return f"++{key}={value}"
     try:
         kind = type_of(key)
