@@ -130,8 +130,9 @@ class Scheduler:
         """Queue a sequence. ``max_new_tokens`` is clipped to max_seq_len - len(prompt). A stop token counts from the
         (min_new_tokens + 1)-th generated token on. ``expected_new_tokens`` (0: max_new_tokens) only guides admission;
         a sequence that outlives it is then expected to become twice as long. ``compute_from``: the tokens at this
-        position and after it are computed, whatever the prefix cache has of them. ``lookup``: it may get drafts. ``generated``: tokens that an
-        earlier life of the sequence has generated; it goes on after them, and they count as its own.
+        position and after it are computed, whatever the prefix cache has of them. ``lookup``: it may get drafts.
+        ``generated``: tokens that an earlier life of the sequence has generated; it goes on after them, and they count
+        as its own.
 
         Raises ValueError if the id is open, the prompt is empty, too long for one more token, or holds a negative id,
         a number is out of range, ``generated`` is complete already, or prompt and new tokens need more pages than

@@ -173,8 +173,8 @@ class Request:
     tokens do not depend on batch, rank or restart. ``so_far``: the samples that an earlier attempt began, none or all
     of them; the unfinished ones go on after their tokens. ``scored_from``: nothing is generated; the Completion's one
     sample is the prompt from this index on (at least 1), with the log-probability of each of its tokens. ``group``:
-    requests of one number, not 0, are expected to get answers of like lengths. ``reasoning``: what the model marks as its
-    thoughts is kept apart from the text.
+    requests of one number, not 0, are expected to get answers of like lengths. ``reasoning``: what the model marks as
+    its thoughts is kept apart from the text.
     """
 
     id: int

@@ -240,10 +240,10 @@ class Ops(Protocol):
         """Choose one token per row of logits float32 [N, V] (may be overwritten).
 
         Order: logprobs of the raw logits; biases; penalties (repetition as in Keskar et al. 2019 over prompt and
-        output, presence and frequency over output); banned tokens and those not allowed; temperature; top-k, then top-p, then
-        min-p on the softmax of what is left; Gumbel-max with Philox4x32-10 (Salmon et al. 2011) keyed by seed and
-        counted by (position, token id). Ties in the filters keep all tied tokens; ties in the maximum take the smallest
-        id. Temperature 0 is the arg max after penalties and bans."""
+        output, presence and frequency over output); banned tokens and those not allowed; temperature; top-k, then
+        top-p, then min-p on the softmax of what is left; Gumbel-max with Philox4x32-10 (Salmon et al. 2011) keyed by
+        seed and counted by (position, token id). Ties in the filters keep all tied tokens; ties in the maximum take the
+        smallest id. Temperature 0 is the arg max after penalties and bans."""
 
 
 def load(device: str, threads: int = 0, *, rank: int = 0, ops: str = "auto") -> Ops:

@@ -180,7 +180,9 @@ def test_model_would_notice_foreign_tokens() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(workload=workloads(), lookup=st.sampled_from([1, 2, 5, 64]))
-def test_drafts_save_steps_and_change_no_token(workload: tuple[dict[str, Any], list[dict[str, Any]]], lookup: int) -> None:
+def test_drafts_save_steps_and_change_no_token(
+    workload: tuple[dict[str, Any], list[dict[str, Any]]], lookup: int
+) -> None:
     """The harness knows the tokens; alone in the engine, each draft token that was right is a step less."""
     config, given_sequences = workload
     for seq_id, sequence in enumerate(given_sequences):

@@ -84,7 +84,7 @@ def make_decoder() -> Decoder:
         }
     ops = op_list.load("cpu", 1)
     return Decoder(
-        SPEC, iter(weights.items()), ops, torch.float32, max_positions=128, max_step_tokens=128, max_samples=32
+        SPEC, iter(weights.items()), ops, torch.float32, max_positions=128, max_step_tokens=128, max_samples=64
     )
 
 
