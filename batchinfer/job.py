@@ -291,7 +291,12 @@ def _compute(
     options = ResultOptions.of(config.input, config.output, config.sampling)
     reader = ChunkReader(opening.plan.files, opening.columns)
     builder = PromptBuilder(
-        config.input, config.sampling, engine.tokenizer, engine.max_seq_len, run_seed=config.sampling.seed
+        config.input,
+        config.sampling,
+        engine.tokenizer,
+        engine.max_seq_len,
+        run_seed=config.sampling.seed,
+        reasoning=config.output.reasoning != "off",
     )
     earlier = EarlierOutput(config.input.retry_errors_of, options) if config.input.retry_errors_of else None
     provenance = {"attempt": opening.attempt, "rank": world.rank, "ranks": world.size, "model": config.model.path}
@@ -418,7 +423,11 @@ def fingerprint(config: Config, model: Mapping[str, str], retried: str | None = 
             **({"retry_errors_of": retried} if retried else {}),
             **({"continuation": config.input.continuation_column} if config.input.continuation_column else {}),
         },
-        "output": {"prefix": config.output.prefix, "token_ids": config.output.token_ids},
+        "output": {
+            "prefix": config.output.prefix,
+            "token_ids": config.output.token_ids,
+            **({"reasoning": config.output.reasoning} if config.output.reasoning != "off" else {}),
+        },
         "sampling": to_dict(config)["sampling"],
         "engine": {"max_model_len": config.engine.max_model_len},
     }

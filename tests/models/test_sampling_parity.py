@@ -1,0 +1,89 @@
+"""Biases, bad words and penalties against transformers' logits processors, in float32 on a random model."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine.tiny_engine import LetterTokenizer
+from models.drawn_models import VOCAB
+
+from batchinfer.config import EngineConfig, ModelConfig
+from batchinfer.engine.loading import load_engine
+from batchinfer.feed import steps
+from batchinfer.types import Completion, Request, SamplingParams
+
+PROMPTS = [np.random.default_rng(i).integers(2, VOCAB, 5 + 3 * i).astype(np.int32) for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    made = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    ).eval()
+    for name, weight in made.named_parameters():
+        weight.data.normal_(float(name.endswith("norm.weight")), 0.6)
+    folder = tmp_path_factory.mktemp("model")
+    made.save_pretrained(folder)
+    return made, folder
+
+
+def ours(folder: Path, params: SamplingParams, lookup: int) -> list[list[int]]:
+    engine = load_engine(
+        ModelConfig(path=str(folder)),
+        EngineConfig(device="cpu", dtype="fp32", threads=1, num_pages=40, max_slots=3, lookup=lookup),
+        tokenizer=LetterTokenizer(),  # type: ignore[arg-type]
+    )
+    requests = [Request(i, prompt, params) for i, prompt in enumerate(PROMPTS)]
+    done: dict[int, Completion] = {c.id: c for step in steps(engine, requests) for c in step}
+    engine.close()
+    return [done[i].samples[0].token_ids.tolist() for i in range(len(PROMPTS))]
+
+
+def theirs(model: Any, **options: Any) -> list[list[int]]:
+    """Token by token through ``generate``, each prompt alone."""
+    answers = []
+    for prompt in PROMPTS:
+        ids = torch.from_numpy(prompt).long()[None]
+        mask = torch.ones_like(ids)
+        given = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0} | options
+        answers.append(model.generate(ids, attention_mask=mask, **given)[0, len(prompt) :].tolist())
+    return answers
+
+
+@pytest.mark.feature("sampling", "logit_bias, bad_words, repetition_penalty: the tokens of transformers in float32")
+@pytest.mark.parametrize("lookup", [0, 4])
+def test_tokens_are_those_of_transformers(model: tuple[Any, Path], lookup: int) -> None:
+    net, folder = model
+    plain = theirs(net)
+    assert ours(folder, SamplingParams(max_tokens=20, ignore_eos=True), lookup) == plain
+    bias = {plain[0][0]: -4.0, plain[1][0]: 3.0, 50: 2.5}
+    pairs = {pair for answer in plain for pair in pairwise(answer)}
+    # What ends a prompt does not begin a bad word: transformers counts it in, and a text of the sample alone does not.
+    bad = sorted(pair for pair in pairs if pair[0] not in {int(prompt[-1]) for prompt in PROMPTS})[:6]
+    words = tuple("".join(chr(33 + token) for token in pair) for pair in bad)
+    params = SamplingParams(max_tokens=20, ignore_eos=True, logit_bias=bias, bad_words=words, repetition_penalty=1.3)
+    want = theirs(
+        net,
+        sequence_bias=[[[token], value] for token, value in bias.items()],
+        bad_words_ids=[list(pair) for pair in bad],
+        repetition_penalty=1.3,
+    )
+    assert want != plain
+    assert ours(folder, params, lookup) == want
