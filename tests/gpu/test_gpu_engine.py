@@ -49,7 +49,11 @@ SPECS = {
     "llama": LLAMA,
     "qwen2": replace(LLAMA, qkv_bias=True, tied_embeddings=False),
     "qwen3": replace(
-        LLAMA, qk_norm="head", heads=4, head_dim=128, rope=RopeSpec("default", 10000.0, width=128, trained_positions=512)
+        LLAMA,
+        qk_norm="head",
+        heads=4,
+        head_dim=128,
+        rope=RopeSpec("default", 10000.0, width=128, trained_positions=512),
     ),
     "narrow heads": replace(LLAMA, head_dim=32, rope=RopeSpec("default", 10000.0, width=32, trained_positions=512)),
 }
