@@ -38,6 +38,7 @@ struct alignas(64) Sequence {
     int32_t slot = -1;
     SequenceState state = SequenceState::kWaiting;
     bool decoding = false;  // all tokens known when it got its slot are computed
+    bool lookup = false;    // it may get drafts
     bool counted = false;   // its prompt has been counted in the statistics of prefix reuse
     std::shared_ptr<const std::vector<int32_t>> stop_token_ids;  // mostly one list for all sequences
     Lifetime life;                                               // as counted in the forecast; only while running
@@ -45,7 +46,6 @@ struct alignas(64) Sequence {
     int64_t arrival = 0;
     int32_t expected_new_tokens = 0;
     int32_t compute_from = 0;
-    bool lookup = false;         // it may get drafts
     std::vector<int32_t> draft;  // of the step in flight, guessed to come after the known tokens
     size_t position = 0;         // in the scheduler's list of running sequences
 
