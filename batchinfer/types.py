@@ -49,6 +49,20 @@ CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
 """Fields of SamplingParams that describe what the text must be."""
 
 
+BEAM_FIELDS = (
+    "max_tokens",
+    "n",
+    "beam_width",
+    "length_penalty",
+    "stop_token_ids",
+    "ignore_eos",
+    "include_stop",
+    "skip_special_tokens",
+    "truncate_prompt_tokens",
+)
+"""Fields of SamplingParams that a beam search looks at."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to continue a prompt. The neutral value of every field switches that field off.
@@ -58,7 +72,8 @@ class SamplingParams:
     from is ``Request.seed``. ``json_schema``, ``regex``, ``choice`` and ``grammar`` (Lark) each describe the whole
     text; one of them at most. ``bad_words`` are texts that a sample may not hold, ``logit_bias`` maps tokens to what is
     added to their logits. Of ``best_of`` samples (0: n) the ``n`` whose tokens have the highest mean log-probability
-    are given, best first. ``prompt_logprobs`` is like ``logprobs``, for the tokens of the prompt.
+    are given, best first. ``beam_width`` above 0: the ``n`` best texts of a beam search, each sum of log-probabilities
+    divided by length ** ``length_penalty``. ``prompt_logprobs`` is like ``logprobs``, for the tokens of the prompt.
     ``truncate_prompt_tokens``: a prompt is cut to its last so many tokens (0: it is not). ``include_stop``: the text
     keeps the stop string or stop token that ended it; ``skip_special_tokens``: it leaves special tokens out.
     """
@@ -75,6 +90,8 @@ class SamplingParams:
     seed: int = 0
     n: int = 1
     best_of: int = 0
+    beam_width: int = 0
+    length_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -105,6 +122,8 @@ class SamplingParams:
             "frequency_penalty": (-100.0, 100.0),
             "seed": (0, 2**63 - 1),
             "n": (1, 1024),
+            "beam_width": (0, 32),
+            "length_penalty": (-10.0, 10.0),
             "truncate_prompt_tokens": (0, 2**27),
         }
         for name, (low, high) in ranges.items():
@@ -117,6 +136,8 @@ class SamplingParams:
                 raise ValueError(f"{name}={value!r} is not allowed: give null, or a number from 0 to 64")
         if self.best_of and not self.n <= self.best_of <= 1024:
             raise ValueError(f"best_of={self.best_of!r} is not allowed: give 0, or a number from n={self.n} to 1024")
+        if self.beam_width:
+            self._check_beams()
         if any(not s for s in self.stop):
             raise ValueError("stop holds an empty string, which would stop before the first token: remove it")
         if any(not word.strip() for word in self.bad_words):
@@ -133,6 +154,17 @@ class SamplingParams:
         if given and (self.ignore_eos or self.min_tokens):
             other = "ignore_eos" if self.ignore_eos else "min_tokens"
             raise ValueError(f"{given[0]} ends the text where it is complete, which {other} forbids: remove one")
+
+    def _check_beams(self) -> None:
+        if self.n > self.beam_width:
+            raise ValueError(f"n={self.n} is not allowed: beam_width={self.beam_width} finds no more texts")
+        neutral, kept = SamplingParams(), (*BEAM_FIELDS, "seed")
+        for f in fields(self):
+            if f.name not in kept and getattr(self, f.name) != getattr(neutral, f.name):
+                raise ValueError(
+                    f"{f.name} and beam_width are both given, and a beam search goes by the model's probabilities "
+                    f"alone: remove one (beside beam_width it takes {', '.join(BEAM_FIELDS)})"
+                )
 
     @property
     def penalised(self) -> bool:

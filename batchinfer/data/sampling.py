@@ -23,6 +23,7 @@ INTEGER_FIELDS = frozenset(
         "seed",
         "n",
         "best_of",
+        "beam_width",
         "logprobs",
         "prompt_logprobs",
         "truncate_prompt_tokens",

@@ -11,6 +11,7 @@ import numpy as np
 
 from batchinfer._engine import Scheduler, Step
 from batchinfer.engine.bad_words import token_sequences
+from batchinfer.engine.beams import Beams
 from batchinfer.engine.constrain import CACHED, Constraint, Constraints
 from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.open_work import (
@@ -80,6 +81,7 @@ class Engine:
         self._sequences: dict[int, Sequence] = {}
         self._constraints = Constraints(tokenizer, vocab_size)
         self._texts = Texts(tokenizer)
+        self._beams = Beams(self._texts, max_seq_len)
         self._bad_words = lru_cache(CACHED)(self._words_as_tokens)
         self._watched: dict[int, Sequence] = {}  # those with stop strings or logprobs: host work for every token
         self._in_flight: deque[StepRows] = deque()  # the steps that are started and whose tokens are not taken yet
@@ -115,10 +117,17 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Take a request. One that can't run comes back from the next :meth:`step` as a Completion with an error."""
-        self._open += 1
+        self._open += not self._beams.is_beam(request.id)
         if request.scored_from is not None:
             request = replace(request, sampling=SCORING)
         error, constraints = refusal(request, self.max_seq_len, self.vocab_size), []
+        if error is None and request.sampling.beam_width:
+            reason = self._beams.refusal(request)
+            if reason is None:
+                for beam in self._beams.begin(request):
+                    self.add(beam)
+                return
+            error = RowError(ErrorCode.BAD_SAMPLING, reason)
         if error is None:
             try:
                 constraints = self._constraints_of(request)
@@ -188,6 +197,8 @@ class Engine:
         ahead = self._runner.ahead if started and not self._dependent else 0
         if len(self._in_flight) > ahead:
             done += self._finish_step()
+        if self._beams:
+            done = self._beams.sift(done, self.add)
         self._open -= len(done)
         if self._trace and (started or done):
             self._trace.span("host", "step", begin, time.perf_counter(), running=self._scheduler.num_running)
@@ -221,8 +232,8 @@ class Engine:
         self._stats.pages_peak = max(self._stats.pages_peak, self._scheduler.pages_used)
         if rows.places:
             record_scores(rows.places, out.scores)
-        done = self._take(step, out.sample)
         self._stats.steps += 1
+        done = self._take(step, out.sample)
         self._stats.output_tokens -= wasted
         self._count_work(rows, out)
         self._phase("output", begin)
@@ -263,6 +274,8 @@ class Engine:
         begun: dict[int, tuple[Request, list[Sample]]] = {}
         for seq_id, sequence in self._sequences.items():
             request = sequence.owner.request
+            if self._beams.is_beam(request.id):
+                continue  # a search begins anew
             if request.id not in begun:
                 begun[request.id] = request, [sample or _NOTHING for sample in sequence.owner.samples]
             logprobs = stack(sequence.logprobs, request.sampling.computed_logprobs)
@@ -272,6 +285,11 @@ class Engine:
 
     def abandon(self, request_id: int) -> Completion:
         """Drop an open request and return what there is of it, with the text so far. KeyError if it is not open."""
+        if request_id in self._beams:
+            for beam in self._beams.asked(request_id):
+                self.abandon(beam)
+            self._open -= 1
+            return self._beams.drop(request_id)
         mine = {i: s for i, s in self._sequences.items() if s.owner.request.id == request_id}
         if not mine:
             raise KeyError(request_id)
@@ -286,7 +304,7 @@ class Engine:
             self._forget(seq_id)
             if self._in_flight:
                 self._stopped.add(seq_id)
-        self._open -= 1
+        self._open -= not self._beams.is_beam(request_id)
         return Completion(request_id, len(owner.request.prompt), tuple(samples[: owner.request.sampling.n]))
 
     def stats(self) -> EngineStats:

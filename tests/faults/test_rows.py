@@ -172,6 +172,7 @@ SETTINGS: dict[str, tuple[pa.DataType, list[Poison]]] = {
         ],
     ),
     "best_of": (pa.int64(), [(f"{v}", v, "BAD_SAMPLING") for v in (-1, 1025, 2**40)] + [("three", 3, OK)]),
+    "beam_width": (pa.int64(), [(f"{v}", v, "BAD_SAMPLING") for v in (-1, 33, 2**40)] + [("none", 0, OK)]),
     "prompt_logprobs": (pa.int64(), [(f"{v}", v, "BAD_SAMPLING") for v in (-1, 65)]),
     "truncate_prompt_tokens": (pa.int64(), [(f"{v}", v, "BAD_SAMPLING") for v in (-1, 2**40)] + [("one", 1, OK)]),
     "n": (pa.int64(), [(f"{v}", v, "BAD_SAMPLING") for v in (0, -5, 1025, 2**40)] + [("three", 3, OK)]),

@@ -86,6 +86,8 @@ SAMPLING = {
     "logprobs": [0, 5],
     "prompt_logprobs": [0],
     "best_of": [2],
+    "beam_width": [2],
+    "length_penalty": [0.5],
     "logit_bias": [{5: 1.5}],
     "allowed_token_ids": [[5, 6]],
     "bad_words": [["no"]],

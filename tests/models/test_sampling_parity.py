@@ -17,6 +17,9 @@ from batchinfer.engine.loading import load_engine
 from batchinfer.feed import steps
 from batchinfer.types import Completion, Request, SamplingParams
 
+FILLING = VOCAB
+"""Not a token: transformers writes it behind those that ended."""
+
 PROMPTS = [np.random.default_rng(i).integers(2, VOCAB, 5 + 3 * i).astype(np.int32) for i in range(6)]
 
 
@@ -44,7 +47,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return made, folder
 
 
-def ours(folder: Path, params: SamplingParams, lookup: int) -> list[list[int]]:
+def ours(folder: Path, params: SamplingParams, lookup: int = 0) -> list[list[list[int]]]:
+    """The tokens of every sample of every prompt."""
     engine = load_engine(
         ModelConfig(path=str(folder)),
         EngineConfig(device="cpu", dtype="fp32", threads=1, num_pages=40, max_slots=3, lookup=lookup),
@@ -53,17 +57,18 @@ def ours(folder: Path, params: SamplingParams, lookup: int) -> list[list[int]]:
     requests = [Request(i, prompt, params) for i, prompt in enumerate(PROMPTS)]
     done: dict[int, Completion] = {c.id: c for step in steps(engine, requests) for c in step}
     engine.close()
-    return [done[i].samples[0].token_ids.tolist() for i in range(len(PROMPTS))]
+    return [[s.token_ids.tolist() for s in done[i].samples] for i in range(len(PROMPTS))]
 
 
-def theirs(model: Any, **options: Any) -> list[list[int]]:
-    """Token by token through ``generate``, each prompt alone."""
+def theirs(model: Any, **options: Any) -> list[list[list[int]]]:
+    """What ``generate`` gives for each prompt alone, without the filling behind an end."""
     answers = []
     for prompt in PROMPTS:
         ids = torch.from_numpy(prompt).long()[None]
         mask = torch.ones_like(ids)
-        given = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0} | options
-        answers.append(model.generate(ids, attention_mask=mask, **given)[0, len(prompt) :].tolist())
+        given = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": -1, "pad_token_id": FILLING} | options
+        rows = model.generate(ids, attention_mask=mask, **given)[:, len(prompt) :].tolist()
+        answers.append([[token for token in row if token != FILLING] for row in rows])
     return answers
 
 
@@ -73,8 +78,8 @@ def test_tokens_are_those_of_transformers(model: tuple[Any, Path], lookup: int) 
     net, folder = model
     plain = theirs(net)
     assert ours(folder, SamplingParams(max_tokens=20, ignore_eos=True), lookup) == plain
-    bias = {plain[0][0]: -4.0, plain[1][0]: 3.0, 50: 2.5}
-    pairs = {pair for answer in plain for pair in pairwise(answer)}
+    bias = {plain[0][0][0]: -4.0, plain[1][0][0]: 3.0, 50: 2.5}
+    pairs = {pair for (answer,) in plain for pair in pairwise(answer)}
     # What ends a prompt does not begin a bad word: transformers counts it in, and a text of the sample alone does not.
     bad = sorted(pair for pair in pairs if pair[0] not in {int(prompt[-1]) for prompt in PROMPTS})[:6]
     words = tuple("".join(chr(33 + token) for token in pair) for pair in bad)
@@ -87,3 +92,27 @@ def test_tokens_are_those_of_transformers(model: tuple[Any, Path], lookup: int) 
     )
     assert want != plain
     assert ours(folder, params, lookup) == want
+
+
+@pytest.mark.feature("sampling", "beam_width: the beam search of transformers, token by token in float32")
+@pytest.mark.parametrize("width", [2, 3, 8])
+@pytest.mark.parametrize(
+    ("stops", "length_penalty"), [((), 1.0), ((5,), 0.0), (tuple(range(4, 9)), 1.0), ((5, 6, 7), -2.0)]
+)
+def test_beam_search(model: tuple[Any, Path], width: int, stops: tuple[int, ...], length_penalty: float) -> None:
+    net, folder = model
+    width = min(width, 64 // (2 + len(stops)))
+    params = SamplingParams(
+        max_tokens=14, beam_width=width, n=width, stop_token_ids=stops, length_penalty=length_penalty
+    )
+    want = theirs(
+        net,
+        max_new_tokens=14,
+        num_beams=width,
+        num_return_sequences=width,
+        eos_token_id=[1, *stops],
+        length_penalty=length_penalty,
+    )
+    assert ours(folder, params) == want
+    lengths = {len(text) for texts in want for text in texts}
+    assert len(lengths) > 1 or len(stops) < 3  # ended by a token, some of them
