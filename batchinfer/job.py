@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import os
 import sys
 import time
@@ -428,7 +429,7 @@ def fingerprint(config: Config, model: Mapping[str, str], retried: str | None = 
             "token_ids": config.output.token_ids,
             **({"reasoning": config.output.reasoning} if config.output.reasoning != "off" else {}),
         },
-        "sampling": to_dict(config)["sampling"],
+        "sampling": json.loads(json.dumps(to_dict(config)["sampling"])),  # as the plan's file gives it back
         "engine": {"max_model_len": config.engine.max_model_len},
     }
 

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from batchinfer.__main__ import compose, config_folder
@@ -71,6 +72,8 @@ def test_a_mapping_of_tokens_on_the_command_line() -> None:
     config = compose(["sampling.logit_bias={50256: -5, 11: 2.5}", "sampling.bad_words=[no, 'as an AI']"])
     assert config.sampling.logit_bias == {50256: -5.0, 11: 2.5}
     assert config.sampling.bad_words == ("no", "as an AI")
+    again = yaml.safe_load(OmegaConf.to_yaml(to_dict(config)))
+    assert from_dict(again).sampling == config.sampling
     with pytest.raises(JobError, match="a mapping of tokens to numbers"):
         compose(["sampling.logit_bias={word: 1}"])
 
