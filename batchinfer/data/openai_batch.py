@@ -202,14 +202,16 @@ def result_line(row: dict[str, Any], number: int, job: JobFacts) -> dict[str, An
         return {**line, "error": {"code": code, "message": message}}
     prompt_tokens = generated.pop(2)
     texts, reasons, counts = (value if isinstance(value, list) else [value] for value in generated)
+    thoughts = row.get(job.prefix + "reasoning")
+    thoughts = thoughts if isinstance(thoughts, list) else [thoughts] * len(texts)
     choices = [
         {
             "index": i,
-            **({"message": {"role": "assistant", "content": text}} if job.chat else {"text": text}),
+            **({"message": _answer(text, thought)} if job.chat else {"text": text}),
             "logprobs": None,
             "finish_reason": reason,
         }
-        for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))
+        for i, (text, reason, thought) in enumerate(zip(texts, reasons, thoughts, strict=True))
     ]
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": sum(counts)}
     body = {
@@ -221,3 +223,8 @@ def result_line(row: dict[str, Any], number: int, job: JobFacts) -> dict[str, An
         "usage": {**usage, "total_tokens": sum(usage.values())},
     }
     return {**line, "response": {"status_code": 200, "request_id": identity, "body": body}, "error": None}
+
+
+def _answer(text: str, thoughts: str | None) -> dict[str, str]:
+    """``reasoning`` is not OpenAI's, but where vLLM has it."""
+    return {"role": "assistant", "content": text} | ({} if thoughts is None else {"reasoning": thoughts})

@@ -455,7 +455,8 @@ class Engine:
             owner.samples[sequence.index] = Sample(request.prompt[request.scored_from :], "", "scored", sequence.scores)
             self._stats.output_tokens -= 1  # the one that came with it is of no use
         else:
-            self._lengths.finished(len(end.tokens), params.max_tokens, request.group)
+            if not self._beams.is_beam(request.id):
+                self._lengths.finished(len(end.tokens), params.max_tokens, request.group)
             logprobs = stack(sequence.logprobs[: len(end.tokens)], params.computed_logprobs)
             sample = Sample(end.tokens, text.text, end.reason, logprobs, text.reasoning)
             owner.samples[sequence.index] = sample
