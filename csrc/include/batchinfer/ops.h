@@ -120,7 +120,7 @@ struct SampleArgs {
     const int32_t* history_prompt;
     int64_t history_size;
 
-    // Null if no row has biases. bias_start [rows + 1] cuts bias_ids and bias_values [bias_size]; no id is twice in a row.
+    // Null if no row has biases. bias_start [rows + 1] cuts bias_ids and bias_values [bias_size]; a row has an id once.
     const int32_t* bias_ids;
     const int32_t* bias_start;
     const float* bias_values;
