@@ -90,7 +90,7 @@ def main(config: Config) -> int:
 def _warm_up(requests: Sequence[Request], max_slots: int) -> list[Request]:
     """Prompts that share nothing with the measured ones, enough to run at the batch size that the measured ones reach,
     and at the smaller ones on the way out: what is compiled, captured or loaded at first use is not in the figure."""
-    count = min(max_slots, sum(request.sampling.n for request in requests))
+    count = min(max_slots, sum(request.sampling.samples for request in requests))
     return [
         Request(
             request.id,
@@ -125,7 +125,7 @@ def _run(engine: Engine, requests: Sequence[Request], reorder: bool) -> int:
 
 def _rates(requests: Sequence[Request], before: EngineStats, after: EngineStats, seconds: float) -> dict[str, object]:
     """Prompt tokens count once for a request; the cached share is of what its samples need."""
-    needed = sum(len(request.prompt) * request.sampling.n for request in requests)
+    needed = sum(len(request.prompt) * request.sampling.samples for request in requests)
     prompt, output, cached = (
         getattr(after, name) - getattr(before, name)
         for name in ("prompt_tokens", "output_tokens", "cached_prompt_tokens")
@@ -149,7 +149,7 @@ def _rates(requests: Sequence[Request], before: EngineStats, after: EngineStats,
 
 def _possible(requests: Sequence[Request], page_size: int) -> float:
     """The cached share that a cache of unlimited size would reach."""
-    prompts = [request.prompt for request in requests for _ in range(request.sampling.n)]
+    prompts = [request.prompt for request in requests for _ in range(request.sampling.samples)]
     return round(shared_tokens(prompts, page_size) / max(1, sum(map(len, prompts))), 4)
 
 

@@ -61,11 +61,13 @@ class InputConfig:
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """``path``: the folder of the job's part files. ``prefix`` stands before the name of every generated column."""
+    """``path``: the folder of the job's part files. ``prefix`` stands before the name of every generated column.
+    ``reasoning``: "auto" puts what the model marks as its thoughts into a column of its own."""
 
     path: str = MISSING
     prefix: str = ""
     token_ids: bool = False
+    reasoning: str = "off"
     compression: str = "zstd"
     rows_per_chunk: int = 1024
 
@@ -86,6 +88,7 @@ class EngineConfig:
     max_step_tokens: int = 1024
     max_model_len: int = 0
     prefix_cache: bool = True
+    lookup: int = 0
     expected_share: float = 0.0
     reorder: bool = True
     profile: str | None = None
@@ -171,6 +174,7 @@ class Config:
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task.name": ("generate", "score"),
+    "output.reasoning": ("off", "auto"),
     "output.compression": ("zstd", "snappy", "lz4", "gzip", "none"),
     "engine.device": ("auto", "cpu", "cuda", "rocm", "xpu", "reference"),
     "engine.ops": ("auto", "native", "triton"),
@@ -190,6 +194,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "engine.max_slots": (1, 2**16),
     "engine.max_step_tokens": (1, 2**20),
     "engine.max_model_len": (0, 2**27),
+    "engine.lookup": (0, 64),
     "engine.expected_share": (0.0, 1.0),
     "job.max_error_fraction": (0.0, 1.0),
     "job.progress_seconds": (0.1, 86400.0),
@@ -217,6 +222,7 @@ TYPE_NAMES = {
     "tuple[str, ...]": "a list of texts, as in [one,two]",
     "tuple[int, ...]": "a list of whole numbers, as in [1,2]",
     "dict[str, str]": "a mapping, as in {field:column}",
+    "dict[int, float]": "a mapping of tokens to numbers, as in {50256:-100}",
 }
 """How a type is called in a message."""
 
@@ -244,6 +250,8 @@ def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
         given = dict(values.get(name, {}))
         if kind is SamplingParams:  # its lists are tuples: it is hashable and shared between requests
             given = {key: tuple(v) if isinstance(v, (list, tuple)) else v for key, v in given.items()}
+            if "logit_bias" in given:
+                given["logit_bias"] = {int(token): float(bias) for token, bias in given["logit_bias"].items()}
         sections[name] = kind(**given)
     return Config(**sections)
 
@@ -327,6 +335,8 @@ def _check_task(value: dict[str, Any]) -> None:
     if task == "score" and value["input.sampling_columns"]:
         reason = "the task score chooses no tokens: leave it out"
         raise _refused("input.sampling_columns", dict(value["input.sampling_columns"]), reason)
+    if task == "score" and value["output.reasoning"] != "off":
+        raise _refused("output.reasoning", value["output.reasoning"], "the task score generates no text: set it to off")
     if task == "score" and value["input.retry_errors_of"] is not None:
         raise _refused("input.retry_errors_of", value["input.retry_errors_of"], "it takes over generated rows alone")
 
@@ -344,6 +354,9 @@ def _check_engine(value: dict[str, Any]) -> None:
     if value["engine.max_step_tokens"] < value["engine.max_slots"]:
         reason = f"a step must hold one token of each of engine.max_slots={value['engine.max_slots']} sequences"
         raise _refused("engine.max_step_tokens", value["engine.max_step_tokens"], reason)
+    if value["engine.lookup"] and device not in ("auto", "cpu", "reference"):
+        reason = f"drafts are computed on the CPU only as yet, and engine.device is {device}: set it to 0"
+        raise _refused("engine.lookup", value["engine.lookup"], reason)
     if length == 1:
         raise _refused(
             "engine.max_model_len", length, "a sequence is a prompt token and a new one at least: 0, or >= 2"

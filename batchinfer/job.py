@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import os
 import sys
 import time
@@ -291,7 +292,12 @@ def _compute(
     options = ResultOptions.of(config.input, config.output, config.sampling)
     reader = ChunkReader(opening.plan.files, opening.columns)
     builder = PromptBuilder(
-        config.input, config.sampling, engine.tokenizer, engine.max_seq_len, run_seed=config.sampling.seed
+        config.input,
+        config.sampling,
+        engine.tokenizer,
+        engine.max_seq_len,
+        run_seed=config.sampling.seed,
+        reasoning=config.output.reasoning != "off",
     )
     earlier = EarlierOutput(config.input.retry_errors_of, options) if config.input.retry_errors_of else None
     provenance = {"attempt": opening.attempt, "rank": world.rank, "ranks": world.size, "model": config.model.path}
@@ -418,8 +424,12 @@ def fingerprint(config: Config, model: Mapping[str, str], retried: str | None = 
             **({"retry_errors_of": retried} if retried else {}),
             **({"continuation": config.input.continuation_column} if config.input.continuation_column else {}),
         },
-        "output": {"prefix": config.output.prefix, "token_ids": config.output.token_ids},
-        "sampling": to_dict(config)["sampling"],
+        "output": {
+            "prefix": config.output.prefix,
+            "token_ids": config.output.token_ids,
+            **({"reasoning": config.output.reasoning} if config.output.reasoning != "off" else {}),
+        },
+        "sampling": json.loads(json.dumps(to_dict(config)["sampling"])),  # as the plan's file gives it back
         "engine": {"max_model_len": config.engine.max_model_len},
     }
 

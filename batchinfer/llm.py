@@ -31,11 +31,14 @@ class LLM:
         self._reorder = config.reorder
         self._engine = load_engine(ModelConfig(path=model), config, threads=config.threads)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams | None = None) -> list[Completion]:
-        """Continue every prompt; completions in the order of the prompts, a bad prompt's with its ``error`` set."""
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams | None = None, reasoning: bool = False
+    ) -> list[Completion]:
+        """Continue every prompt; completions in the order of the prompts, a bad prompt's with its ``error`` set.
+        ``reasoning``: thoughts between the model's marks for them go to ``Sample.reasoning``."""
         sampling = sampling or SamplingParams()
         return self._run(
-            Request(index, ids, sampling, seed=mix(mix(sampling.seed) ^ index))
+            Request(index, sampling.truncated(ids), sampling, seed=mix(mix(sampling.seed) ^ index), reasoning=reasoning)
             for index, ids in enumerate(self._encode(prompts))
         )
 

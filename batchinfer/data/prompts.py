@@ -44,10 +44,11 @@ class PromptBuilder:
         tokenizer: Tokenizer,
         max_model_len: int,
         run_seed: int,
+        reasoning: bool = False,
     ):
         """``sampling`` holds for every field that a row does not override, with ``run_seed`` for its seed;
-        ``max_model_len`` counts prompt and new tokens together. JobError(64) if ``config`` has no or several prompt
-        sources, or a template that does not parse."""
+        ``max_model_len`` counts prompt and new tokens together; ``reasoning`` is that of every Request. JobError(64) if
+        ``config`` has no or several prompt sources, or a template that does not parse."""
         self._source = prompt_source(config)
         self._template = RowTemplate(self._source.name) if self._source.kind == "template" else None
         self._continuation = config.continuation_column
@@ -55,6 +56,7 @@ class PromptBuilder:
         self._sampling = replace(sampling, seed=run_seed)
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
+        self._reasoning = reasoning
 
     def build(self, table: pa.Table, chunk: Chunk) -> list[Request | Completion]:
         """One entry per row of ``table`` (the chunk's rows in plain types, see reader.py), in row order."""
@@ -78,6 +80,8 @@ class PromptBuilder:
     ) -> Request | Completion:
         if isinstance(prompt, RowError):
             return Completion(row, 0, error=prompt)
+        if isinstance(sampling, SamplingParams):
+            prompt = sampling.truncated(prompt)
         length = len(prompt)
         if length == 0:
             return Completion(row, 0, error=RowError(ErrorCode.EMPTY_PROMPT, "the prompt has no tokens"))
@@ -86,7 +90,7 @@ class PromptBuilder:
             return Completion(row, length, error=RowError(ErrorCode.PROMPT_TOO_LONG, reason))
         if isinstance(sampling, RowError):
             return Completion(row, length, error=sampling)
-        return Request(row, prompt, sampling, row_seed(sampling.seed, row))
+        return Request(row, prompt, sampling, row_seed(sampling.seed, row), reasoning=self._reasoning)
 
     def _scored(self, row: int, pair: tuple[np.ndarray, np.ndarray] | RowError) -> Request | Completion:
         if isinstance(pair, RowError):

@@ -53,6 +53,11 @@ def load_engine(
         ops = op_list.load(engine.device, threads, rank=rank_on_node, ops=engine.ops)
     except RuntimeError as error:
         raise JobError(f"engine.device={engine.device}: {error}", ExitCode.UNFIT) from None
+    if engine.lookup and ops.device.type != "cpu":
+        raise JobError(
+            f"engine.lookup={engine.lookup}: drafts are for the CPU as yet, and this is a GPU: set it to 0",
+            ExitCode.USAGE,
+        )
     trace = Trace(engine.profile) if engine.profile else None
     spec = load_spec(model.path)
     dtype = DTYPES[engine.dtype]
@@ -68,7 +73,7 @@ def load_engine(
         dtype,
         max_positions=max_len,
         max_step_tokens=engine.max_step_tokens,
-        max_samples=engine.max_slots,
+        max_samples=min(engine.max_slots * (1 + engine.lookup), engine.max_step_tokens),
     )
     runner = make_runner(decoder, engine.page_size, engine.max_slots)
     pages = engine.num_pages or num_pages(
@@ -87,6 +92,7 @@ def load_engine(
         max_step_tokens=engine.max_step_tokens,
         max_seq_len=max_len,
         prefix_cache=engine.prefix_cache,
+        lookup=engine.lookup,
     )
     return Engine(
         scheduler,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from batchinfer.engine.memory import free_memory, host_budget
-from batchinfer.engine.slots import Rows, SlotTable
+from batchinfer.engine.slots import Rows, ScoredRows, SlotTable
 from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores, StepInput
 from batchinfer.ops import AttentionInput, SampleOutput
 from batchinfer.types import ExitCode, JobError
@@ -123,7 +123,7 @@ class HostRunner:
         del self._decoder
 
     @staticmethod
-    def _step_input(step: Step, scored: tuple[np.ndarray, np.ndarray] | None) -> StepInput:
+    def _step_input(step: Step, scored: ScoredRows | None) -> StepInput:
         tensor: Callable[[np.ndarray], torch.Tensor] = torch.from_numpy
         return StepInput(
             token_ids=tensor(step.token_ids),
@@ -136,5 +136,5 @@ class HostRunner:
                 page_table=tensor(step.page_table),
             ),
             sample_row=tensor(step.sample_row),
-            score=ScoreInput(*map(tensor, scored)) if scored else None,
+            score=ScoreInput(tensor(scored[0]), tensor(scored[1]), scored[2]) if scored else None,
         )

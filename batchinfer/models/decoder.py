@@ -31,19 +31,21 @@ from batchinfer.ops import AttentionInput, Experts, HeadNorm, Ops, Rope
 
 @dataclass(frozen=True)
 class ScoreInput:
-    """M tokens of a step, ``row`` int32 [M], and what the text goes on with after each, ``token`` int64 [M]."""
+    """M tokens of a step, ``row`` int32 [M], and what the text goes on with after each, ``token`` int64 [M]; ``wide``:
+    how many of the most likely tokens are wanted beside it."""
 
     row: Tensor
     token: Tensor
+    wide: int = 1
 
 
 @dataclass(frozen=True)
 class Scores:
     """Log-probabilities (natural log) after M tokens: ``chosen`` float32 [M] of the token that was given, ``top``
-    float32 [M] of the most likely one, whose id is ``top_id`` int64 [M]."""
+    float32 [M, K] of the most likely ones, whose ids are ``top_ids`` int64 [M, K], most likely first."""
 
     chosen: Tensor
-    top_id: Tensor
+    top_ids: Tensor
     top: Tensor
 
 
@@ -187,8 +189,10 @@ class Decoder:
         for row, token in zip(score.row.split(len(self.logits)), score.token.split(len(self.logits)), strict=True):
             logits = self._logits_of(x, row)
             total = logits.logsumexp(1)
-            top, top_id = logits.max(1)
-            slices.append((logits.gather(1, token.unsqueeze(1)).squeeze(1) - total, top_id, top - total))
+            top, top_ids = (
+                logits.max(1, keepdim=True) if score.wide == 1 else logits.topk(min(score.wide, logits.shape[1]))
+            )
+            slices.append((logits.gather(1, token.unsqueeze(1)).squeeze(1) - total, top_ids, top - total.unsqueeze(1)))
         return Scores(*(torch.cat(parts) for parts in zip(*slices, strict=True)))
 
 

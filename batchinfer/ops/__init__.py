@@ -90,10 +90,12 @@ class SampleInput:
 
     ``seed`` int64 (bits of the unsigned seed of the sample), ``position`` int32: how many tokens the sample has
     already. ``history_ids`` int32 with ``history_start`` int32 [N+1]: prompt and output tokens of the rows that are
-    penalised (empty for others); the first ``history_prompt`` int32 [N] of each are prompt. ``banned_ids`` int32 with
-    ``banned_start`` int32 [N+1]: tokens that may not be chosen (stop tokens before min_tokens). ``allowed`` int32
-    [N, ceil(V / 32)]: only tokens t may be chosen whose bit t % 32 of word t // 32 is set. ``num_logprobs`` int32 [N]:
-    -1 off, else the number of alternatives. Each of the four groups is None if no row needs it.
+    penalised (empty for others); the first ``history_prompt`` int32 [N] of each are prompt. ``bias_ids`` int32 and
+    ``bias_values`` float32 with ``bias_start`` int32 [N+1]: what is added to a token's logit; no token twice in a row.
+    ``banned_ids`` int32 with ``banned_start`` int32 [N+1]: tokens that may not be chosen (stop tokens before
+    min_tokens, ends of bad words). ``allowed`` int32 [N, ceil(V / 32)]: only tokens t may be chosen whose bit t % 32 of
+    word t // 32 is set. ``num_logprobs`` int32 [N]: -1 off, else the number of alternatives. Each of the five groups is
+    None if no row needs it.
     """
 
     temperature: Tensor
@@ -106,6 +108,9 @@ class SampleInput:
     history_ids: Tensor | None = None
     history_start: Tensor | None = None
     history_prompt: Tensor | None = None
+    bias_ids: Tensor | None = None
+    bias_start: Tensor | None = None
+    bias_values: Tensor | None = None
     banned_ids: Tensor | None = None
     banned_start: Tensor | None = None
     allowed: Tensor | None = None
@@ -234,11 +239,11 @@ class Ops(Protocol):
     def sample(self, logits: Tensor, inputs: SampleInput) -> SampleOutput:
         """Choose one token per row of logits float32 [N, V] (may be overwritten).
 
-        Order: logprobs of the raw logits; penalties (repetition as in Keskar et al. 2019 over prompt and output,
-        presence and frequency over output); banned tokens and those not allowed; temperature; top-k, then top-p, then
-        min-p on the softmax of what is left; Gumbel-max with Philox4x32-10 (Salmon et al. 2011) keyed by seed and
-        counted by (position, token id). Ties in the filters keep all tied tokens; ties in the maximum take the smallest
-        id. Temperature 0 is the arg max after penalties and bans."""
+        Order: logprobs of the raw logits; biases; penalties (repetition as in Keskar et al. 2019 over prompt and
+        output, presence and frequency over output); banned tokens and those not allowed; temperature; top-k, then
+        top-p, then min-p on the softmax of what is left; Gumbel-max with Philox4x32-10 (Salmon et al. 2011) keyed by
+        seed and counted by (position, token id). Ties in the filters keep all tied tokens; ties in the maximum take the
+        smallest id. Temperature 0 is the arg max after penalties and bans."""
 
 
 def load(device: str, threads: int = 0, *, rank: int = 0, ops: str = "auto") -> Ops:

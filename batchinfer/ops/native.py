@@ -332,6 +332,11 @@ class NativeOps:
                 inputs.history_start.data_ptr(),
                 inputs.history_prompt.data_ptr(),
             )
+        bias, bias_size = (0, 0, 0), 0
+        if inputs.bias_ids is not None:
+            bias_size = _check_segments("bias", inputs.bias_ids, inputs.bias_start, rows)
+            _check("bias_values", inputs.bias_values, torch.float32, (bias_size,))
+            bias = tuple(t.data_ptr() for t in (inputs.bias_ids, inputs.bias_start, inputs.bias_values))
         banned, banned_size = (0, 0), 0
         if inputs.banned_ids is not None:
             banned_size = _check_segments("banned", inputs.banned_ids, inputs.banned_start, rows)
@@ -358,6 +363,8 @@ class NativeOps:
             *penalties,
             *history,
             history_size,
+            *bias,
+            bias_size,
             *banned,
             banned_size,
             _address(inputs.allowed),

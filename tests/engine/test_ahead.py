@@ -47,7 +47,7 @@ class LaggingRunner(HostRunner):
         a, count = given.attention, step.num_seqs  # the CPU's attention takes no empty sequences
         attention = replace(a, q_start=a.q_start[: count + 1], kv_len=a.kv_len[:count], slot=a.slot[:count])
         scored = rows.scored()
-        score = ScoreInput(*map(torch.from_numpy, scored)) if scored else None
+        score = ScoreInput(torch.from_numpy(scored[0]), torch.from_numpy(scored[1]), scored[2]) if scored else None
         logits, scores = self._decoder.forward(replace(given, attention=attention, score=score), self._cache)
         out = SampleOutput(torch.zeros(0, dtype=torch.int32))
         if step.num_samples:
