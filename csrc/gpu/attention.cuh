@@ -26,8 +26,6 @@ namespace batchinfer::gpu {
 
 inline constexpr int kDecodeRows = 16;    // rows of a decode item: one matrix-unit tile
 inline constexpr int kPrefillRows = 128;  // rows of a prefill item
-inline constexpr float kLog2e = 1.44269504088896f;
-inline constexpr float kLn2 = 0.693147180559945f;
 
 // Positions; a shorter shared beginning is left to the L2 cache: with 288 positions shared by 16 the additional parts
 // made a step of 1,024 sequences 2 % slower, with 2,048 shared by all a step takes a third less.
@@ -41,33 +39,6 @@ __host__ __device__ __forceinline__ int sequences_per_tile(int group) {
     }
     return count;
 }
-
-// A sequence's part of the step, with every number clamped into its tensor.
-struct Sequence {
-    int token;   // first row in the step
-    int tokens;  // rows
-    int length;  // keys, this step's included
-    const int32_t* page_row;
-};
-
-__device__ __forceinline__ Sequence sequence_of(const AttentionPlan& p, int s, int step_tokens) {
-    Sequence q;
-    q.token = min(max(p.q_start[s], 0), step_tokens);
-    q.tokens = min(max(p.q_start[s + 1], q.token), step_tokens) - q.token;
-    // Keys up to the first query's own are always there: a shorter kv_len would leave rows without any key.
-    q.length = min(max(p.kv_len[s], q.tokens), p.slot_pages * p.page_size);
-    q.page_row = p.page_table + clamp_index(p.slot[s], p.slots) * int64_t{p.slot_pages};
-    return q;
-}
-
-// The first position that a token at `position` sees.
-__device__ __forceinline__ int window_start(const AttentionPlan& p, int position) {
-    return p.window ? max(position - p.window + 1, 0) : 0;
-}
-
-// Before a row has seen a key. Finite, as a window may hide whole tiles from a row, and -inf - -inf is no number; far
-// below any score.
-inline constexpr float kNoScore = -1e30f;
 
 // From q.k to the score in base 2: cap_all(), then a product with `factor`.
 template <bool kExtended>

@@ -109,14 +109,7 @@ int compute_major() {
 }  // namespace
 
 void plan_attention(const AttentionPlan& p, Stream stream) {
-    if (p.page_size < 16 || (p.page_size & (p.page_size - 1)) || p.heads % p.kv_heads || p.head_width % 16 ||
-        p.head_width > 256) {
-        throw std::invalid_argument("attention: pages of " + std::to_string(p.page_size) + " tokens, " +
-                                    std::to_string(p.heads) + " heads on " + std::to_string(p.kv_heads) +
-                                    " kv heads of width " + std::to_string(p.head_width) +
-                                    "; wanted: pages of a power of two from 16, heads a multiple of kv heads, width a "
-                                    "multiple of 16 up to 256");
-    }
+    check_shape(p);
     gpuLaunch(plan_kernel, 1, kThreads, 0, native(stream), p);
     check_launch("plan_attention");
 }

@@ -1,19 +1,18 @@
-// What every kernel file needs: loads and stores of eight elements, block sums, dtype dispatch, launch checks.
+// What every kernel file needs: loads and stores of eight elements, block sums, launch checks.
 #pragma once
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
-#include "batchinfer/bf16.h"
+#include "gpu/dispatch.h"
 #include "gpu/ops.h"
 #include "gpu/vendor.h"
 
-namespace batchinfer::gpu {
+#define BATCHINFER_ON_DEVICE __device__ __forceinline__
+#include "gpu/portable.h"
 
-struct f16 {
-    uint16_t bits;
-};
+namespace batchinfer::gpu {
 
 __device__ __forceinline__ float to_float(float x) {
     return x;
@@ -92,10 +91,6 @@ __device__ __forceinline__ void store(T* to, const float (&x)[N]) {
     }
 }
 
-__device__ __forceinline__ int64_t clamp_index(int64_t i, int64_t count) {
-    return i < 0 ? 0 : i < count ? i : count - 1;
-}
-
 // The combination of all threads' values, in every thread. `scratch` has one place per warp and may be used again after
 // the call. The order is fixed: warps by butterfly, then the warps in order.
 template <class T, class Op>
@@ -113,24 +108,6 @@ __device__ __forceinline__ T block_reduce(T value, T* scratch, Op op) {
     return value;
 }
 
-// Calls f with a value of the element type.
-template <class F>
-void with_dtype(GpuDtype dtype, F&& f) {
-    switch (dtype) {
-        case GpuDtype::float32:
-            return f(float{});
-        case GpuDtype::bfloat16:
-            return f(bf16{});
-        case GpuDtype::float16:
-            return f(f16{});
-    }
-    throw std::invalid_argument("unknown dtype number " + std::to_string(static_cast<int>(dtype)));
-}
-
-inline size_t size_of(GpuDtype dtype) {
-    return dtype == GpuDtype::float32 ? 4 : 2;
-}
-
 inline gpuStream_t native(Stream stream) {
     return static_cast<gpuStream_t>(stream);
 }
@@ -141,10 +118,6 @@ inline void check(gpuError_t error, const char* what) {
 
 inline void check_launch(const char* op) {
     check(gpuGetLastError(), op);
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
 }
 
 }  // namespace batchinfer::gpu

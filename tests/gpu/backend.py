@@ -17,6 +17,8 @@ from batchinfer.ops.gpu import GpuOps, open_gpu
 
 T = TypeVar("T")
 EMULATOR = os.environ.get("BATCHINFER_GPU_EMULATOR", "")
+SIMT = bool(EMULATOR) and hasattr(ctypes.CDLL(EMULATOR), "simt_seed")
+SYCL = bool(EMULATOR) and not SIMT
 DEVICE = torch.device("cpu" if EMULATOR else "cuda")
 
 
@@ -44,8 +46,8 @@ def put(t: torch.Tensor) -> torch.Tensor:
 
 
 def draw_schedule(seed: int) -> None:
-    """In which order the emulator runs warps, and when copies happen, from here on. No effect on a GPU."""
-    if EMULATOR:
+    """In which order the emulator runs warps, and when copies happen, from here on. No effect elsewhere."""
+    if SIMT:
         ctypes.CDLL(EMULATOR).simt_seed(ctypes.c_uint64(seed))
 
 
