@@ -1,5 +1,6 @@
-// The ops of the GPU backends (csrc/gpu, csrc/sycl): arguments and launchers. Every pointer is a device pointer, nothing here waits for the
-// device, and no launch geometry depends on device data, so that a whole step can be captured in a graph.
+// The ops of the GPU backends (csrc/gpu, csrc/sycl): arguments and launchers. Every pointer is a device pointer,
+// nothing here waits for the device, and no launch geometry depends on device data, so that a whole step can be
+// captured in a graph.
 //
 // Contracts and notation: batchinfer/ops/__init__.py. Activations have the engine's dtype here. An index outside its
 // table cannot be raised without waiting: it is clamped, or its write is dropped, so that no byte outside the tensors

@@ -23,7 +23,10 @@ using Executable = sycl::kernel_bundle<sycl::bundle_state::executable>;
 
 Executable build() {
     std::string log;
-    const std::vector<std::string> options = {"-std=c++20", "-O3", "-I" BATCHINFER_ROOT "/csrc",
+    const std::vector<std::string> options = {"-std=c++20",
+                                              "-O3",
+                                              "-ffp-contract=off",
+                                              "-I" BATCHINFER_ROOT "/csrc",
                                               "-I" BATCHINFER_ROOT "/csrc/include",
                                               "-I" BATCHINFER_ROOT "/tests/sycl/run_time"};
     try {

@@ -3,6 +3,9 @@
 
 #include "local_words.h"
 #include "sycl/attention.h"
+#include "sycl/choose.h"
+#include "sycl/logprobs.h"
+#include "sycl/penalties.h"
 #include "sycl/rope.h"
 #include "sycl/rows.h"
 
