@@ -149,7 +149,7 @@ struct Attend {
                 for (int k = 0; k < kBlockKeys; ++k) {
                     const float its = sycl::group_broadcast(lanes, weight, k);
                     for (int piece = 0; piece < kPieces; ++piece) {
-                        out[r][piece] += its * local.value[k][piece * kSubGroup + lane];
+                        out[r][piece] = sycl::fma(its, local.value[k][piece * kSubGroup + lane], out[r][piece]);
                     }
                 }
             }
@@ -194,8 +194,8 @@ struct Attend {
         sycl::float4 sums[2] = {};
         for (int e = 0; e < a.plan.head_width; e += 8) {
             for (int half = 0; half < 2; ++half) {
-                sums[half] += *reinterpret_cast<const sycl::float4*>(query + e + 4 * half) *
-                              *reinterpret_cast<const sycl::float4*>(key + e + 4 * half);
+                sums[half] = sycl::fma(*reinterpret_cast<const sycl::float4*>(query + e + 4 * half),
+                                       *reinterpret_cast<const sycl::float4*>(key + e + 4 * half), sums[half]);
             }
         }
         const sycl::float4 sum = sums[0] + sums[1];

@@ -33,11 +33,10 @@ inline uint32_t mul_high(uint32_t a, uint32_t b) {
     return sycl::mul_hi(a, b);
 }
 
-// x >> count, to nearest, ties to even.
+// x >> count, to nearest, ties to even; 0 <= count.
 inline uint64_t rounded_shift(uint64_t x, int count) {
-    if (count == 0) return x;
-    if (count > 63) return 0;
-    const uint64_t whole = x >> count, rest = x & ((uint64_t{1} << count) - 1), half = uint64_t{1} << (count - 1);
+    if (count == 0 || count > 63) return count ? 0 : x;
+    const uint64_t whole = x >> count, rest = x - (whole << count), half = uint64_t{1} << (count - 1);
     return whole + (rest > half || (rest == half && (whole & 1)));
 }
 
@@ -67,18 +66,15 @@ inline float div(float a, float b) {
 inline uint64_t share_of(uint64_t total, float share) {
     const int bits = bits_of(share);
     const uint64_t mantissa = bits >> 23 ? (bits & 0x7fffff) | 0x800000 : bits;
-    const int exponent = (bits >> 23 ? bits >> 23 : 1) - 150;
-    const uint64_t high = sycl::mul_hi(mantissa, total), low = mantissa * total;
-    const int length = high ? 128 - static_cast<int>(sycl::clz(high)) : 64 - static_cast<int>(sycl::clz(low));
-    const int drop = length > 53 ? length - 53 : 0;
-    uint64_t rounded = low;
-    if (drop) {  // up to 24 bits, so that the high word moves into the low one
-        const uint64_t upper = high << (64 - drop) | low >> drop;
-        rounded = upper + rounded_shift((low & ((uint64_t{1} << drop) - 1)) | (upper & 1) << drop, drop) - (upper & 1);
-    }
-    const int shift = -(exponent + drop);
-    if (shift > 62) return rounded != 0;
-    return (rounded + (uint64_t{1} << shift) - 1) >> shift;
+    const uint64_t high = sycl::mul_hi(mantissa, total), low = mantissa * total;  // 77 bits
+    // 53 of them stay. The last dropped ones only say whether there is something below the first.
+    const int dropped =
+        high ? 75 - static_cast<int>(sycl::clz(high)) : sycl::max(11 - static_cast<int>(sycl::clz(low)), 0);
+    const int tail = sycl::max(dropped - 2, 0);
+    const uint64_t shortened = tail ? high << (64 - tail) | low >> tail | ((low << (64 - tail)) != 0) : low;
+    const uint64_t rounded = rounded_shift(shortened, dropped - tail);
+    const int shift = 150 - (bits >> 23 ? bits >> 23 : 1) - dropped;  // of the binary point
+    return shift > 62 ? rounded != 0 : (rounded + (uint64_t{1} << shift) - 1) >> shift;
 }
 
 }  // namespace exact

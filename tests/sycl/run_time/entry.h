@@ -1,6 +1,7 @@
 // The kernels as free functions, which run-time compilation can name.
 #pragma once
 
+#include "exact.h"
 #include "local_words.h"
 #include "sycl/attention.h"
 #include "sycl/choose.h"
