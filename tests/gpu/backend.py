@@ -1,4 +1,5 @@
-"""What the kernel tests run on: a GPU, or the emulator of tests/simt where BATCHINFER_GPU_EMULATOR names its extension.
+"""What the kernel tests run on: a GPU, or what BATCHINFER_GPU_EMULATOR names: the extension of the emulator
+(tests/simt), or that of tests/sycl, whose kernels run on a CPU.
 
 The emulator takes a million times as long, so tests ask :func:`sized` for what each can do.
 """

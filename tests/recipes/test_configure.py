@@ -42,6 +42,11 @@ def test_none_needs_no_compiler(tmp_path: Path) -> None:
     ("device", "said"),
     [
         ("cuda", "there is no CUDA compiler in CUDACXX, CUDA_HOME/bin or PATH"),
+        pytest.param(
+            "xpu",
+            "there is no icpx in CXX, CMPLR_ROOT/bin, ONEAPI_ROOT/compiler/latest/bin or PATH",
+            marks=pytest.mark.skipif(shutil.which("icpx", path="/usr/bin:/bin") is not None, reason="icpx is there"),
+        ),
         ("gpu", "BATCHINFER_DEVICE=gpu is not one of: cpu;cuda;rocm;xpu;none"),
     ],
 )
@@ -55,3 +60,33 @@ def test_a_wrong_number_of_jobs_is_refused(tmp_path: Path) -> None:
     code, output = configure(tmp_path, BATCHINFER_DEVICE="cpu", MAX_JOBS="many")
     assert code != 0
     assert "MAX_JOBS=many is no number of compilers" in output
+
+
+def icpx(folder: Path, says: str) -> Path:
+    """As much of icpx as CMake asks before it takes the compiler."""
+    folder.mkdir(parents=True)
+    program = folder / "icpx"
+    program.write_text(f"#!/bin/sh\necho '{says}'\n")
+    program.chmod(0o755)
+    return program
+
+
+OLD = "Intel(R) oneAPI DPC++/C++ Compiler 2024.1.2 (2024.1.2.20240508)"
+
+
+@pytest.mark.parametrize("variable", ["CXX", "CMPLR_ROOT", "ONEAPI_ROOT", "PATH"])
+def test_an_old_icpx_is_refused(variable: str, tmp_path: Path) -> None:
+    place = {"CMPLR_ROOT": "bin", "ONEAPI_ROOT": "compiler/latest/bin"}.get(variable, ".")
+    program = icpx(tmp_path / "oneapi" / place, OLD)
+    value = {"CXX": str(program), "PATH": f"{program.parent}:/usr/bin:/bin"}.get(variable, str(tmp_path / "oneapi"))
+    code, output = configure(tmp_path, BATCHINFER_DEVICE="xpu", **{variable: value})
+    assert code != 0
+    assert "is of oneAPI 2024.1.2; wanted: 2024.2 or newer" in output
+    assert "oneapi" in output.partition("is of oneAPI")[0]
+
+
+def test_another_compiler_is_not_taken_for_icpx(tmp_path: Path) -> None:
+    program = icpx(tmp_path / "other", "g++ (Debian 12.2.0-14) 12.2.0")
+    code, output = configure(tmp_path, BATCHINFER_DEVICE="xpu", CXX=str(program))
+    assert code != 0
+    assert "is not Intel's icpx" in output

@@ -1,5 +1,5 @@
-"""Compile the launchers of csrc/sycl to SPIR-V as DPC++'s device pass does, and that to the code of Intel's GPUs, and hold
-the register spills against csrc/sycl/spills.txt.
+"""Compile the launchers of csrc/sycl to SPIR-V as DPC++'s device pass does, and that to the code of Intel's GPUs, and
+hold the register spills against csrc/sycl/spills.txt.
 
 python tests/sycl/compile.py DEVICE_PASS    the program of device_pass.cpp; the offline compiler is Debian's
                                             intel-opencl-icd (ocloc), the disassembler spirv-tools (spirv-dis)
@@ -56,9 +56,8 @@ def spilled(log: str) -> int:
 def main() -> int:
     device_pass, allowed, bad = str(Path(sys.argv[1]).absolute()), budget(), 0
     tools = {tool: shutil.which(tool) for tool in ("ocloc", "spirv-dis")}
-    for tool, found in tools.items():
-        if not found:
-            print(f"NOT RUN: {tool} is not installed (apt-get install intel-opencl-icd spirv-tools)")
+    for tool in (tool for tool, found in tools.items() if not found):
+        print(f"NOT RUN: {tool} is not installed (apt-get install intel-opencl-icd spirv-tools)")
     for source in SOURCES:
         with tempfile.TemporaryDirectory() as where:
             folder = Path(where)
@@ -70,11 +69,12 @@ def main() -> int:
                 print(f"{source}: products and sums may be fused in: {', '.join(loose) or 'no kernel'}")
                 bad += len(loose)
             for device in DEVICES if tools["ocloc"] else ():
-                command = ("ocloc", "compile", "-spirv_input", "-file", module.name, "-device", device, "-out_dir", "out")
-                limit, count = allowed.get((source, device), 0), spilled(run(*command, folder=folder))
+                command = ("ocloc", "compile", "-spirv_input", "-file", module.name, "-device", device)
+                count = spilled(run(*command, "-out_dir", "out", folder=folder))
+                limit = allowed.get((source, device), 0)
                 bad += count > limit
                 note = "" if count == limit else f", {limit} are recorded in {BUDGET.relative_to(ROOT)}"
-                print(f"{source} {device}: a kernel spills up to {count} registers{note}", flush=True)
+                print(f"{source} {device}: {count} registers spilled{note}", flush=True)
     return 1 if bad else 0
 
 
