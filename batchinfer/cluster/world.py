@@ -23,6 +23,7 @@ from threading import Lock
 from typing import Any
 
 from batchinfer.cluster.channel import Channel, MpiChannel
+from batchinfer.cluster.fabric import fabric_settings, has_fast_network
 from batchinfer.cluster.outlive import lifeline
 from batchinfer.types import ExitCode, JobError
 
@@ -312,14 +313,6 @@ def mpi_library() -> tuple[str | None, str]:
     return MPI.Get_library_version().split("\n")[0].strip(), ""
 
 
-def _survive_dead_ranks(library: str) -> None:
-    """Of two network layers in an MPICH choose libfabric, unless the user has chosen: with UCX, its first choice, a
-    message to a dead rank is a segmentation fault of the sender (MPICH 5.0.2)."""
-    device = next((line for line in library.splitlines() if line.startswith("MPICH Device:")), "")
-    if "ucx" in device and "ofi" in device:
-        os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
-
-
 def _wait_for_all_ranks_to_start(launch: Launch) -> Any:
     """Load and initialise MPI. A rank that dies on the way without a word must not leave the others waiting for ever:
     MPI_Init can't be interrupted, but a watchdog thread of the interpreter can end the process (and print this
@@ -331,7 +324,7 @@ def _wait_for_all_ranks_to_start(launch: Launch) -> Any:
         mpi4py.rc.finalize = True  # of a process that does not come to leave()
         from mpi4py import MPI
 
-        _survive_dead_ranks(MPI.Get_library_version())
+        os.environ.update(fabric_settings(MPI.Get_library_version(), os.environ, has_fast_network()))
         faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=sys.__stderr__)
         MPI.Init_thread(MPI.THREAD_SERIALIZED)  # while the main thread loads the model, another one talks
     except (ImportError, RuntimeError) as error:

@@ -1,5 +1,6 @@
 """What the kernel tests run on: a GPU, or what BATCHINFER_GPU_EMULATOR names: the extension of the emulator
-(tests/simt), or that of tests/sycl, whose kernels run on a CPU.
+(tests/simt), or that of tests/sycl, whose kernels run on a CPU. On a GPU, BATCHINFER_GPU_OPS=triton takes
+Triton's kernels instead of the extension's.
 
 The emulator takes a million times as long, so tests ask :func:`sized` for what each can do.
 """
@@ -14,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from batchinfer.ops.device import DeviceOps
 from batchinfer.ops.gpu import GpuOps, open_gpu
 
 T = TypeVar("T")
@@ -36,8 +38,12 @@ class EmulatedOps(GpuOps):
         return 0
 
 
-def open_ops() -> GpuOps:
+def open_ops() -> DeviceOps:
     """Raises RuntimeError where there is neither."""
+    if os.environ.get("BATCHINFER_GPU_OPS") == "triton":
+        from batchinfer.ops.triton.backend import TritonOps
+
+        return TritonOps()
     return EmulatedOps() if EMULATOR else open_gpu()
 
 
