@@ -1,11 +1,13 @@
 # _gpu: the ops for Intel GPUs, the same module as for NVIDIA's, with the launchers of csrc/sycl in place of csrc/gpu's.
 #
-# icpx compiles everything: a project has one C++ compiler. Found through CXX, CMPLR_ROOT (which oneAPI's modules and
-# setvars.sh set), ONEAPI_ROOT or PATH. The kernels travel as SPIR-V, from which the GPU's driver makes its code.
+# icpx compiles everything: a project has one C++ compiler. Found through CXX where that names an icpx (conda sets it to its
+# gcc, too), CMPLR_ROOT (which oneAPI's modules and setvars.sh set), ONEAPI_ROOT or PATH. The kernels travel as SPIR-V, from which the GPU's driver makes its code.
 
-# The compiler to use, or an empty string. A CXX that is no icpx is not silently replaced: batchinfer_use_icpx refuses it.
+# The compiler to use, or an empty string.
 function(batchinfer_find_icpx out)
-  find_program(icpx NAMES ${CMAKE_CXX_COMPILER} $ENV{CXX} icpx NO_CACHE NO_CMAKE_SYSTEM_PATH
+  set(names ${CMAKE_CXX_COMPILER} $ENV{CXX})
+  list(FILTER names INCLUDE REGEX "icpx[^/]*$")
+  find_program(icpx NAMES ${names} icpx NO_CACHE NO_CMAKE_SYSTEM_PATH
                HINTS "$ENV{CMPLR_ROOT}/bin" "$ENV{ONEAPI_ROOT}/compiler/latest/bin")
   if(NOT icpx)
     set(icpx "")
@@ -23,8 +25,7 @@ function(batchinfer_use_icpx)
   endif()
   execute_process(COMMAND "${icpx}" --version OUTPUT_VARIABLE version ERROR_QUIET)
   if(NOT version MATCHES "DPC\\+\\+.* Compiler ([0-9.]+)")
-    message(FATAL_ERROR "BATCHINFER_DEVICE=xpu: ${icpx} is not Intel's icpx (its --version does not say so): unset CXX, or "
-                        "let it name icpx")
+    message(FATAL_ERROR "BATCHINFER_DEVICE=xpu: ${icpx} is not Intel's icpx (its --version does not say so)")
   endif()
   if(CMAKE_MATCH_1 VERSION_LESS 2024.2)
     message(FATAL_ERROR "BATCHINFER_DEVICE=xpu: ${icpx} is of oneAPI ${CMAKE_MATCH_1}; wanted: 2024.2 or newer")

@@ -49,6 +49,7 @@ def test_rms_norm(gpu, dtype, tokens, width, with_residual):
     assert torch.equal(in_place, out)
 
 
+@pytest.mark.feature("engine", "SYCL kernels pass the CUDA kernels' tests, on Intel's CPU device (make sycl-check)")
 @pytest.mark.parametrize("op", ["silu_mul", "gelu_mul"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "width"), [(1, 8), (300, 1536), (17, 14336), (4, 50)])

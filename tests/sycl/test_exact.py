@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from gpu.backend import EMULATOR, SYCL
 
-pytestmark = pytest.mark.skipif(not SYCL, reason="needs the kernels that make sycl-check compiles")
+pytestmark = [
+    pytest.mark.skipif(not SYCL, reason="needs the kernels that make sycl-check compiles"),
+    pytest.mark.feature("engine", "the SYCL sampler's quotients and shares are IEEE's, without doubles"),
+]
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, 1.1754944e-38, 1.1754942e-38, 3.4028235e38, 3.0]
 
