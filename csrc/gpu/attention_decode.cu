@@ -170,7 +170,7 @@ struct RowState {
                 }
             }
         }
-        if (__any_sync(kAllLanes, shrink[0] != 1 || shrink[1] != 1)) {
+        if (any_lane(shrink[0] != 1 || shrink[1] != 1)) {
 #pragma unroll
             for (int n = 0; n < E / 8; ++n) {
                 out[n][0] *= shrink[0], out[n][1] *= shrink[0];
@@ -213,7 +213,7 @@ __device__ __forceinline__ void walk(RowState<T, E>& state, const uint32_t (&que
     }
     for (int i = 0; i < mine; ++i) {
         copy_wait<kStages<E> - 2>();
-        __syncwarp();  // chunk i is there for all lanes, and all have left chunk i - 1, whose place is filled now
+        sync_warp();  // chunk i is there for all lanes, and all have left chunk i - 1, whose place is filled now
         start(i + kStages<E> - 1);
         state.template add_chunk<kExtended>(shared + i % kStages<E> * kStageBytes<E>, query, item.end - position(i),
                                             window_begin - position(i), map);

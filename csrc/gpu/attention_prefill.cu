@@ -211,7 +211,7 @@ struct WarpRows {
                 exceeded |= top[m][h] > maximum[m][h] + kSlack;
             }
         }
-        if (__any_sync(kAllLanes, exceeded)) {
+        if (any_lane(exceeded)) {
 #pragma unroll
             for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -245,7 +245,7 @@ template <class T, int E, bool kExtended>
 __device__ __forceinline__ void store_rows(WarpRows<T, E, kExtended>& state, unsigned char* queries,
                                            const AttentionArgs& a, const Rows& rows) {
     const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kMTiles * 16;
-    __syncwarp();  // after the last products, whose lanes read each other's rows
+    sync_warp();  // after the last products, whose lanes read each other's rows
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -263,7 +263,7 @@ __device__ __forceinline__ void store_rows(WarpRows<T, E, kExtended>& state, uns
             }
         }
     }
-    __syncwarp();
+    sync_warp();
     constexpr int kPieces = E / 8;
 #pragma unroll 4
     for (int i = lane; i < kMTiles * 16 * kPieces; i += kWarp) {

@@ -56,8 +56,9 @@ __device__ uint32_t last_kept(const Row& row, double target, uint32_t last, Hist
         base = histogram.before;
         const int shift = max(0, 21 - __clz(high - low));  // (high - low) >> shift < 2**11 = kBins
         __syncthreads();                                   // all have read the histogram
-        fill(
-            [=](float, uint32_t key) { return key >= low && key <= high ? static_cast<int>(key - low >> shift) : -1; });
+        fill([=](float, uint32_t key) {
+            return key >= low && key <= high ? static_cast<int>((key - low) >> shift) : -1;
+        });
         histogram.find<kMass>(base, target);
         low += static_cast<uint32_t>(histogram.bin) << shift;
         high = min(high, low + ((1u << shift) - 1));
@@ -97,7 +98,7 @@ __device__ int draw(const Row& row, uint64_t seed, uint32_t position, uint32_t l
             best = fmaxf(best, score);
             found = true;
         }
-        if (__any_sync(kAllLanes, found)) {
+        if (any_lane(found)) {
             for (int mask = kWarp / 2; mask > 0; mask /= 2) {
                 best = fmaxf(best, shuffle_xor(best, mask));
             }

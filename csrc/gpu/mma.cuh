@@ -9,17 +9,17 @@
 
 namespace batchinfer::gpu {
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#if defined(__HIP__) || defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #define BATCHINFER_MMA 0
 #else
 #define BATCHINFER_MMA 1
 #endif
 
 #if BATCHINFER_MMA
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 
 // Copies 16 bytes, or writes 16 zero bytes if not `wanted`. Does not go through registers or L1.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool wanted) {
@@ -68,12 +68,5 @@ __device__ __forceinline__ void multiply_add<f16>(float (&c)[4], const uint32_t 
 }
 
 #endif  // BATCHINFER_MMA
-
-// 2**x by the special function unit: relative error 2**-22, 0 for -inf.
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 }  // namespace batchinfer::gpu

@@ -1,8 +1,8 @@
 // What the sampling kernels share: the arithmetic of the sampler's specification, bit for bit, and a search for a
 // threshold by histograms instead of a sort.
 //
-// The specification is batchinfer/ops/reference_sampler.py: float32, every product and sum rounded by itself. nvcc
-// would contract a * b + c into one rounding, hence the intrinsics. Probabilities are integers in units of 2**-34, so
+// The specification is batchinfer/ops/reference_sampler.py: float32, every product and sum rounded by itself. Compilers
+// contract a * b + c into one rounding, hence exact:: (vendor.h). Probabilities are integers in units of 2**-34, so
 // that sums (in shared memory, by atomics) do not depend on an order.
 //
 // Each kernel takes one block of 1,024 threads per row of logits; a row of 128 K floats does not fit on chip, so cost
@@ -18,19 +18,6 @@ inline constexpr int kBins = 2 * kSampleThreads;
 
 namespace exact {
 
-__device__ __forceinline__ float mul(float a, float b) {
-    return __fmul_rn(a, b);
-}
-__device__ __forceinline__ float add(float a, float b) {
-    return __fadd_rn(a, b);
-}
-__device__ __forceinline__ float sub(float a, float b) {
-    return __fsub_rn(a, b);
-}
-__device__ __forceinline__ float div(float a, float b) {
-    return __fdiv_rn(a, b);
-}
-
 // e**x for x <= 0; 0 below -87.
 __device__ __forceinline__ float exp(float x) {
     const float inside = fmaxf(x, -88.f);
@@ -42,7 +29,7 @@ __device__ __forceinline__ float exp(float x) {
     p = add(mul(p, r), 0.166665196f);
     p = add(mul(p, r), 0.49999994f);
     const float y = add(add(mul(p, mul(r, r)), r), 1.f);
-    return x < -87.f ? 0.f : mul(y, __int_as_float(static_cast<int>(n) + 127 << 23));
+    return x < -87.f ? 0.f : mul(y, __int_as_float((static_cast<int>(n) + 127) << 23));
 }
 
 // Natural logarithm of a positive normal float.
@@ -164,7 +151,7 @@ struct Histogram {
         const uint64_t first = weight_of<kMass>(2 * threadIdx.x), second = weight_of<kMass>(2 * threadIdx.x + 1);
         uint64_t sum = first + second;  // becomes the sum up to this thread
         for (int reach = 1; reach < kWarp; reach *= 2) {
-            const uint64_t other = __shfl_up_sync(kAllLanes, sum, reach);
+            const uint64_t other = shuffle_up(sum, reach);
             if (lane >= reach) sum += other;
         }
         if (lane == kWarp - 1) scratch[warp] = sum;
@@ -186,7 +173,7 @@ struct Histogram {
 
 // Bin of a distance below the highest logit: 64 bins a unit, the last takes the rest.
 __device__ __forceinline__ int linear_bin(float distance) {
-    return min(__float2int_rz(distance * 64.f), kBins - 1);
+    return static_cast<int>(fminf(distance * 64.f, kBins - 1));
 }
 
 }  // namespace batchinfer::gpu

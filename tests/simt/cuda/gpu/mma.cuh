@@ -104,10 +104,4 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     }
 }
 
-// Flushes denormal results, as the special function unit does with .ftz.
-inline float exp2_fast(float x) {
-    const float y = exp2f(x);
-    return y < 0x1p-126f ? 0 : y;
-}
-
 }  // namespace batchinfer::gpu
