@@ -107,7 +107,7 @@ __device__ int draw(const Row& row, uint64_t seed, uint32_t position, uint32_t l
     return id_of(block_reduce(winner, scratch, larger));
 }
 
-__global__ void __launch_bounds__(kSampleThreads, 2) choose_kernel(SampleArgs a) {
+__global__ void BATCHINFER_LAUNCH_BOUNDS(kSampleThreads, 2) choose_kernel(SampleArgs a) {
     __shared__ Histogram histogram;
     const int64_t r = blockIdx.x;
     Row row{a.logits + r * a.vocab, static_cast<int>(a.vocab), 0, 0};

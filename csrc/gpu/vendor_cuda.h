@@ -13,6 +13,7 @@ using gpuStream_t = cudaStream_t;
 
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
+inline constexpr bool kAsyncCopies = true;  // to shared memory, past the registers
 
 inline cudaError_t gpuMultiprocessors(int* count, int device) {
     return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
@@ -29,6 +30,9 @@ void gpuLaunch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t sh
                const Arguments&... arguments) {
     kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
 }
+
+// Of a kernel: threads of a block at most, and blocks that a multiprocessor shall hold at least.
+#define BATCHINFER_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 
 // Declares the shared memory that the launch gives the block. A function that returned it would cost registers.
 #define BATCHINFER_DYNAMIC_SHARED(name, alignment) \

@@ -22,12 +22,17 @@ inline constexpr int kWarp = 32;
 inline constexpr int kWarp = 64;
 #endif
 
+inline constexpr bool kAsyncCopies = false;  // to shared memory, past the registers
+
 inline hipError_t gpuMultiprocessors(int* count, int device) {
     return hipDeviceGetAttribute(count, hipDeviceAttributeMultiprocessorCount, device);
 }
-inline hipError_t gpuMatrixUnit(MatrixUnit* unit, int) {
-    *unit = MatrixUnit::none;
-    return hipSuccess;
+// CDNA 2 and later, and RDNA 3; RDNA 4 has other layouts.
+inline hipError_t gpuMatrixUnit(MatrixUnit* unit, int device) {
+    int major = 0;
+    const hipError_t error = hipDeviceGetAttribute(&major, hipDeviceAttributeComputeCapabilityMajor, device);
+    *unit = major == 9 || major == 11 ? MatrixUnit::warp : MatrixUnit::none;
+    return error;
 }
 
 template <class... Parameters, class... Arguments>
@@ -36,7 +41,11 @@ void gpuLaunch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t sh
     hipLaunchKernelGGL(kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 
-#define BATCHINFER_DYNAMIC_SHARED(name, alignment) HIP_DYNAMIC_SHARED(alignas(alignment) unsigned char, name)
+// HIP's second bound counts something else, and all registers of a lane are wanted.
+#define BATCHINFER_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads)
+
+#define BATCHINFER_DYNAMIC_SHARED(name, alignment) \
+    HIP_DYNAMIC_SHARED(__attribute__((aligned(alignment))) unsigned char, name)
 
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {

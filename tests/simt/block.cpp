@@ -20,7 +20,7 @@ namespace {
 // wgmma have 18 bits. Static variables keep their distance from the block object: they are in the same library.
 constexpr uint32_t kDynamicBase = 1024 + 128;
 constexpr uint32_t kStaticBase = 1u << 31;
-constexpr size_t kMostShared = 227 << 10;
+constexpr size_t kMostShared = SIMT_SHARED_KB << 10;
 
 // An mbarrier's 64 bits.
 struct Phase {

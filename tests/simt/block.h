@@ -35,7 +35,7 @@ namespace simt {
 
 inline constexpr int kLanes = SIMT_LANES;     // of a warp: 32 or 64
 inline constexpr int kWarps = 1024 / kLanes;  // of a block, at most
-inline constexpr int kPayload = 32;           // bytes that a lane may bring to an operation of its warp
+inline constexpr int kPayload = 64;           // bytes that a lane may bring to an operation of its warp
 
 using LaneMask = uint64_t;  // bit i: lane i
 inline constexpr LaneMask kAll = ~LaneMask{0} >> (64 - kLanes);

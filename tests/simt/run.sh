@@ -20,12 +20,13 @@ emulate() { # extension, capability, tests
     .venv/bin/pytest -p no:cacheprovider --capture=sys "${@:3}"
 }
 
-# The attention of 8.0, and HIP with warps of 64 lanes, beside the tests of 9.0. Reports of the sanitizers go to file
+# The attention of 8.0, and HIP with warps of 64 lanes and of 32, beside the tests of 9.0. Reports of the sanitizers go to file
 # descriptor 2: --capture=sys lets them.
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 (
   emulate _gpu 8 tests/gpu/test_gpu_attention.py "$@"
   emulate _gpu_hip64 9 tests/gpu --ignore=tests/gpu/test_emulator.py "$@"
+  emulate _gpu_hip32 9 tests/gpu/test_gpu_attention.py "$@"
 ) & others=$!
 emulate _gpu 9 tests/gpu "$@"
 wait "$others"

@@ -25,6 +25,7 @@ using gpuStream_t = cudaStream_t;
 
 inline constexpr int kWarp = simt::kLanes;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
+inline constexpr bool kAsyncCopies = true;
 
 inline cudaError_t gpuMultiprocessors(int* count, int) {
     *count = simt::kMultiprocessors;
@@ -44,6 +45,7 @@ void gpuLaunch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t sh
     simt::launch(kernel, grid, threads, shared_bytes, arguments...);
 }
 
+#define BATCHINFER_LAUNCH_BOUNDS(threads, blocks)
 #define BATCHINFER_DYNAMIC_SHARED(name, alignment) unsigned char* const name = simt::block().dynamic_shared()
 
 template <class T>

@@ -1,4 +1,4 @@
-// csrc/gpu/mma.cuh for the emulator, by the fragment layouts of the PTX ISA (9.7.14.5, m16n8k16; ldmatrix; cp.async).
+// csrc/gpu/ptx.cuh for the emulator, by the fragment layouts of the PTX ISA (9.7.14.5, m16n8k16; ldmatrix; cp.async).
 #pragma once
 
 #include "gpu/device.cuh"
