@@ -197,9 +197,8 @@ def _check_ops(spec: ModelSpec, ops: Ops) -> None:
     needs = {"mix_experts": spec.experts is not None, "norm of all heads": spec.qk_norm == "all"}
     lacking = sorted(op for op in ops.lacks if needs[op])
     if lacking:
-        others = "engine.device=cpu" if "mix_experts" in lacking else "engine.ops=triton, or engine.device=cpu"
-        needed = f"{spec.architecture} needs {', '.join(lacking)}, which {type(ops).__name__} has not got yet"
-        raise ModelError(f"{needed}: set {others}")
+        needed = f"{spec.architecture} needs {', '.join(lacking)}, which {type(ops).__name__} has only with Triton"
+        raise ModelError(f"{needed}: pip install triton, or set engine.device=cpu")
 
 
 def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops) -> tuple:

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from batchinfer.ops import AttentionInput, HeadNorm, Rope, SampleInput
+from batchinfer.ops import AttentionInput, Experts, HeadNorm, Rope, SampleInput
 from batchinfer.ops.triton.backend import TritonOps
 
 
@@ -84,12 +84,15 @@ class CompiledOps(TritonOps):
         name = kernel.__name__
         if name == "attend":
             name = f"attend {'decode' if options['SPLIT'] else 'prefill'} {options['WIDTH']}"
+        if name.endswith("products"):
+            name = f"{name} {options['ROWS']}"
         if name not in self.kernels:
             self.kernels[name] = kernel.warmup(*args, grid=grid, **options)
 
 
 def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Every op at the sizes of a model, attention for two widths, one of them with a soft cap."""
+    """Every op at the sizes of a model, attention for two widths, one of them with a soft cap, a
+    mixture of experts for few and for many tokens."""
     attend(ops, 9, 3, 64, dtype, softcap=50.0)
     attend(ops, 32, 8, 128, dtype, softcap=0.0)
     words, x = torch.zeros(3, dtype=torch.int32), torch.zeros(3, 4096, dtype=dtype)
@@ -101,6 +104,8 @@ def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
     ops.rms_norm(x, torch.zeros(4096), 1e-5, torch.zeros_like(x), torch.zeros_like(x))
     ops.layer_norm(x, torch.zeros(4096), torch.zeros(4096), 1e-5, torch.zeros_like(x), torch.zeros_like(x))
     ops.gelu_mul(torch.zeros(3, 8192, dtype=dtype), torch.zeros_like(x))
+    mix(ops, 3, dtype)
+    mix(ops, 900, dtype)
     numbers, start = torch.zeros(3), torch.zeros(4, dtype=torch.int32)
     inputs = SampleInput(
         *(numbers, words, numbers, numbers, words.long(), words),
@@ -113,6 +118,13 @@ def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
         num_logprobs=words + 3,
     )
     ops.sample(torch.zeros(3, 128_256), inputs)
+
+
+def mix(ops: CompiledOps, tokens: int, dtype: torch.dtype) -> None:
+    gate_up, down = torch.zeros(2 * 768, 2048, dtype=dtype), torch.zeros(2048, 768, dtype=dtype)
+    experts = Experts((gate_up,) * 16, (down,) * 16, (768,) * 16, top_k=8, renormalise=True)
+    x = torch.zeros(tokens, 2048, dtype=dtype)
+    ops.mix_experts(x, torch.zeros(tokens, 16), experts, x)
 
 
 def attend(ops: CompiledOps, heads: int, kv_heads: int, width: int, dtype: torch.dtype, softcap: float) -> None:

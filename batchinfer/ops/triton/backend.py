@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from batchinfer.ops import AttentionInput, HeadNorm, Rope, SampleInput, SampleOutput
+from batchinfer.ops import AttentionInput, Experts, HeadNorm, Rope, SampleInput, SampleOutput
 from batchinfer.ops.device import DeviceOps, fitting_split, parts
 from batchinfer.ops.fields import SAMPLE_FIELDS
 from batchinfer.ops.triton import attention, logprobs, norms, penalties, rope, rows, sample
@@ -21,6 +21,7 @@ from batchinfer.ops.triton.blocks import (
     power_of_2,
     row_block,
 )
+from batchinfer.ops.triton.mixture import Mixture
 
 SPLIT = 1024
 """Keys of a part of a decoding sequence, as in the compiled backend (``ops/gpu.py`` has the arithmetic)."""
@@ -65,6 +66,7 @@ class TritonOps(DeviceOps):
         self._partials: dict[tuple[int, ...], tuple[int, tuple[Tensor, Tensor]]] = {}
         self._ends: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._counts: dict[int, Tensor] = {}
+        self.mixture = Mixture(self._launch, self._rdna)
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         """Products may fuse with sums where ``options`` don't say otherwise: Triton's own default changes in 3.10."""
@@ -97,6 +99,9 @@ class TritonOps(DeviceOps):
         count, width = out.shape
         block = row_block(width)
         self._launch(rows.gate_mul, (count, cdiv(width, block)), gate_up, out, width, GELU=gelu, BLOCK=block)
+
+    def _mix_experts(self, x: Tensor, router: Tensor, experts: Experts, shared: Tensor | None, out: Tensor) -> None:
+        self.mixture.mix(x, router, experts, shared, out)
 
     def _rope_and_cache(
         self,

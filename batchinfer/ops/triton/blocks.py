@@ -54,3 +54,26 @@ def norm_warps(width: int) -> int:
 def heads_together(width: int) -> int:
     """Heads of a token that one program rotates: 1,024 elements or so."""
     return max(1, 1024 // power_of_2(width))
+
+
+@dataclass(frozen=True)
+class ProductBlocks:
+    """``rows`` by ``columns`` of a product's result, ``depth`` of its sum at a time; ``warps`` and pipeline ``stages``
+    of a program."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def expert_blocks(tokens: int, itemsize: int, rdna: bool = False) -> ProductBlocks:
+    """For experts with ``tokens`` tokens each on average. Few tokens make it a matter of reading weights: more of them
+    under way, in more stages. Shared memory holds (rows + 2 * columns) * depth elements a stage."""
+    rows = 16 if tokens <= 16 else 32 if tokens <= 48 else 64
+    if itemsize == 4:
+        return ProductBlocks(16, 32, 32, 4, 1)
+    if rdna:
+        return ProductBlocks(rows, 32, 32, 4, 1)
+    return ProductBlocks(rows, 64, 64, 4, 3 if rows <= 32 else 2)
