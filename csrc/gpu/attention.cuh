@@ -75,20 +75,19 @@ struct Pages {
     // The caches as [rows, head_width]; 80 GB of rows of 64 bytes still count in 31 bits.
     __device__ __forceinline__ int cache_row(int position) const {
         const int page = min(max(__ldg(row + (position >> log_page)), 0), pages - 1);
-        return (page * kv_heads + kv_head << log_page) + (position & ((1 << log_page) - 1));
+        return ((page * kv_heads + kv_head) << log_page) + (position & ((1 << log_page) - 1));
     }
     __device__ __forceinline__ int64_t offset(int position) const { return int64_t{cache_row(position)} * head_width; }
 };
 
-// Largest s with start[s] <= item, for item < start[count]; all lanes of a warp together, 33-fold a step.
+// Largest s with start[s] <= item, for item < start[count]; all lanes of a warp together, kWarp + 1 parts a step.
 __device__ __forceinline__ int find_sequence(const int32_t* start, int count, int item) {
     const int lane = threadIdx.x % kWarp;
     int low = 0, high = count;  // start[low] <= item < start[high]
     while (high - low > 1) {
         const int stride = (high - low + kWarp) / (kWarp + 1);
         const int probe = min(low + (lane + 1) * stride, high);
-        const unsigned below = __ballot_sync(kAllLanes, start[probe] <= item);  // a run of ones from lane 0
-        const int steps = __popc(below);
+        const int steps = count_lanes(start[probe] <= item);  // a run of lanes from the first
         high = min(low + (steps + 1) * stride, high);
         low += steps * stride;
     }
@@ -145,8 +144,9 @@ int persistent_blocks(Kernel kernel, int threads, int shared_bytes) {
     int device = 0, multiprocessors = 0, per_multiprocessor = 0;
     check(gpuGetDevice(&device), "attention");
     check(gpuMultiprocessors(&multiprocessors, device), "attention");
-    check(gpuAllowSharedMemory(kernel, shared_bytes), "attention");
-    check(gpuBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, shared_bytes), "attention");
+    const auto* handle = reinterpret_cast<const void*>(kernel);
+    check(gpuAllowSharedMemory(handle, shared_bytes), "attention");
+    check(gpuBlocksPerMultiprocessor(&per_multiprocessor, handle, threads, shared_bytes), "attention");
     if (per_multiprocessor == 0) throw std::runtime_error("attention: the kernel does not fit on this device");
     return multiprocessors * per_multiprocessor;
 }

@@ -99,11 +99,12 @@ constexpr bool kWithSm90a = true;
 constexpr bool kWithSm90a = false;
 #endif
 
-int compute_major() {
-    int device = 0, major = 0;
+MatrixUnit matrix_unit() {
+    int device = 0;
+    MatrixUnit unit = MatrixUnit::none;
     check(gpuGetDevice(&device), "attention");
-    check(gpuComputeMajor(&major, device), "attention");
-    return major;
+    check(gpuMatrixUnit(&unit, device), "attention");
+    return unit;
 }
 
 }  // namespace
@@ -117,12 +118,12 @@ void plan_attention(const AttentionPlan& p, Stream stream) {
 void attention(const AttentionArgs& a, Stream stream) {
     if (a.tokens == 0 || a.plan.sequences == 0) return;
     const bool matrix_shape = a.dtype != GpuDtype::float32 && (a.plan.head_width == 64 || a.plan.head_width == 128);
-    static const int major = compute_major();
-    if (matrix_shape && major >= 8) {
+    static const MatrixUnit unit = matrix_unit();
+    if (matrix_shape && unit != MatrixUnit::none) {
         attention_decode(a, stream);
         // 3 us if the list is empty, which mostly only the device knows.
         if (a.plan.decode_only) return;
-        kWithSm90a&& major == 9 ? attention_prefill_sm90(a, stream) : attention_prefill(a, stream);
+        kWithSm90a&& unit == MatrixUnit::warpgroup ? attention_prefill_sm90(a, stream) : attention_prefill(a, stream);
     } else {
         attention_generic(a, stream);
     }

@@ -39,8 +39,9 @@ __device__ uint32_t last_kept(const Row& row, double target, uint32_t last, Hist
         base = histogram.before;
         const int shift = max(0, 21 - __clz(high - low));  // (high - low) >> shift < 2**11 = kBins
         __syncthreads();                                   // all have read the histogram
-        fill(
-            [=](float, uint32_t key) { return key >= low && key <= high ? static_cast<int>(key - low >> shift) : -1; });
+        fill([=](float, uint32_t key) {
+            return key >= low && key <= high ? static_cast<int>((key - low) >> shift) : -1;
+        });
         histogram.find<kMass>(base, target);
         low += static_cast<uint32_t>(histogram.bin) << shift;
         high = min(high, low + ((1u << shift) - 1));
@@ -77,7 +78,7 @@ __device__ int draw(const Row& row, uint64_t seed, uint32_t position, uint32_t l
             best = fmaxf(best, score);
             found = true;
         }
-        if (__any_sync(kAllLanes, found)) {
+        if (any_lane(found)) {
             for (int mask = kWarp / 2; mask > 0; mask /= 2) {
                 best = fmaxf(best, shuffle_xor(best, mask));
             }
@@ -86,7 +87,7 @@ __device__ int draw(const Row& row, uint64_t seed, uint32_t position, uint32_t l
     return id_of(block_reduce(winner, scratch, larger));
 }
 
-__global__ void __launch_bounds__(kSampleThreads, 2) choose_kernel(SampleArgs a) {
+__global__ void BATCHINFER_LAUNCH_BOUNDS(kSampleThreads, 2) choose_kernel(SampleArgs a) {
     __shared__ Histogram histogram;
     const int64_t r = blockIdx.x;
     Row row{a.logits + r * a.vocab, static_cast<int>(a.vocab), 0, 0};

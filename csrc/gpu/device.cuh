@@ -21,7 +21,7 @@ __device__ __forceinline__ float to_float(bf16 x) {
     return __uint_as_float(uint32_t{x.bits} << 16);
 }
 __device__ __forceinline__ float to_float(f16 x) {
-    return __half2float(__ushort_as_half(x.bits));
+    return f16_value(x.bits);
 }
 
 template <class T>
@@ -32,11 +32,11 @@ __device__ __forceinline__ float from_float<float>(float x) {
 }
 template <>
 __device__ __forceinline__ bf16 from_float<bf16>(float x) {
-    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+    return {bf16_bits(x)};
 }
 template <>
 __device__ __forceinline__ f16 from_float<f16>(float x) {
-    return {__half_as_ushort(__float2half_rn(x))};
+    return {f16_bits(x)};
 }
 
 // Two neighbours in one 32-bit word, the first in the low half.
@@ -44,13 +44,11 @@ template <class T>
 __device__ __forceinline__ uint32_t pack2(float low, float high);
 template <>
 __device__ __forceinline__ uint32_t pack2<bf16>(float low, float high) {
-    gpuNativeBf16x2 both = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<uint32_t&>(both);
+    return bf16_pair(low, high);
 }
 template <>
 __device__ __forceinline__ uint32_t pack2<f16>(float low, float high) {
-    __half2 both = __floats2half2_rn(low, high);
-    return reinterpret_cast<uint32_t&>(both);
+    return f16_pair(low, high);
 }
 template <class T>
 __device__ __forceinline__ float2 unpack2(uint32_t word) {

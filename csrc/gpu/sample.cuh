@@ -1,7 +1,7 @@
 // What the sampling kernels share: a search for a threshold by histograms instead of a sort.
 //
-// nvcc would contract a * b + c into one rounding, which the specification (sample_math.h) does not, hence the
-// intrinsics.
+// Compilers contract a * b + c into one rounding, which the specification (sample_math.h) does not, hence exact::
+// (vendor.h).
 //
 // Each kernel takes one block of 1,024 threads per row of logits; a row of 128 K floats does not fit on chip, so cost
 // is counted in passes over it: 1 greedy, 2 sampled, and 2 to 4 more for each of top-k and top-p.
@@ -15,19 +15,6 @@ inline constexpr int kSampleThreads = 1024;
 inline constexpr int kBins = 2 * kSampleThreads;
 
 namespace exact {
-
-__device__ __forceinline__ float mul(float a, float b) {
-    return __fmul_rn(a, b);
-}
-__device__ __forceinline__ float add(float a, float b) {
-    return __fadd_rn(a, b);
-}
-__device__ __forceinline__ float sub(float a, float b) {
-    return __fsub_rn(a, b);
-}
-__device__ __forceinline__ float div(float a, float b) {
-    return __fdiv_rn(a, b);
-}
 
 __device__ __forceinline__ float from_bits(int bits) {
     return __int_as_float(bits);
@@ -109,7 +96,7 @@ struct Histogram {
         const uint64_t first = weight_of<kMass>(2 * threadIdx.x), second = weight_of<kMass>(2 * threadIdx.x + 1);
         uint64_t sum = first + second;  // becomes the sum up to this thread
         for (int reach = 1; reach < kWarp; reach *= 2) {
-            const uint64_t other = __shfl_up_sync(kAllLanes, sum, reach);
+            const uint64_t other = shuffle_up(sum, reach);
             if (lane >= reach) sum += other;
         }
         if (lane == kWarp - 1) scratch[warp] = sum;
@@ -131,7 +118,7 @@ struct Histogram {
 
 // Bin of a distance below the highest logit: 64 bins a unit, the last takes the rest.
 __device__ __forceinline__ int linear_bin(float distance) {
-    return min(__float2int_rz(distance * 64.f), kBins - 1);
+    return static_cast<int>(fminf(distance * 64.f, kBins - 1));
 }
 
 }  // namespace batchinfer::gpu
