@@ -155,12 +155,14 @@ class MpiWorld(World):
         self.place = f" [rank {self.rank} on {self.hostname}]"
         self.threads = mpi.Query_thread() >= mpi.THREAD_SERIALIZED
         self._lock = Lock()
-        self.channel: MpiChannel = MpiChannel(mpi, self._comm.Dup(), self._lock)
+        bulk = self._comm.Dup()
         self._dead: set[int] = set()  # ranks to which a message failed
         self._sending: list[Any] = []
         self._inbox: deque[tuple[int, Any]] = deque()
         self._gathered: list[deque[Any]] = [deque() for _ in range(self.size)]
         self._lifeline = lifeline(os.environ)
+        self._within = self._lifeline.call if self._lifeline else contextlib.nullcontext
+        self.channel: MpiChannel = MpiChannel(mpi, bulk, self._lock, self._within)
 
     def bcast(self, value: Any) -> Any:
         data = pickle.dumps(value) if self.rank == 0 else b""
@@ -217,7 +219,8 @@ class MpiWorld(World):
         if rank in self._dead:
             return
         try:
-            self._sending.append(self._comm.isend((kind, value), dest=rank))
+            with self._within():
+                self._sending.append(self._comm.isend((kind, value), dest=rank))
         except self._mpi.Exception:
             self._dead.add(rank)
 
@@ -228,7 +231,8 @@ class MpiWorld(World):
 
     def _is_over(self, request: Any) -> bool:
         try:
-            return request.test()[0]
+            with self._within():
+                return request.test()[0]
         except self._mpi.Exception:  # the receiver has died
             return True
 
@@ -236,7 +240,7 @@ class MpiWorld(World):
         """Sort what has arrived. Both kinds come in one stream per sender, so that none overtakes the other. An error
         of MPI is a connection that broke: the rank behind it is found out by its silence."""
         status = self._mpi.Status()
-        with contextlib.suppress(self._mpi.Exception):
+        with contextlib.suppress(self._mpi.Exception), self._within():
             while self._comm.Iprobe(status=status):
                 sender = status.Get_source()
                 kind, value = self._comm.recv(source=sender)

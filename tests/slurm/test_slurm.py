@@ -145,7 +145,7 @@ def test_the_library_ends_the_process(rank: int, job: Job) -> None:
     failing = {"FAIL_WHEN": "ended by its library", "FAIL_RANK": str(rank), "FAIL_ONCE": str(once)}
     ended = job.end(job.submit(**failing, **(SLOW | {"STEP_SECONDS": "0.02"})))
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), job.log()
-    assert "a library ends process" in job.log()
+    assert "a library ends the process" in job.log()
     assert "start 2" not in job.log()
     job.check()
 
