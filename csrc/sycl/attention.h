@@ -31,7 +31,8 @@ inline Cut cut_of(const AttentionPlan& p, const Sequence& q) {
     return cut;
 }
 
-// decode_start: running sum of the items of all sequences; partial_start: of the parts of those that have several.
+// decode_start: running sum of the items of all sequences; partial_start: of the parts of those that have several. The
+// plan's other lists and counters are not used.
 struct PlanAttention {
     using Args = AttentionPlan;
     using Local = NoLocal;
