@@ -31,7 +31,8 @@ inline Cut cut_of(const AttentionPlan& p, const Sequence& q) {
     return cut;
 }
 
-// decode_start: running sum of the items of all sequences; partial_start: of the parts of those that have several.
+// decode_start: running sum of the items of all sequences; partial_start: of the parts of those that have several. The
+// plan's other lists and counters are not used.
 struct PlanAttention {
     using Args = AttentionPlan;
     using Local = NoLocal;
@@ -74,12 +75,52 @@ inline int64_t partial_row(const AttentionPlan& p, int s, int part, int head) {
     return int64_t{p.partial_start[s] + part} * p.heads + head;
 }
 
+// An item: a tile of rows of sequence s, one kv head, and a range of keys.
+struct Task {
+    Sequence q;
+    int s, kv_head, heads;  // heads: of a kv head
+    int part, parts;
+    int tile, rows;  // its first row in the sequence, and how many there are
+    int begin, end;  // keys; whole blocks before the end
+
+    int head(int row) const { return kv_head * heads + (tile + row) % heads; }
+    int token(int row) const { return (tile + row) / heads; }
+    int64_t step_row(const AttentionPlan& p, int row) const {
+        return int64_t{q.token + token(row)} * p.heads + head(row);
+    }
+    int last_key(int row) const { return q.length - q.tokens + token(row); }
+    bool sees(const AttentionPlan& p, int row, int key) const {
+        const int last = last_key(row);
+        return row < rows && key < end && key <= last && key >= window_start(p, last);
+    }
+};
+
+// Item `number` of the list. Of (part, tile, kv head) the last runs fastest.
+inline Task task_of(const AttentionPlan& p, int number, int step_tokens) {
+    Task t;
+    t.s = find_sequence(p.decode_start, p.sequences, number);
+    t.q = sequence_of(p, t.s, step_tokens);
+    t.heads = p.heads / p.kv_heads;
+    t.parts = larger_of(p.partial_start[t.s + 1] - p.partial_start[t.s], 1);
+    const int tiles = (p.decode_start[t.s + 1] - p.decode_start[t.s]) / (t.parts * p.kv_heads);
+    const int within = number - p.decode_start[t.s];
+    t.kv_head = within % p.kv_heads;
+    t.tile = within / p.kv_heads % tiles * kTileRows;
+    t.part = within / p.kv_heads / tiles;
+    t.rows = smaller_of(t.q.tokens * t.heads - t.tile, kTileRows);
+    t.begin = window_start(p, t.last_key(0)) / kBlockKeys * kBlockKeys + t.part * p.split;
+    t.end = t.last_key(t.rows - 1) + 1;
+    if (t.parts > 1) t.end = smaller_of(t.end, t.begin + p.split);
+    return t;
+}
+
 // kPieces: for head widths up to 16 * kPieces.
 template <class T, int kPieces>
 struct Attend {
     using Args = AttentionArgs;
     static constexpr int kThreads = 128;
-    static constexpr int kRows = kTileRows / (kThreads / kSubGroup);  // of a sub-group
+    static constexpr int kSubGroups = kThreads / kSubGroup;
+    static constexpr int kRows = kTileRows / kSubGroups;  // of a sub-group
     static constexpr int kWidth = kSubGroup * kPieces;
 
     struct alignas(16) Local {
@@ -88,104 +129,82 @@ struct Attend {
         float value[kBlockKeys][kWidth];
     };
 
+    // What a row has seen so far, spread over the lanes: `out` by elements, `sum` by keys.
+    struct Seen {
+        float out[kPieces] = {};
+        float maximum = kNoScore, sum = 0;
+
+        // A block of keys, of which each lane has the score of its own.
+        void add(sycl::sub_group lanes, const Local& local, bool visible, float score) {
+            const float top = sycl::fmax(maximum, sycl::reduce_over_group(lanes, score, sycl::maximum<float>()));
+            const float shrink = sycl::exp2(maximum - top), weight = visible ? sycl::exp2(score - top) : 0;
+            maximum = top;
+            sum = sum * shrink + weight;
+            for (float& x : out) {
+                x *= shrink;
+            }
+            for (int k = 0; k < kBlockKeys; ++k) {
+                const float its = sycl::group_broadcast(lanes, weight, k);
+                const float* value = local.value[k] + lanes.get_local_linear_id();
+                for (int piece = 0; piece < kPieces; ++piece) {
+                    out[piece] = sycl::fma(its, value[piece * kSubGroup], out[piece]);
+                }
+            }
+        }
+    };
+
     static void run(const Item& item, Local& local, const Args& a) {
         const AttentionPlan& p = a.plan;
         const int items = p.decode_start[p.sequences], groups = item.get_group_range(1);
         for (int i = item.get_group(1); i < items; i += groups) {
-            attend(item, local, a, i);
+            const Task task = task_of(p, i, a.tokens);
+            if (task.rows > 0) attend(item, local, a, task);
         }
     }
 
-    static void attend(const Item& item, Local& local, const Args& a, int number) {
-        const AttentionPlan& p = a.plan;
+    static void attend(const Item& item, Local& local, const Args& a, const Task& task) {
         const auto group = item.get_group();
         const auto lanes = item.get_sub_group();
-        const int thread = thread_of(item), lane = lanes.get_local_linear_id();
-        const int heads = p.heads / p.kv_heads;  // of a kv head
-        const int s = find_sequence(p.decode_start, p.sequences, number);
-        const Sequence q = sequence_of(p, s, a.tokens);
-        const int first_row = lanes.get_group_linear_id() * kRows;
-
-        // Of (part, tile, kv head) the last runs fastest.
-        const int parts = larger_of(p.partial_start[s + 1] - p.partial_start[s], 1);
-        const int tiles = (p.decode_start[s + 1] - p.decode_start[s]) / (parts * p.kv_heads);
-        const int within = number - p.decode_start[s], kv_head = within % p.kv_heads;
-        const int tile = within / p.kv_heads % tiles * kTileRows, part = within / p.kv_heads / tiles;
-        const int rows = smaller_of(q.tokens * heads - tile, kTileRows);  // of this tile
-        const auto head_of = [&](int row) { return kv_head * heads + (tile + row) % heads; };
-        const auto token_of = [&](int row) { return (tile + row) / heads; };
-        const auto last_key = [&](int row) { return q.length - q.tokens + token_of(row); };
-        if (rows <= 0) return;
-
-        const int begin = window_start(p, last_key(0)) / kBlockKeys * kBlockKeys + part * p.split;
-        int end = last_key(rows - 1) + 1;
-        if (parts > 1) end = smaller_of(end, begin + p.split);
-
+        const int lane = lanes.get_local_linear_id(), first_row = lanes.get_group_linear_id() * kRows;
+        Seen seen[kRows];
         sycl::group_barrier(group);  // all have left the item before
-        for (int i = thread; i < kTileRows * p.head_width; i += kThreads) {
-            const int row = i / p.head_width, e = i % p.head_width;
-            const int64_t at = (int64_t{q.token + token_of(row)} * p.heads + head_of(row)) * p.head_width + e;
-            local.query[row][e] = row < rows ? to_float(static_cast<const T*>(a.q)[at]) : 0;
-        }
-        float out[kRows][kPieces] = {}, maximum[kRows], sum[kRows] = {};  // sum: this lane's share
-        for (int r = 0; r < kRows; ++r) {
-            maximum[r] = kNoScore;
-        }
-        for (int base = begin; base < end; base += kBlockKeys) {
+        load_queries(lanes, local, a, task);
+        for (int base = task.begin; base < task.end; base += kBlockKeys) {
             sycl::group_barrier(group);
-            load_keys(local, a, q, kv_head, base, end, thread);
+            load_keys(lanes, local, a, task, base);
             sycl::group_barrier(group);
             for (int r = 0; r < kRows; ++r) {
-                const int row = first_row + r, last = last_key(row), key = base + lane;
-                const bool visible = row < rows && key <= last && key >= window_start(p, last) && key < end;
-                const float score = visible ? score_of(a, local.query[row], local.key[lane]) : kNoScore;
-                const float top = sycl::fmax(maximum[r], sycl::reduce_over_group(lanes, score, sycl::maximum<float>()));
-                const float shrink = sycl::exp2(maximum[r] - top), weight = visible ? sycl::exp2(score - top) : 0;
-                maximum[r] = top;
-                sum[r] = sum[r] * shrink + weight;
-                for (int piece = 0; piece < kPieces; ++piece) {
-                    out[r][piece] *= shrink;
-                }
-                for (int k = 0; k < kBlockKeys; ++k) {
-                    const float its = sycl::group_broadcast(lanes, weight, k);
-                    for (int piece = 0; piece < kPieces; ++piece) {
-                        out[r][piece] = sycl::fma(its, local.value[k][piece * kSubGroup + lane], out[r][piece]);
-                    }
-                }
+                const bool visible = task.sees(a.plan, first_row + r, base + lane);
+                const float score = visible ? score_of(a, local.query[first_row + r], local.key[lane]) : kNoScore;
+                seen[r].add(lanes, local, visible, score);
             }
         }
-        for (int r = 0; r < kRows; ++r) {
-            const float total = sycl::reduce_over_group(lanes, sum[r], sycl::plus<float>());
-            const int row = first_row + r;
-            if (row >= rows) continue;
-            const float lse = maximum[r] + sycl::log2(total);
-            const int64_t whole = int64_t{q.token + token_of(row)} * p.heads + head_of(row);
-            const int64_t partial = partial_row(p, s, part, head_of(row));
-            for (int piece = 0; piece < kPieces; ++piece) {
-                const int e = piece * kSubGroup + lane;
-                if (e >= p.head_width) break;
-                const float value = out[r][piece] / total;
-                if (parts > 1) {
-                    p.partial_out[partial * p.head_width + e] = value;
-                } else {
-                    static_cast<T*>(a.out)[whole * p.head_width + e] = from_float<T>(value);
-                }
-            }
-            if (lane != 0) continue;
-            (parts > 1 ? p.partial_lse[partial] : a.lse[whole]) = parts > 1 ? lse : lse * kLn2;
+        for (int r = 0; r < kRows && first_row + r < task.rows; ++r) {
+            store(lanes, a, task, first_row + r, seen[r]);
         }
     }
 
-    // A block of keys and values, one page's. Places from `end` on hold no keys: 0, as 0 * NaN would be NaN.
-    static void load_keys(Local& local, const Args& a, const Sequence& q, int kv_head, int base, int end, int thread) {
+    static void load_queries(sycl::sub_group lanes, Local& local, const Args& a, const Task& task) {
+        for (int row = lanes.get_group_linear_id(); row < task.rows; row += kSubGroups) {
+            const T* from = static_cast<const T*>(a.q) + task.step_row(a.plan, row) * a.plan.head_width;
+            for (int e = lanes.get_local_linear_id(); e < a.plan.head_width; e += kSubGroup) {
+                local.query[row][e] = to_float(from[e]);
+            }
+        }
+    }
+
+    // A block of keys and values, one page's. Places from the end on hold no keys: 0, as 0 * NaN would be NaN.
+    static void load_keys(sycl::sub_group lanes, Local& local, const Args& a, const Task& task, int base) {
         const AttentionPlan& p = a.plan;
-        const int64_t page = clamp_index(q.page_row[base / p.page_size], p.pages);
-        const int64_t from = ((page * p.kv_heads + kv_head) * p.page_size + base % p.page_size) * p.head_width;
-        for (int i = thread; i < kBlockKeys * p.head_width; i += kThreads) {
-            const int key = i / p.head_width, e = i % p.head_width;
-            const bool there = base + key < end;
-            local.key[key][e] = there ? to_float(static_cast<const T*>(a.k_cache)[from + i]) : 0;
-            local.value[key][e] = there ? to_float(static_cast<const T*>(a.v_cache)[from + i]) : 0;
+        const int64_t page = clamp_index(task.q.page_row[base / p.page_size], p.pages);
+        const int64_t from = ((page * p.kv_heads + task.kv_head) * p.page_size + base % p.page_size) * p.head_width;
+        for (int key = lanes.get_group_linear_id(); key < kBlockKeys; key += kSubGroups) {
+            const bool there = base + key < task.end;
+            for (int e = lanes.get_local_linear_id(); e < p.head_width; e += kSubGroup) {
+                const int64_t at = from + key * p.head_width + e;
+                local.key[key][e] = there ? to_float(static_cast<const T*>(a.k_cache)[at]) : 0;
+                local.value[key][e] = there ? to_float(static_cast<const T*>(a.v_cache)[at]) : 0;
+            }
         }
     }
 
@@ -202,6 +221,26 @@ struct Attend {
         const float product = sum[0] + sum[1] + (sum[2] + sum[3]);
         return a.softcap > 0 ? a.softcap * kLog2e * sycl::tanh(product * a.scale / a.softcap)
                              : product * (a.scale * kLog2e);
+    }
+
+    // The result, or that of a part.
+    static void store(sycl::sub_group lanes, const Args& a, const Task& task, int row, const Seen& seen) {
+        const AttentionPlan& p = a.plan;
+        const float total = sycl::reduce_over_group(lanes, seen.sum, sycl::plus<float>());
+        const float lse = seen.maximum + sycl::log2(total);
+        const int64_t whole = task.step_row(p, row), partial = partial_row(p, task.s, task.part, task.head(row));
+        for (int piece = 0; piece < kPieces; ++piece) {
+            const int e = piece * kSubGroup + lanes.get_local_linear_id();
+            if (e >= p.head_width) break;
+            const float value = seen.out[piece] / total;
+            if (task.parts > 1) {
+                p.partial_out[partial * p.head_width + e] = value;
+            } else {
+                static_cast<T*>(a.out)[whole * p.head_width + e] = from_float<T>(value);
+            }
+        }
+        if (!lanes.leader()) return;
+        (task.parts > 1 ? p.partial_lse[partial] : a.lse[whole]) = task.parts > 1 ? lse : lse * kLn2;
     }
 };
 
