@@ -244,11 +244,11 @@ class GpuOps(DeviceOps):
 
 
 def open_gpu(device: str = "cuda") -> GpuOps:
-    """The ops on the CUDA device ``device``, which becomes torch's current one. Raises RuntimeError where the extension
-    or the device is missing."""
+    """The ops on ``device``, which becomes torch's current one; AMD's are cuda too, for torch. Raises RuntimeError
+    where the extension or the device is missing."""
     extension = _extension()
     if not torch.cuda.is_available() or extension.device_count() == 0:
-        raise RuntimeError(f"device {device}: no usable GPU (driver, CUDA_VISIBLE_DEVICES, or a torch without CUDA)")
+        raise RuntimeError(f"device {device}: no usable GPU (driver, CUDA_VISIBLE_DEVICES, or a torch for the CPU)")
     chosen = torch.device(device)
     if chosen.index is None:
         chosen = torch.device(chosen.type, torch.cuda.current_device())
@@ -261,7 +261,7 @@ def _extension() -> ModuleType:
         return importlib.import_module("batchinfer._gpu")
     except ImportError as e:
         raise RuntimeError(
-            f"batchinfer is not compiled for cuda ({e}). Rebuild with: BATCHINFER_DEVICE=cuda pip install ."
+            f"batchinfer has no compiled GPU kernels ({e}). Rebuild with: BATCHINFER_DEVICE=cuda pip install ."
         ) from e
 
 
