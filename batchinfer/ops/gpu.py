@@ -116,10 +116,12 @@ class GpuOps(DeviceOps):
     ) -> None:
         tokens, heads, width = q_out.shape
         pages, kv_heads, page_size, _ = k_cache.shape
-        if norm is not None and norm.q.numel() != width:  # of all heads together
+        rotary = 0 if rope is None else rope.cos_sin.shape[1]
+        of_all_heads = norm is not None and norm.q.numel() != width
+        if of_all_heads or rotary % 16:  # GPT-NeoX-20B rotates 24 elements
             self._triton.rope_and_cache(qkv, positions, kv_index, rope, k_cache, v_cache, q_out, norm)
             return
-        table_positions, rotary = (0, 0) if rope is None else rope.cos_sin.shape
+        table_positions = 0 if rope is None else len(rope.cos_sin)
         self._gpu.rope_and_cache(
             qkv.data_ptr(),
             positions.data_ptr(),

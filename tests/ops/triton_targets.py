@@ -23,6 +23,7 @@ from triton.runtime import driver
 
 from batchinfer.ops import AttentionInput, Experts, HeadNorm, Rope, SampleInput
 from batchinfer.ops.triton.backend import TritonOps
+from batchinfer.ops.triton.mixture import Mixture
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,10 @@ class Driver:
 class CompiledOps(TritonOps):
     """Compiles what it should launch. ``kernels``: name, and what Triton made of it."""
 
-    def __init__(self, target: GPUTarget) -> None:
+    def __init__(self, target: GPUTarget, shared: int) -> None:
         super().__init__("cpu")
         self._rdna = str(target.arch).startswith("gfx1")
+        self.mixture = Mixture(self._launch, shared, self._rdna)
         self.kernels: dict[str, Any] = {}
 
     def _run(self, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
@@ -105,7 +107,7 @@ def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
     ops.layer_norm(x, torch.zeros(4096), torch.zeros(4096), 1e-5, torch.zeros_like(x), torch.zeros_like(x))
     ops.gelu_mul(torch.zeros(3, 8192, dtype=dtype), torch.zeros_like(x))
     mix(ops, 3, dtype)
-    mix(ops, 900, dtype)
+    mix(ops, 900, dtype)  # 450 for an expert
     numbers, start = torch.zeros(3), torch.zeros(4, dtype=torch.int32)
     inputs = SampleInput(
         *(numbers, words, numbers, numbers, words.long(), words),
@@ -139,7 +141,7 @@ def attend(ops: CompiledOps, heads: int, kv_heads: int, width: int, dtype: torch
 def compiled(target: Target, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Every kernel. Triton keeps what it compiles in $TRITON_CACHE_DIR."""
     driver.set_active(Driver(target.gpu))
-    ops = CompiledOps(target.gpu)
+    ops = CompiledOps(target.gpu, target.shared)
     call_all(ops, dtype)
     return ops.kernels
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -14,11 +15,11 @@ from batchinfer.ops.triton.blocks import expert_blocks, power_of_2, row_block
 
 
 class Mixture:
-    """``launch``: (kernel, grid, arguments ..., options=...). Keeps the addresses of the experts' weights, one table a
-    layer, and the weights with them."""
+    """``launch``: (kernel, grid, arguments ..., options=...). ``shared``: bytes of shared memory of a program. Keeps
+    the addresses of the experts' weights, one table a layer, and the weights with them."""
 
-    def __init__(self, launch: Callable[..., None], rdna: bool = False):
-        self._launch, self._rdna = launch, rdna
+    def __init__(self, launch: Callable[..., None], shared: int, rdna: bool):
+        self._launch, self._shared, self._rdna = launch, shared, rdna
         self._tables: dict[int, tuple[Experts, Tensor, Tensor]] = {}
 
     def mix(self, x: Tensor, router: Tensor, experts: Experts, shared: Tensor | None, out: Tensor) -> None:
@@ -35,7 +36,7 @@ class Mixture:
         options = {"CHOICES": choices, "TOP_K": top_k, "RENORMALISE": experts.renormalise, "BLOCK": together}
         self._launch(kernels.route, (tokens,), router, chosen, weights, logits, **options, num_warps=1)
         self._launch(kernels.arrange, (choices,), chosen, order, starts, count, BLOCK=1024)
-        blocks = expert_blocks(cdiv(count, choices), x.element_size(), self._rdna)
+        blocks = expert_blocks(cdiv(count, choices), x.element_size(), self._shared, self._rdna)
         tiles = min(cdiv(count, blocks.rows) + choices, count)
         shape = {
             "EXPERTS": choices,
@@ -59,10 +60,9 @@ class Mixture:
     def _addresses(self, experts: Experts, choices: int) -> tuple[Tensor, Tensor]:
         key = experts.gate_up[0].data_ptr()
         if key not in self._tables:
-            device = experts.gate_up[0].device
-            tables = (
-                torch.tensor([weight.data_ptr() for weight in weights[:choices]], dtype=torch.int64, device=device)
-                for weights in (experts.gate_up, experts.down)
-            )
+            addresses = [[t.data_ptr() for t in weights[:choices]] for weights in (experts.gate_up, experts.down)]
+            if any(address % kernels.ALIGNMENT.value for address in chain(*addresses)):
+                raise ValueError(f"experts: a weight does not lie at a multiple of {kernels.ALIGNMENT.value} bytes")
+            tables = torch.tensor(addresses, dtype=torch.int64, device=experts.gate_up[0].device)
             self._tables[key] = (experts, *tables)
         return self._tables[key][1:]
