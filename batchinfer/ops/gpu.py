@@ -251,7 +251,7 @@ class GpuOps(DeviceOps):
 
 
 def open_gpu(device: str = "cuda") -> GpuOps:
-    """The ops on the device ``device`` (by torch's name: cuda, xpu), which becomes torch's current one. Raises
+    """The ops on ``device`` (by torch's name: cuda, for AMD too, or xpu), which becomes torch's current one. Raises
     RuntimeError where the extension or the device is missing."""
     chosen = torch.device(device)
     extension = _extension(chosen.type)

@@ -3,7 +3,7 @@
 // Three kernels. Sequences with one token in the step go to attention_decode.cu, cut into (split of the KV range, kv
 // head) items; the others to attention_prefill.cu, cut into (tile of query rows, kv head) items. A row is one query
 // head of one token, and the heads of a kv head stand together, token by token, so that they share its keys. Other
-// dtypes, head widths and older GPUs take attention_generic.cu.
+// dtypes, head widths and GPUs without matrix units that mma.cuh knows take attention_generic.cu.
 //
 // Both lists are running sums over the sequences, made by one small kernel a step and read by a persistent grid that
 // draws item numbers from a counter. So the launch never depends on the data, and a captured step can be replayed with

@@ -1,13 +1,13 @@
 // Attention of sequences with one token in the step: bound by reading the KV cache once.
 //
-// A block of four warps takes one (split, kv head). The up to 16 query heads of the kv head are the rows of one
+// A block of 128 threads takes one (split, kv head). The up to 16 query heads of the kv head are the rows of one
 // matrix-unit tile, so keys and values are read once for all of them; with 4 heads three quarters of the products are
 // wasted, which by the unit's rate is a fifth of the time that the bytes take, or serve three more sequences with the
-// same beginning (attention.cuh). Each warp walks every fourth chunk of 16
-// positions with its own asynchronous copies, running maximum and sums: no block barrier in the loop. Bytes in flight
-// are what counts: 3.0 TB/s with about 1 us of latency wants 23 KB a multiprocessor; 2 blocks x 4 warps x (kStages - 1)
-// chunks of 8 KB (width 128) keep 128 KB in flight. A sequence longer than the split leaves normalised partial results;
-// the block that finishes last adds them up in order.
+// same beginning (attention.cuh). The warps take chunks of 16 positions in turn, each with its own asynchronous copies,
+// running maximum and sums: no block barrier in the loop. Bytes in flight are what counts: 3.0 TB/s with about 1 us of
+// latency wants 23 KB a multiprocessor of an H100; 2 blocks x 4 warps x (kStages - 1) chunks of 8 KB (width 128) keep
+// 128 KB in flight. AMD's GPUs have no such copies: a warp there waits for each of its chunks. A sequence longer than
+// the split leaves normalised partial results; the block that finishes last adds them up in order.
 #include "gpu/attention.cuh"
 
 namespace batchinfer::gpu {
@@ -17,9 +17,7 @@ constexpr int kThreads = 128;
 constexpr int kChunk = 16;  // positions; pages hold a whole number of them
 
 template <int E>
-constexpr int kStages = !kAsyncCopies ? 1
-                        : E == 128    ? 3
-                                      : 4;
+constexpr int kStages = kAsyncCopies ? (E == 128 ? 3 : 4) : 1;
 template <int E>
 constexpr int kBlocks = E == 128 ? 2 : 3;  // per multiprocessor
 template <int E>

@@ -1,4 +1,5 @@
-// Attention for what the matrix-unit kernels do not do: float32, head widths other than 64 and 128, GPUs before 8.0.
+// Attention for what the matrix-unit kernels do not do: float32, head widths other than 64 and 128, NVIDIA's GPUs
+// before 8.0, AMD's other than CDNA 2 and 3 and RDNA 3.
 //
 // A block takes one query head of one token. Eight lanes share a key, two neighbouring elements of it an access, so any
 // even number of 16-element pieces fits; 16 keys are in work at once, each group of lanes with its own running maximum,

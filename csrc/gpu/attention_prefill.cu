@@ -1,13 +1,14 @@
 // Attention of sequences with several tokens in the step: bound by the matrix unit. The loop of FlashAttention-2
 // (Dao 2023, arXiv:2307.08691) over paged keys.
 //
-// A block of four warps takes 128 rows of one kv head against tiles of 64 positions; a warp holds 32 rows, so that each
-// key and value fragment read from shared memory feeds two products. With 16 rows a warp, shared memory would be the
-// bound: 144 KB a tile of 64 x 64 are 1,125 cycles at 128 bytes a cycle, its products 750. 32 rows of width 128 take
-// 128 registers for the output and 64 for the scores, so the queries stay in shared memory. Two buffers of keys and
-// values and one barrier a tile; 96 KB a block, so that two blocks a multiprocessor cover each other's softmax. On an
-// H100 this reaches 347 TFLOP/s (8,192 tokens, causal, width 128), half of what these matrix instructions can do there.
-// Within a sequence the last tiles, which see the most keys, come first in the work list.
+// A block takes 128 rows of one kv head against tiles of 64 positions; a warp holds 32 of them, so that each key and
+// value fragment read from shared memory feeds two products. With 16 rows a warp, shared memory would be the bound: 144
+// KB a tile of 64 x 64 are 1,125 cycles at 128 bytes a cycle, its products 750. 32 rows of width 128 take 128 registers
+// for the output and 64 for the scores, so the queries stay in shared memory. Two buffers of keys and values and one
+// barrier a tile; 96 KB a block, so that two blocks a multiprocessor cover each other's softmax. On an H100 this
+// reaches 347 TFLOP/s (8,192 tokens, causal, width 128), half of what these matrix instructions can do there. Within a
+// sequence the last tiles, which see the most keys, come first in the work list. For AMD's GPUs the figures are others,
+// as below, and nothing was measured.
 #include "gpu/attention.cuh"
 
 namespace batchinfer::gpu {

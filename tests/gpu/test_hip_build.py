@@ -15,10 +15,7 @@ from pathlib import Path
 import pytest
 from gpu.compile import ROOT, SOURCES, budget
 
-pytestmark = [
-    pytest.mark.skipif(not os.environ.get("BATCHINFER_TEST_HIP"), reason="takes minutes: make hip-check"),
-    pytest.mark.feature("GPU kernels (AMD)", "compiled for gfx90a, gfx942, gfx1100, within recorded scratch; run on no GPU"),
-]
+pytestmark = pytest.mark.skipif(not os.environ.get("BATCHINFER_TEST_HIP"), reason="takes a minute: make hip-check")
 
 TARGETS = ["gfx90a", "gfx942", "gfx1100"]
 IMPORT = "import json, _gpu; print(json.dumps([_gpu.compiled_for, _gpu.device_count(), _gpu.build_info]))"
@@ -67,6 +64,7 @@ def scratch(log: str) -> dict[str, list[int]]:
     return found
 
 
+@pytest.mark.feature("AMD kernels (compiled)", "for gfx90a, gfx942, gfx1100, within recorded scratch memory")
 def test_kernels_stay_in_their_registers(build: tuple[Path, str]) -> None:
     used, allowed = scratch(build[1]), budget()
     assert set(used) == {source.name for source in SOURCES}
@@ -76,11 +74,13 @@ def test_kernels_stay_in_their_registers(build: tuple[Path, str]) -> None:
     assert "warning:" not in build[1]
 
 
+@pytest.mark.feature("AMD kernels (compiled)", "the extension links, imports and finds no device")
 def test_the_extension_imports_and_finds_no_device(build: tuple[Path, str]) -> None:
     vendor, devices, info = json.loads(run(sys.executable, "-c", IMPORT, PYTHONPATH=str(build[0])))
     assert (vendor, devices, info["architectures"]) == ("rocm", 0, TARGETS)
 
 
+@pytest.mark.feature("AMD kernels (compiled)", "the sampler fuses no product with a sum")
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_samplers_arithmetic_is_not_contracted(target: str, build: tuple[Path, str]) -> None:
     """Its logarithm and exponential are specified bit for bit; a plain expression beside them is contracted."""
