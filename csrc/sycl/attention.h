@@ -2,7 +2,7 @@
 //
 // A row is one query head of one token; the heads of a kv head stand together, token by token, so that they share its
 // keys. A group takes a tile of 16 rows and goes through the keys by 16: they lie in local memory, a lane has the score
-// of one key, and then one in 16 elements of the result. A sub-group has two rows. All sums are float32.
+// of one key, and then one in 16 elements of the result. A sub-group has every eighth row. All sums are float32.
 //
 // The work list is a running sum over the sequences, read by a grid of fixed size: no launch depends on lengths. A
 // sequence with one token in the step is split at fixed positions, so that few long sequences still fill the device;
@@ -91,7 +91,7 @@ struct Task {
     int last_key(int row) const { return q.length - q.tokens + token(row); }
     bool sees(const AttentionPlan& p, int row, int key) const {
         const int last = last_key(row);
-        return row < rows && key < end && key <= last && key >= window_start(p, last);
+        return key < end && key <= last && key >= window_start(p, last);
     }
 };
 
@@ -165,7 +165,7 @@ struct Attend {
     static void attend(const Item& item, Local& local, const Args& a, const Task& task) {
         const auto group = item.get_group();
         const auto lanes = item.get_sub_group();
-        const int lane = lanes.get_local_linear_id(), first_row = lanes.get_group_linear_id() * kRows;
+        const int lane = lanes.get_local_linear_id(), first_row = lanes.get_group_linear_id();
         Seen seen[kRows];
         sycl::group_barrier(group);  // all have left the item before
         load_queries(lanes, local, a, task);
@@ -173,14 +173,14 @@ struct Attend {
             sycl::group_barrier(group);
             load_keys(lanes, local, a, task, base);
             sycl::group_barrier(group);
-            for (int r = 0; r < kRows; ++r) {
-                const bool visible = task.sees(a.plan, first_row + r, base + lane);
-                const float score = visible ? score_of(a, local.query[first_row + r], local.key[lane]) : kNoScore;
+            for (int r = 0, row = first_row; r < kRows && row < task.rows; ++r, row += kSubGroups) {
+                const bool visible = task.sees(a.plan, row, base + lane);
+                const float score = visible ? score_of(a, local.query[row], local.key[lane]) : kNoScore;
                 seen[r].add(lanes, local, visible, score);
             }
         }
-        for (int r = 0; r < kRows && first_row + r < task.rows; ++r) {
-            store(lanes, a, task, first_row + r, seen[r]);
+        for (int r = 0, row = first_row; r < kRows && row < task.rows; ++r, row += kSubGroups) {
+            store(lanes, a, task, row, seen[r]);
         }
     }
 
