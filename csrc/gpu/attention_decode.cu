@@ -152,18 +152,18 @@ struct RowState {
         bool shrinks = false;
 #pragma unroll
         for (int r = 0; r < Tile::kRows; ++r) {
-            const float top = across_row(highest(score, r), [](float a, float b) { return fmaxf(a, b); });
-            const float level = fmaxf(maximum[r], top * scale);
-            shrink[r] = exp2_fast(maximum[r] - level);  // 0 for the first chunk, which always has a key
+            float top = across_row(highest(score, r), [](float x, float y) { return fmaxf(x, y); });
+            top = fmaxf(maximum[r], top * scale);
+            shrink[r] = exp2_fast(maximum[r] - top);  // 0 for the first chunk, which always has a key
             shrinks |= shrink[r] != 1;
-            maximum[r] = level;
+            maximum[r] = top;
             sum[r] *= shrink[r];
-        }
 #pragma unroll
-        for (int i = 0; i < Tile::kNumbers; ++i) {
-            const int r = Tile::row_of(i);
-            score.x[i] = exp2_fast(score.x[i] * scale - maximum[r]);
-            sum[r] += score.x[i];
+            for (int i = 0; i < Tile::kNumbers; ++i) {
+                if (Tile::row_of(i) != r) continue;
+                score.x[i] = exp2_fast(score.x[i] * scale - top);
+                sum[r] += score.x[i];
+            }
         }
         if (any_lane(shrinks)) {
 #pragma unroll
