@@ -11,7 +11,7 @@ from batchinfer.doctor.facts import VENDORS, Facts, FileSystem
 from batchinfer.types import JobError
 
 SUPPORTED = ("cuda",)
-"""Devices beside the CPU that this release can be built for."""
+"""Devices beside the CPU on which the engine can run a build's kernels."""
 
 RUNS_TRITON = ("cuda", "rocm")
 """Devices on which the engine can run Triton's kernels."""
@@ -40,7 +40,17 @@ class Finding:
 
 def judge(facts: Facts) -> list[Finding]:
     """All findings, the ones that make the node unfit first."""
-    rules = (extension, instruction_set, missing_gpu, gpu_build, driver, architectures, torch_device, visibility)
+    rules = (
+        extension,
+        instruction_set,
+        missing_gpu,
+        gpu_build,
+        step_loop,
+        driver,
+        architectures,
+        torch_device,
+        visibility,
+    )
     rules += (packages, mpi, cores, network, file_systems)
     return sorted((finding for rule in rules for finding in rule(facts)), key=lambda finding: not finding.unfit)
 
@@ -114,6 +124,17 @@ def gpu_build(facts: Facts) -> Iterator[Finding]:
         text += gpus.reason or "torch shows none"
         fix = f"install a torch for {build.device}"
     yield Finding(True, "gpu", text, fix)
+
+
+def step_loop(facts: Facts) -> Iterator[Finding]:
+    """Kernels alone: engine/runner.py refuses the device."""
+    device = facts.build.device
+    if facts.build.error or device != "xpu":
+        return
+    text = (
+        f"this build is for {device}: the kernels are there, but no step loop of the engine yet, and jobs stop at once"
+    )
+    yield Finding(True, "gpu", text, "give engine.device=cpu")
 
 
 def driver(facts: Facts) -> Iterator[Finding]:
