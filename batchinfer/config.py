@@ -110,11 +110,13 @@ class JobConfig:
 @dataclass(frozen=True)
 class ClusterConfig:
     """``mpi``: "auto" uses MPI where a launcher (srun, mpiexec ...) started several ranks, "on" always, "off" never.
-    ``hosts_per_reader``: of so many hosts one rank reads the weights for all, 0: every rank reads. ``srun``: options
-    that slurm/run.sh gives to srun; the program itself does not use them."""
+    ``hosts_per_reader``: of so many hosts one rank reads the weights for all, 0: every rank reads. ``share_weights``:
+    ranks of a NUMA domain that compute on the CPU have one copy. ``srun``: options that slurm/run.sh gives to srun; the
+    program itself does not use them."""
 
     mpi: str = "auto"
     hosts_per_reader: int = 64
+    share_weights: bool = True
     srun: str = ""
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from typing import Any
+
 import torch
 
 from batchinfer import ops as op_list
@@ -23,10 +27,14 @@ from batchinfer.engine.memory import num_pages
 from batchinfer.engine.runner import make_runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
-from batchinfer.models.files import Source
+from batchinfer.models.files import OwnReading, Source
+from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.packing import most_bytes, pack, packable
 from batchinfer.models.spec import load_spec
 from batchinfer.models.tokenizer import Tokenizer, load_tokenizer
 from batchinfer.models.weights import dummy_weights, load_weights
+from batchinfer.ops import Ops
+from batchinfer.ops.shared import Filling, can_share, mapped
 
 DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -57,13 +65,9 @@ def load_engine(
     spec = load_spec(model.path)
     dtype = DTYPES[engine.dtype]
     max_len = spec.resolve_length(engine.max_model_len)
-    if model.dummy_weights:
-        weights = dummy_weights(spec, dtype, ops.device)
-    else:
-        weights = load_weights(model.path, spec, dtype, source)
     decoder = Decoder(
         spec,
-        weights,
+        _packed(model, spec, dtype, ops, source or OwnReading()),
         ops,
         dtype,
         max_positions=max_len,
@@ -100,3 +104,35 @@ def load_engine(
         vocab_size=spec.vocab_size,
         trace=trace,
     )
+
+
+def _packed(model: ModelConfig, spec: ModelSpec, dtype: torch.dtype, ops: Ops, source: Source) -> dict[str, Any]:
+    """The weights by name, packed for ``ops``: by this rank, or by another one of its node."""
+    if can_share(ops) and (fd := source.take()) is not None:
+        try:
+            return mapped(fd, ops)
+        except (OSError, ValueError) as error:
+            _say(f"{error}: this rank packs its own")
+        finally:
+            os.close(fd)
+    if model.dummy_weights:
+        weights = dummy_weights(spec, dtype, ops.device)
+    else:
+        weights = load_weights(model.path, spec, dtype, source)
+    if not (can_share(ops) and source.shares):
+        return pack(spec, weights, ops)
+    try:
+        filling = Filling(ops, most_bytes(spec, dtype))
+    except OSError as error:
+        _say(f"there is no memory to share the weights in ({error}): every rank packs its own")
+        return pack(spec, weights, ops)
+    for one in packable(spec, weights):
+        filling.put(one.name, one.tensor, one.packed, one.gated)
+    fd = filling.seal()
+    found = mapped(fd, ops)
+    source.give(fd)
+    return found
+
+
+def _say(text: str) -> None:
+    print(f"batchinfer: {os.uname().nodename}: {text}", file=sys.stderr, flush=True)

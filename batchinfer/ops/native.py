@@ -20,7 +20,10 @@ from batchinfer.ops.experts import mix_by_expert
 from batchinfer.ops.fields import SAMPLE_FIELDS
 
 if TYPE_CHECKING:
-    from batchinfer._ops import AttentionPlan, PackedWeight
+    from batchinfer._ops import AttentionPlan, PackedWeight, SharedMemory
+
+    Place = tuple[SharedMemory, int]
+    """A mapped memory, and an offset in it in bytes."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Of weights, caches and what linear reads, with their number in csrc/include/batchinfer/ops.h."""
@@ -57,12 +60,34 @@ class NativeOps:
         them now (8 GiB take seconds, and a small job uses a hundredth)."""
         return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
-    def pack_weight(self, weight: Tensor, gated: bool = False) -> PackedWeight:
+    def pack_weight(self, weight: Tensor, gated: bool = False, place: Place | None = None) -> PackedWeight:
+        """``place``: where the packed weight is to lie, else in memory of its own."""
         outputs, depth = _shape("weight", weight, 2)
         _check("weight", weight, None, (outputs, depth))
         if gated and outputs % 2:
             raise ValueError(f"weight has shape {tuple(weight.shape)}: a gated one needs an even number of rows")
-        return self._cpu.pack_weight(weight.data_ptr(), DTYPES[weight.dtype], outputs, depth, gated)
+        memory, offset = place or (None, 0)
+        return self._cpu.pack_weight(weight.data_ptr(), DTYPES[weight.dtype], outputs, depth, gated, memory, offset)
+
+    def packed_bytes(self, shape: tuple[int, ...], dtype: torch.dtype, gated: bool) -> int:
+        """Of a packed weight of that shape."""
+        return self._cpu.packed_bytes(DTYPES[dtype], *shape, gated)
+
+    def packed_weight(self, shape: tuple[int, ...], dtype: torch.dtype, gated: bool, place: Place) -> PackedWeight:
+        """The weight that ``pack_weight`` has packed there, in this process or another one."""
+        memory, offset = place
+        return self._cpu.packed_weight(DTYPES[dtype], *shape, gated, memory, offset)
+
+    def map_shared(self, fd: int, size: int, writable: bool) -> SharedMemory:
+        """The first ``size`` bytes of the anonymous file ``fd``. Raises OSError."""
+        try:
+            return self._cpu.map_shared(fd, size, writable)
+        except RuntimeError as error:
+            raise OSError(str(error)) from None
+
+    def populate(self, memory: SharedMemory, end: int) -> None:
+        """Take memory for its first ``end`` bytes, in huge pages where the kernel can."""
+        self._cpu.populate(memory, end)
 
     def linear(self, x: Tensor, weight: PackedWeight, out: Tensor, bias: Tensor | None = None) -> None:
         if weight.gated:

@@ -1,6 +1,7 @@
 #include "cpu/gemm.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "cpu/huge_pages.h"
@@ -27,8 +28,8 @@ int64_t ceil_div(int64_t a, int64_t b) {
 
 }  // namespace
 
-PackedWeight::PackedWeight(const GemmKernel& kernel, Dtype dtype, const void* weight, int64_t outputs, int64_t depth,
-                           bool gated, ThreadPool& pool)
+PackedWeight::PackedWeight(const GemmKernel& kernel, Dtype dtype, int64_t outputs, int64_t depth, bool gated,
+                           std::shared_ptr<std::byte> memory)
     : kernel_(kernel),
       dtype_(dtype),
       outputs_(gated ? outputs / 2 : outputs),
@@ -37,16 +38,24 @@ PackedWeight::PackedWeight(const GemmKernel& kernel, Dtype dtype, const void* we
       panel_outputs_(gated ? kernel.panel_columns / 2 : kernel.panel_columns),
       panels_(ceil_div(outputs_, panel_outputs_)),
       panel_bytes_(kernel.panel_bytes(dtype, depth)),
-      data_(huge_pages(panels_ * panel_bytes_)) {
-    const auto row = [&](int64_t i) { return static_cast<const std::byte*>(weight) + i * depth * size_of(dtype); };
+      data_(memory ? std::move(memory) : huge_pages(bytes())) {}
+
+size_t PackedWeight::bytes_of(const GemmKernel& kernel, Dtype dtype, int64_t outputs, int64_t depth, bool gated) {
+    // A gated panel has half as many outputs, and as many weights.
+    const int64_t columns = gated ? kernel.panel_columns / 2 : kernel.panel_columns;
+    return ceil_div(gated ? outputs / 2 : outputs, columns) * kernel.panel_bytes(dtype, depth);
+}
+
+void PackedWeight::pack(const void* weight, ThreadPool& pool) {
+    const auto row = [&](int64_t i) { return static_cast<const std::byte*>(weight) + i * depth_ * size_of(dtype_); };
     pool.parallel_for(panels_, [&](int64_t begin, int64_t end, int) {
-        std::vector<const void*> columns(kernel.panel_columns);
+        std::vector<const void*> columns(kernel_.panel_columns);
         for (int64_t i = begin; i < end; ++i) {
-            for (int64_t c = 0; c < kernel.panel_columns; ++c) {
+            for (int64_t c = 0; c < kernel_.panel_columns; ++c) {
                 const int64_t output = i * panel_outputs_ + c % panel_outputs_;
                 columns[c] = output < outputs_ ? row(output + c / panel_outputs_ * outputs_) : nullptr;
             }
-            kernel.pack_panel(dtype, columns.data(), depth, data_.get() + i * panel_bytes_);
+            kernel_.pack_panel(dtype_, columns.data(), depth_, data_.get() + i * panel_bytes_);
         }
     });
 }

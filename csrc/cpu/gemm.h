@@ -12,10 +12,17 @@ namespace batchinfer {
 
 class PackedWeight {
   public:
-    // `weight` [outputs, depth], contiguous. `gated`: its first half are the gates of the second. Packed on `pool`, so
-    // that its threads touch the pages first. `kernel` must outlive the weight (kernel tables are static).
-    PackedWeight(const GemmKernel& kernel, Dtype dtype, const void* weight, int64_t outputs, int64_t depth, bool gated,
-                 ThreadPool& pool);
+    // Of a weight [outputs, depth]. `gated`: its first half are the gates of the second. `memory` holds bytes() of what
+    // pack() has packed for the same kernel, or is to hold it; null: new memory. `kernel` must outlive the weight
+    // (kernel tables are static).
+    PackedWeight(const GemmKernel& kernel, Dtype dtype, int64_t outputs, int64_t depth, bool gated,
+                 std::shared_ptr<std::byte> memory = nullptr);
+
+    // What bytes() will be.
+    static size_t bytes_of(const GemmKernel& kernel, Dtype dtype, int64_t outputs, int64_t depth, bool gated);
+
+    // Packs `weight`, contiguous, on `pool`, so that its threads touch the pages first.
+    void pack(const void* weight, ThreadPool& pool);
 
     int64_t outputs() const { return outputs_; }  // columns of what multiply() gives
     int64_t depth() const { return depth_; }

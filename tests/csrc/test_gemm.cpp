@@ -48,7 +48,8 @@ struct Problem {
     }
 
     std::vector<float> multiply(Dtype dtype, const float* x, int64_t rows, ThreadPool& pool) const {
-        const PackedWeight packed(emulated::gemm_kernel, dtype, data(dtype), outputs, depth, false, pool);
+        PackedWeight packed(emulated::gemm_kernel, dtype, outputs, depth, false);
+        packed.pack(data(dtype), pool);
         std::vector<float> out(rows * outputs, std::nanf(""));
         packed.multiply(Dtype::float32, x, rows, bias.data(), Dtype::float32, out.data(), pool);
         return out;

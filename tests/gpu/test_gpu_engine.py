@@ -21,6 +21,7 @@ from batchinfer.engine.runner import make_runner
 from batchinfer.models.decoder import Decoder, StepInput
 from batchinfer.models.layout import layout
 from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.packing import pack
 from batchinfer.models.rope import RopeSpec
 from batchinfer.ops import AttentionInput, Ops
 from batchinfer.ops.reference import ReferenceOps
@@ -49,7 +50,11 @@ SPECS = {
     "llama": LLAMA,
     "qwen2": replace(LLAMA, qkv_bias=True, tied_embeddings=False),
     "qwen3": replace(
-        LLAMA, qk_norm="head", heads=4, head_dim=128, rope=RopeSpec("default", 10000.0, width=128, trained_positions=512)
+        LLAMA,
+        qk_norm="head",
+        heads=4,
+        head_dim=128,
+        rope=RopeSpec("default", 10000.0, width=128, trained_positions=512),
     ),
     "narrow heads": replace(LLAMA, head_dim=32, rope=RopeSpec("default", 10000.0, width=32, trained_positions=512)),
 }
@@ -78,7 +83,8 @@ def weights_of(spec: ModelSpec) -> dict[str, torch.Tensor]:
 
 def make_decoder(spec: ModelSpec, ops: Ops, dtype: torch.dtype) -> Decoder:
     weights = {name: t.to(dtype) if t.ndim == 2 else t for name, t in weights_of(spec).items()}
-    return Decoder(spec, iter(weights.items()), ops, dtype, max_positions=512, max_step_tokens=512, max_samples=256)
+    packed = pack(spec, weights.items(), ops)
+    return Decoder(spec, packed, ops, dtype, max_positions=512, max_step_tokens=512, max_samples=256)
 
 
 def make_engine(decoder: Decoder, **options: Any) -> Engine:
