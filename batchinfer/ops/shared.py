@@ -20,6 +20,8 @@ from torch import Tensor
 
 from batchinfer.ops import Ops
 from batchinfer.ops.native import NativeOps
+from batchinfer.ops.native_linear import format_of
+from batchinfer.ops.quantized import Quantized
 
 ALIGNMENT = 64
 """Of everything in the memory: a cache line, and what the kernels of the CPU ask for."""
@@ -32,12 +34,13 @@ SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SE
 
 @dataclass(frozen=True)
 class Entry:
-    """``shape`` and ``dtype`` of a tensor that lies at byte ``offset``, as it is or ``packed``."""
+    """What lies at byte ``offset``: a tensor of ``shape`` and dtype ``kind``, or a matrix ``packed`` in the format
+    ``kind``."""
 
     name: str
     offset: int
     shape: tuple[int, ...]
-    dtype: str
+    kind: str
     packed: bool
     gated: bool
 
@@ -64,9 +67,10 @@ class Filling:
             raise
         self._end, self._capacity = 0, capacity
 
-    def put(self, name: str, tensor: Tensor, packed: bool, gated: bool = False) -> None:
+    def put(self, name: str, tensor: Tensor | Quantized, packed: bool, gated: bool = False) -> None:
         """Pack it as ``pack_weight`` does, or copy it."""
-        size = self._ops.packed_bytes(tuple(tensor.shape), tensor.dtype, gated) if packed else tensor.nbytes
+        kind = format_of(tensor) if packed else str(tensor.dtype).removeprefix("torch.")
+        size = self._ops.packed_bytes(tuple(tensor.shape), kind, gated) if packed else tensor.nbytes
         offset = -(-self._end // ALIGNMENT) * ALIGNMENT
         self._end = offset + size
         if self._end > self._capacity:
@@ -76,8 +80,7 @@ class Filling:
             self._ops.pack_weight(tensor, gated, (self._memory, offset))
         else:
             _tensor_at(self._memory, offset, tensor.shape, tensor.dtype).copy_(tensor)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        self._entries.append(Entry(name, offset, tuple(tensor.shape), dtype, packed, gated))
+        self._entries.append(Entry(name, offset, tuple(tensor.shape), kind, packed, gated))
 
     def seal(self) -> int:
         """The descriptor of the full memory."""
@@ -109,10 +112,9 @@ def mapped(fd: int, ops: NativeOps) -> dict[str, Any]:
 
 
 def _view(memory: Any, entry: Entry, ops: NativeOps) -> Any:
-    dtype = getattr(torch, entry.dtype)
     if entry.packed:
-        return ops.packed_weight(entry.shape, dtype, entry.gated, (memory, entry.offset))
-    return _tensor_at(memory, entry.offset, entry.shape, dtype)
+        return ops.packed_weight(entry.shape, entry.kind, entry.gated, (memory, entry.offset))
+    return _tensor_at(memory, entry.offset, entry.shape, getattr(torch, entry.kind))
 
 
 def _tensor_at(memory: Any, offset: int, shape: Iterable[int], dtype: torch.dtype) -> Tensor:

@@ -110,21 +110,21 @@ void bind_linear(py::module_& m, py::class_<Cpu>& cls) {
     });
     def_op(cls, "populate", [](Cpu& cpu, SharedMemory& memory, size_t end) { memory.populate(end, cpu.pool); });
     // A weight that is packed in `memory` from byte `offset` on, or (with null) is to be packed in new memory.
-    const auto weight_in = [](Cpu& cpu, int dtype, int64_t outputs, int64_t depth, bool gated,
+    const auto weight_in = [](Cpu& cpu, int format, int64_t outputs, int64_t depth, bool gated,
                               const std::shared_ptr<SharedMemory>& memory, size_t offset) {
-        return std::make_unique<PackedWeight>(*cpu.kernels.gemm, Dtype(dtype), outputs, depth, gated,
+        return std::make_unique<PackedWeight>(*cpu.kernels.gemm[format], outputs, depth, gated,
                                               memory ? SharedMemory::part(memory, offset) : nullptr);
     };
     def_op(cls, "packed_weight", weight_in);
     def_op(cls, "pack_weight",
-           [weight_in](Cpu& cpu, uintptr_t weight, int dtype, int64_t outputs, int64_t depth, bool gated,
-                       const std::shared_ptr<SharedMemory>& memory, size_t offset) {
-               auto packed = weight_in(cpu, dtype, outputs, depth, gated, memory, offset);
-               packed->pack(at<void>(weight), cpu.pool);
+           [weight_in](Cpu& cpu, uintptr_t values, uintptr_t scales, uintptr_t minima, int format, int64_t outputs,
+                       int64_t depth, bool gated, const std::shared_ptr<SharedMemory>& memory, size_t offset) {
+               auto packed = weight_in(cpu, format, outputs, depth, gated, memory, offset);
+               packed->pack({at<void>(values), at<void>(scales), at<void>(minima)}, cpu.pool);
                return packed;
            });
-    def_op(cls, "packed_bytes", [](Cpu& cpu, int dtype, int64_t outputs, int64_t depth, bool gated) {
-        return PackedWeight::bytes_of(*cpu.kernels.gemm, Dtype(dtype), outputs, depth, gated);
+    def_op(cls, "packed_bytes", [](Cpu& cpu, int format, int64_t outputs, int64_t depth, bool gated) {
+        return PackedWeight::bytes_of(*cpu.kernels.gemm[format], outputs, depth, gated);
     });
     def_op(cls, "linear",
            [](Cpu& cpu, uintptr_t x, int x_dtype, const PackedWeight& weight, uintptr_t bias, uintptr_t out,
