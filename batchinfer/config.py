@@ -78,6 +78,7 @@ class EngineConfig:
     device: str = "auto"
     ops: str = "auto"
     dtype: str = "auto"
+    weights: str = "auto"
     threads: int = 0
     page_size: int = 16
     num_pages: int = 0
@@ -177,6 +178,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.device": ("auto", "cpu", "cuda", "rocm", "xpu", "reference"),
     "engine.ops": ("auto", "native", "triton"),
     "engine.dtype": ("auto", "bf16", "fp32"),
+    "engine.weights": ("auto", "keep", "int8"),
     "cluster.mpi": ("auto", "on", "off"),
     "export.format": ("rows", "openai"),
     "bench.workload": ("none", "sharegpt", "prefill", "decode", "prefix", "samples"),
@@ -338,6 +340,8 @@ def _check_engine(value: dict[str, Any]) -> None:
     device, ops = value["engine.device"], value["engine.ops"]
     if ops != "auto" and device in ("cpu", "reference"):
         raise _refused("engine.ops", ops, f"it chooses among the kernels of a GPU, and engine.device is {device}")
+    if value["engine.weights"] != "auto" and device not in ("auto", "cpu", "reference"):
+        raise _refused("engine.weights", value["engine.weights"], f"it is for the CPU, and engine.device is {device}")
     if page_size & (page_size - 1):
         raise _refused("engine.page_size", page_size, "it must be a power of two")
     if value["engine.num_pages"] and value["engine.kv_cache_gb"]:
@@ -353,6 +357,8 @@ def _check_engine(value: dict[str, Any]) -> None:
 
 
 def _check_dummy_weights(value: dict[str, Any], required: tuple[str, ...]) -> None:
+    if value["model.dummy_weights"] and value["engine.weights"] == "keep":
+        raise _refused("engine.weights", "keep", "model.dummy_weights=true has no file whose weights could be kept")
     if value["model.dummy_weights"] and "output.path" in required:
         raise _refused("model.dummy_weights", True, "a job's rows would be noise; it is for batchinfer bench")
 

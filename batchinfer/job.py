@@ -210,7 +210,9 @@ def _take_part(
     ready = time.monotonic()
     if world.rank == 0:
         hosts, threads = len({at.host for at in places}), _threads(config, world, places)
-        _say(f"engine ready after {ready - start:.1f} s (ranks {world.size}, hosts {hosts}, threads {threads})")
+        memory = f"weights in {engine.stats().weight_bytes / 2**20:,.0f} MiB"
+        ranks = f"ranks {world.size}, hosts {hosts}, threads {threads}"
+        _say(f"engine ready after {ready - start:.1f} s ({ranks}, {memory})")
     try:
         if world.rank == 0:
             _note_weights(config, opening, loaded)
@@ -436,6 +438,8 @@ def fingerprint(config: Config, model: Mapping[str, str], retried: str | None = 
 def numeric(config: Config) -> dict[str, Any]:
     """What may change the last bits of a logit, and so a token here and there: noted in the plan and in every part."""
     engine = {"device": config.engine.device, "ops": config.engine.ops, "dtype": config.engine.dtype}
+    if config.engine.weights != "auto":
+        engine["weights"] = config.engine.weights
     return {"engine": engine, "batchinfer": __version__}
 
 

@@ -29,7 +29,7 @@ from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
 from batchinfer.models.files import OwnReading, Source
 from batchinfer.models.model_spec import ModelSpec
-from batchinfer.models.packing import most_bytes, pack, packable
+from batchinfer.models.packing import bytes_of, most_bytes, pack, packable
 from batchinfer.models.spec import load_spec
 from batchinfer.models.tokenizer import Tokenizer, load_tokenizer
 from batchinfer.models.weights import dummy_weights, load_weights
@@ -65,9 +65,10 @@ def load_engine(
     spec = load_spec(model.path)
     dtype = DTYPES[engine.dtype]
     max_len = spec.resolve_length(engine.max_model_len)
+    weights = _packed(model, engine.weights, spec, dtype, ops, source or OwnReading())
     decoder = Decoder(
         spec,
-        _packed(model, spec, dtype, ops, source or OwnReading()),
+        weights,
         ops,
         dtype,
         max_positions=max_len,
@@ -102,12 +103,22 @@ def load_engine(
         num_pages=pages,
         page_size=engine.page_size,
         vocab_size=spec.vocab_size,
+        weight_bytes=bytes_of(weights),
         trace=trace,
     )
 
 
-def _packed(model: ModelConfig, spec: ModelSpec, dtype: torch.dtype, ops: Ops, source: Source) -> dict[str, Any]:
-    """The weights by name, packed for ``ops``: by this rank, or by another one of its node."""
+def _packed(
+    model: ModelConfig, form: str, spec: ModelSpec, dtype: torch.dtype, ops: Ops, source: Source
+) -> dict[str, Any]:
+    """The weights by name, packed for ``ops``: by this rank, or by another one of its node. ``form``:
+    engine.weights."""
+    if form != "auto" and "quantised weights" in ops.lacks:
+        raise JobError(
+            f"engine.weights={form} is for the CPU, and {type(ops).__name__} has not got it yet: set "
+            "engine.device=cpu, or engine.weights=auto",
+            ExitCode.USAGE,
+        )
     if can_share(ops) and (fd := source.take()) is not None:
         try:
             return mapped(fd, ops)
@@ -118,15 +129,16 @@ def _packed(model: ModelConfig, spec: ModelSpec, dtype: torch.dtype, ops: Ops, s
     if model.dummy_weights:
         weights = dummy_weights(spec, dtype, ops.device)
     else:
-        weights = load_weights(model.path, spec, dtype, source)
+        weights = load_weights(model.path, spec, dtype, source, keep=form == "keep")
+    to_int8 = form == "int8"
     if not (can_share(ops) and source.shares):
-        return pack(spec, weights, ops)
+        return pack(spec, weights, ops, to_int8)
     try:
         filling = Filling(ops, most_bytes(spec, dtype))
     except OSError as error:
         _say(f"there is no memory to share the weights in ({error}): every rank packs its own")
-        return pack(spec, weights, ops)
-    for one in packable(spec, weights):
+        return pack(spec, weights, ops, to_int8)
+    for one in packable(spec, weights, to_int8):
         filling.put(one.name, one.tensor, one.packed, one.gated)
     fd = filling.seal()
     found = mapped(fd, ops)

@@ -45,7 +45,7 @@ class DeviceOps(ABC):
     Raises ValueError on shapes and dtypes.
     """
 
-    lacks: frozenset[Lack] = frozenset({"mix_experts"})
+    lacks: frozenset[Lack] = frozenset({"mix_experts", "quantised weights"})
 
     def __init__(self, device: torch.device):
         self.device = device
