@@ -75,6 +75,8 @@ SCORE = {"task.name": "score", "input.continuation_column": "y"}
         ({"engine.dtype": "fp16"}, "engine.dtype='fp16' is not allowed: it must be one of auto, bf16, fp32"),
         ({"engine.device": "gpu0"}, "engine.device='gpu0' is not allowed: it must be one of auto, cpu"),
         ({"engine.device": "cpu", "engine.ops": "triton"}, "of a GPU, and engine.device is cpu"),
+        ({"engine.device": "cuda", "engine.weights": "int8"}, "it is for the CPU, and engine.device is cuda"),
+        ({"engine.weights": "keep", "model.dummy_weights": True}, "has no file whose weights could be kept"),
         ({"output.compression": "brotli"}, "one of zstd, snappy, lz4, gzip, none"),
         ({"cluster.mpi": "True"}, 'in a YAML file write "on" and "off" in quotes'),
         ({"output.rows_per_chunk": 0}, "output.rows_per_chunk=0 is not allowed: it must be a whole number in [1, "),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from ops.test_quantized import FORMATS, quantized
 
 from batchinfer import _ops
 from batchinfer.ops.native import NativeOps
@@ -49,6 +50,16 @@ def test_what_is_mapped_is_what_was_packed(isa: str, dtype: torch.dtype, descrip
     x = torch.randn(9, 70)
     for name, (weight, gated) in weights.items():
         assert torch.equal(product(ops, x, found[name], gated), product(ops, x, ops.pack_weight(weight, gated), gated))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_codes_are_shared_too(kind: str, descriptors: list[int]) -> None:
+    filling, weight = Filling(OPS, 1 << 20), quantized(kind, 40, 64)
+    filling.put("w", weight, packed=True)
+    descriptors.append(filling.seal())
+    x = torch.randn(3, 64)
+    found = mapped(descriptors[0], OPS)["w"]
+    assert torch.equal(product(OPS, x, found, False), product(OPS, x, OPS.pack_weight(weight), False))
 
 
 def test_the_mapping_outlives_the_descriptor_and_its_dictionary() -> None:
