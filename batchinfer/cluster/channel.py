@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from threading import Lock
 from typing import Any, Protocol
 
@@ -29,11 +30,11 @@ class Channel(Protocol):
 
 
 class MpiChannel:
-    """On a communicator of its own. ``lock`` is held in every call of MPI. ``abandoned`` is not empty once something
-    was left under way: MPI_Finalize would wait for it."""
+    """On a communicator of its own. ``lock`` is held in every call of MPI, which is made within ``within``.
+    ``abandoned`` is not empty once something was left under way: MPI_Finalize would wait for it."""
 
-    def __init__(self, mpi: Any, comm: Any, lock: Lock):
-        self._mpi, self._comm, self._lock = mpi, comm, lock
+    def __init__(self, mpi: Any, comm: Any, lock: Lock, within: Callable[[], AbstractContextManager]):
+        self._mpi, self._comm, self._lock, self._within = mpi, comm, lock, within
         comm.Set_errhandler(mpi.ERRORS_RETURN)
         self.abandoned: list[Buffer] = []
 
@@ -57,7 +58,7 @@ class MpiChannel:
 
     def _call(self, operation: Callable[[], Any]) -> Any:
         try:
-            with self._lock:
+            with self._lock, self._within():
                 return operation()
         except self._mpi.Exception as error:
             raise ConnectionError(str(error)) from None

@@ -23,6 +23,7 @@ from threading import Lock
 from typing import Any
 
 from batchinfer.cluster.channel import Channel, MpiChannel
+from batchinfer.cluster.fabric import fabric_settings, has_fast_network
 from batchinfer.cluster.outlive import lifeline
 from batchinfer.types import ExitCode, JobError
 
@@ -154,12 +155,14 @@ class MpiWorld(World):
         self.place = f" [rank {self.rank} on {self.hostname}]"
         self.threads = mpi.Query_thread() >= mpi.THREAD_SERIALIZED
         self._lock = Lock()
-        self.channel: MpiChannel = MpiChannel(mpi, self._comm.Dup(), self._lock)
+        bulk = self._comm.Dup()
         self._dead: set[int] = set()  # ranks to which a message failed
         self._sending: list[Any] = []
         self._inbox: deque[tuple[int, Any]] = deque()
         self._gathered: list[deque[Any]] = [deque() for _ in range(self.size)]
         self._lifeline = lifeline(os.environ)
+        self._within = self._lifeline.call if self._lifeline else contextlib.nullcontext
+        self.channel: MpiChannel = MpiChannel(mpi, bulk, self._lock, self._within)
 
     def bcast(self, value: Any) -> Any:
         data = pickle.dumps(value) if self.rank == 0 else b""
@@ -216,7 +219,8 @@ class MpiWorld(World):
         if rank in self._dead:
             return
         try:
-            self._sending.append(self._comm.isend((kind, value), dest=rank))
+            with self._within():
+                self._sending.append(self._comm.isend((kind, value), dest=rank))
         except self._mpi.Exception:
             self._dead.add(rank)
 
@@ -227,7 +231,8 @@ class MpiWorld(World):
 
     def _is_over(self, request: Any) -> bool:
         try:
-            return request.test()[0]
+            with self._within():
+                return request.test()[0]
         except self._mpi.Exception:  # the receiver has died
             return True
 
@@ -235,7 +240,7 @@ class MpiWorld(World):
         """Sort what has arrived. Both kinds come in one stream per sender, so that none overtakes the other. An error
         of MPI is a connection that broke: the rank behind it is found out by its silence."""
         status = self._mpi.Status()
-        with contextlib.suppress(self._mpi.Exception):
+        with contextlib.suppress(self._mpi.Exception), self._within():
             while self._comm.Iprobe(status=status):
                 sender = status.Get_source()
                 kind, value = self._comm.recv(source=sender)
@@ -312,14 +317,6 @@ def mpi_library() -> tuple[str | None, str]:
     return MPI.Get_library_version().split("\n")[0].strip(), ""
 
 
-def _survive_dead_ranks(library: str) -> None:
-    """Of two network layers in an MPICH choose libfabric, unless the user has chosen: with UCX, its first choice, a
-    message to a dead rank is a segmentation fault of the sender (MPICH 5.0.2)."""
-    device = next((line for line in library.splitlines() if line.startswith("MPICH Device:")), "")
-    if "ucx" in device and "ofi" in device:
-        os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
-
-
 def _wait_for_all_ranks_to_start(launch: Launch) -> Any:
     """Load and initialise MPI. A rank that dies on the way without a word must not leave the others waiting for ever:
     MPI_Init can't be interrupted, but a watchdog thread of the interpreter can end the process (and print this
@@ -331,7 +328,7 @@ def _wait_for_all_ranks_to_start(launch: Launch) -> Any:
         mpi4py.rc.finalize = True  # of a process that does not come to leave()
         from mpi4py import MPI
 
-        _survive_dead_ranks(MPI.Get_library_version())
+        os.environ.update(fabric_settings(MPI.Get_library_version(), os.environ, has_fast_network()))
         faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=sys.__stderr__)
         MPI.Init_thread(MPI.THREAD_SERIALIZED)  # while the main thread loads the model, another one talks
     except (ImportError, RuntimeError) as error:

@@ -77,6 +77,5 @@ def _check_ops(spec: ModelSpec, ops: Ops) -> None:
     }
     lacking = sorted(op for op in ops.lacks if needs[op])
     if lacking:
-        others = "engine.device=cpu" if "mix_experts" in lacking else "engine.ops=triton, or engine.device=cpu"
-        needed = f"{spec.architecture} needs {', '.join(lacking)}, which {type(ops).__name__} has not got yet"
-        raise ModelError(f"{needed}: set {others}")
+        needed = f"{spec.architecture} needs {', '.join(lacking)}, which {type(ops).__name__} has only with Triton"
+        raise ModelError(f"{needed}: pip install triton, or set engine.device=cpu")

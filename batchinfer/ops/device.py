@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from batchinfer.ops import Activation, AttentionInput, HeadNorm, Lack, Rope, SampleInput, SampleOutput
+from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.fields import SAMPLE_FIELDS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +45,7 @@ class DeviceOps(ABC):
     Raises ValueError on shapes and dtypes.
     """
 
-    lacks: frozenset[Lack] = frozenset({"mix_experts", "quantised weights"})
+    lacks: frozenset[Lack] = frozenset({"quantised weights"})
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -148,6 +148,19 @@ class DeviceOps(ABC):
             torch.clamp(x, min=0, out=out)
         else:
             torch.ops.aten.gelu.out(x, approximate="none" if kind == "gelu" else "tanh", out=out)
+
+    def mix_experts(self, x: Tensor, router: Tensor, experts: Experts, out: Tensor) -> None:
+        tokens, width = shape_of("x", x, 2)
+        self._check("x", x, experts.down[0].dtype, (tokens, width))
+        self._check("router", router, torch.float32, (tokens, len(experts.down)))
+        self._check("out", out, x.dtype, (tokens, width))
+        shared = None
+        if experts.shared:
+            inner = experts.widths[-1]
+            sums, gated, shared = (x.new_empty(tokens, size) for size in (2 * inner, inner, width))
+            self.gated_linear(x, experts.gate_up[-1], gated, sums)
+            self.linear(gated, experts.down[-1], shared)
+        self._mix_experts(x, router, experts, shared, out)
 
     def rope_and_cache(
         self,
@@ -265,6 +278,9 @@ class DeviceOps(ABC):
             residual += x
             x = residual
         out.copy_(torch.nn.functional.layer_norm(x.float(), weight.shape, weight, bias, eps))
+
+    @abstractmethod
+    def _mix_experts(self, x: Tensor, router: Tensor, experts: Experts, shared: Tensor | None, out: Tensor) -> None: ...
 
     @abstractmethod
     def _rope_and_cache(

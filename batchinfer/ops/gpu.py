@@ -5,18 +5,21 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from batchinfer.ops import AttentionInput, HeadNorm, Rope, SampleInput, SampleOutput
+from batchinfer.ops import AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.device import DeviceOps, fitting_split, parts
 from batchinfer.ops.fields import SAMPLE_FIELDS
 
 if TYPE_CHECKING:
     from batchinfer._gpu import AttentionPlan
+    from batchinfer.ops.triton.backend import TritonOps
 
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of the dtypes, in csrc/gpu/ops.h."""
@@ -27,6 +30,10 @@ DECODE_ROWS = 16
 SPLIT = 1024
 """KV positions of a decode work item. 256 sequences of 1,000 tokens and 8 kv heads make 2,048 items, eight times what
 an H100 works on at once; partial results are 1 % of the bytes moved (width 128, 4 query heads a kv head)."""
+
+
+BY_TRITON: frozenset[Lack] = frozenset({"mix_experts", "norm of all heads"})
+"""What the extension has no kernels for, and Triton's serve."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +50,21 @@ class GpuOps(DeviceOps):
     """The ops on ``device``, on torch's current stream, by ``extension``: see :func:`open_gpu`. Raises ValueError on
     shapes and dtypes."""
 
-    lacks = DeviceOps.lacks | {"norm of all heads"}
-
     def __init__(self, device: torch.device, extension: ModuleType):
         super().__init__(device)
+        self.lacks = DeviceOps.lacks | (frozenset() if find_spec("triton") else BY_TRITON)
         self._gpu = extension
         self._workspaces: dict[tuple, tuple[int, tuple[Tensor, ...]]] = {}
         self._lists: dict[tuple[tuple, int], tuple[Tensor, ...]] = {}
+
+    @cached_property
+    def _triton(self) -> TritonOps:
+        from batchinfer.ops.triton.backend import TritonOps
+
+        return TritonOps(str(self.device))
+
+    def _mix_experts(self, x: Tensor, router: Tensor, experts: Experts, shared: Tensor | None, out: Tensor) -> None:
+        self._triton.mixture.mix(x, router, experts, shared, out)
 
     def _lookup(self, ids: Tensor, table: Tensor, out: Tensor, scale: float) -> None:
         rows, width = out.shape
@@ -101,9 +116,12 @@ class GpuOps(DeviceOps):
     ) -> None:
         tokens, heads, width = q_out.shape
         pages, kv_heads, page_size, _ = k_cache.shape
-        if norm is not None and norm.q.numel() != width:
-            raise ValueError("norm: the compiled GPU kernels normalise head by head; use engine.ops=triton")
-        table_positions, rotary = (0, 0) if rope is None else rope.cos_sin.shape
+        rotary = 0 if rope is None else rope.cos_sin.shape[1]
+        of_all_heads = norm is not None and norm.q.numel() != width
+        if of_all_heads or rotary % 16:  # GPT-NeoX-20B rotates 24 elements
+            self._triton.rope_and_cache(qkv, positions, kv_index, rope, k_cache, v_cache, q_out, norm)
+            return
+        table_positions = 0 if rope is None else len(rope.cos_sin)
         self._gpu.rope_and_cache(
             qkv.data_ptr(),
             positions.data_ptr(),

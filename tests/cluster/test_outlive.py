@@ -30,6 +30,14 @@ ENDS = {
         3,
         b"",
     ),
+    "a call that does not come back": (
+        "import time; from batchinfer.cluster import outlive; outlive.STUCK_SECONDS = 1.0; time.sleep(1)\n"
+        "with line.call(): time.sleep(0.1)\n"
+        "time.sleep(2); sys.stderr.write('lived on')\n"
+        "with line.call(): time.sleep(60)",
+        3,
+        b"",
+    ),
     "our own exit": ("sys.exit(7)", 7, b""),
     "an exception": ("raise SystemExit(9)", 9, b""),
     "after it was given back": (
@@ -56,6 +64,7 @@ def test_who_may_end_the_process(end: str, tmp_path: Path) -> None:
     assert process.returncode == expected, errors
     lines = [f"first {process.pid}"] + ([f"again {process.pid} run a=b {WITHOUT_MPI}"] if expected == 3 else [])
     assert output.splitlines() == lines
+    assert ("lived on" in errors) == ("lived on" in code)
     assert said == heard
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
-from batchinfer.cluster.world import Launch, World, _survive_dead_ranks, join, launcher
+from batchinfer.cluster.world import Launch, World, join, launcher
 from batchinfer.types import ExitCode, JobError
 
 
@@ -66,17 +64,3 @@ def test_without_mpi_slurm_says_who_else_is_on_the_node(monkeypatch: pytest.Monk
         monkeypatch.setenv(f"SLURM_{name}", value)
     world = join("off")
     assert (world.size, world.local_rank, world.local_size) == (1, 1, 4)
-
-
-@pytest.mark.parametrize(
-    ("device", "given", "expected"),
-    [("ch4:ucx ofi", None, "ofi"), ("ch4:ucx ofi", "ucx", "ucx"), ("ch4:ucx", None, None), ("ch4:ofi", None, None)],
-)
-def test_the_network_layer_that_survives_is_chosen_where_there_are_two(
-    device: str, given: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MPIR_CVAR_CH4_NETMOD", raising=False)
-    if given:
-        monkeypatch.setenv("MPIR_CVAR_CH4_NETMOD", given)
-    _survive_dead_ranks(f"MPICH Version:      5.0.2\nMPICH Device:       {device}\nMPICH CC: cc")
-    assert os.environ.pop("MPIR_CVAR_CH4_NETMOD", None) == expected

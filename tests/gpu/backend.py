@@ -1,4 +1,5 @@
 """What the kernel tests run on: a GPU, or the emulator of tests/simt where BATCHINFER_GPU_EMULATOR names its extension.
+On a GPU, BATCHINFER_GPU_OPS=triton takes Triton's kernels instead of the extension's.
 
 The emulator takes a million times as long, so tests ask :func:`sized` for what each can do.
 """
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from batchinfer.ops.device import DeviceOps
 from batchinfer.ops.gpu import GpuOps, open_gpu
 
 T = TypeVar("T")
@@ -33,8 +35,12 @@ class EmulatedOps(GpuOps):
         return 0
 
 
-def open_ops() -> GpuOps:
+def open_ops() -> DeviceOps:
     """Raises RuntimeError where there is neither."""
+    if os.environ.get("BATCHINFER_GPU_OPS") == "triton":
+        from batchinfer.ops.triton.backend import TritonOps
+
+        return TritonOps()
     return EmulatedOps() if EMULATOR else open_gpu()
 
 

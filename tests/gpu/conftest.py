@@ -7,11 +7,11 @@ import zlib
 import pytest
 from gpu.backend import EMULATOR, draw_schedule, open_ops
 
-from batchinfer.ops.gpu import GpuOps
+from batchinfer.ops.device import DeviceOps
 
 
 @pytest.fixture(scope="session")
-def ops() -> GpuOps:
+def ops() -> DeviceOps:
     try:
         return open_ops()
     except RuntimeError as e:
@@ -19,13 +19,13 @@ def ops() -> GpuOps:
 
 
 @pytest.fixture
-def gpu(ops: GpuOps, request: pytest.FixtureRequest) -> GpuOps:
+def gpu(ops: DeviceOps, request: pytest.FixtureRequest) -> DeviceOps:
     draw_schedule(zlib.crc32(request.node.name.encode()))
     return ops
 
 
 @pytest.fixture
-def real_gpu(ops: GpuOps) -> GpuOps:
+def real_gpu(ops: DeviceOps) -> DeviceOps:
     if EMULATOR:
         pytest.skip("needs a GPU, not the emulator")
     return ops

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from batchinfer.bench import NoText
 from batchinfer.config import EngineConfig, ModelConfig
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.loading import load_engine
+from batchinfer.engine.no_text import NoText
+from batchinfer.feed import steps
 from batchinfer.types import Request
 from batchinfer.workloads import make_requests
 
@@ -28,68 +29,60 @@ SIZES = (16, 64, 128, 256, 512, 1024, 4096, 2**20)
 
 def by_size(engine: Engine, requests: list[Request]) -> None:
     """Run them all, and print how many steps of each size there were and what they took."""
-    waiting, rows = requests[::-1], {size: [0, 0.0, 0.0, 0.0] for size in SIZES}
-    runner = engine._runner
-    while waiting or engine.num_open:
-        while waiting and engine.wants_more:
-            engine.add(waiting.pop())
-        before, under_way = dict(runner.seconds), list(engine._in_flight)
-        engine.step()
-        launched = runner.seconds["launch"] - before["launch"]
-        if len(engine._in_flight) and engine._in_flight[-1] not in under_way:
-            row = rows[next(size for size in SIZES if engine._in_flight[-1].num_tokens <= size)]
+    rows = {size: [0, 0.0, 0.0, 0.0] for size in SIZES}
+    runner, before, under_way = engine._runner, dict(engine._runner.seconds), []
+    for _ in steps(engine, requests):
+        now, in_flight = dict(runner.seconds), list(engine._in_flight)
+        if in_flight and in_flight[-1] not in under_way:
+            row = rows[next(size for size in SIZES if in_flight[-1].step.num_tokens <= size)]
             row[0] += 1
-            row[1] += launched
-            row[2] = max(row[2], launched)
-        if under_way and under_way[0] not in engine._in_flight:
-            row = rows[next(size for size in SIZES if under_way[0].num_tokens <= size)]
-            row[3] += runner.seconds["device"] - before["device"]
+            row[1] += now["launch"] - before["launch"]
+            row[2] = max(row[2], now["launch"] - before["launch"])
+        if under_way and under_way[0] not in in_flight:
+            row = rows[next(size for size in SIZES if under_way[0].step.num_tokens <= size)]
+            row[3] += now["device"] - before["device"]
+        before, under_way = now, in_flight
     print("  tokens <= | steps | launch, s | longest, ms | device, s | a step, ms")
-    for size, (steps, launch, longest, device) in rows.items():
-        if steps:
+    for size, (count, launch, longest, device) in rows.items():
+        if count:
             print(
-                f"  {size} | {steps} | {launch:.2f} | {longest * 1e3:.1f} | {device:.2f} | {device / steps * 1e3:.2f}"
+                f"  {size} | {count} | {launch:.2f} | {longest * 1e3:.1f} | {device:.2f} | {device / count * 1e3:.2f}"
             )
 
 
-def by_kernel(engine: Engine, requests: list[Request], first: int, steps: int) -> None:
-    """Steps ``first`` to ``first + steps``: kernels, and what the host's calls took."""
-    waiting = requests[::-1]
-
-    def run(count: int) -> None:
-        for _ in range(count):
-            while waiting and engine.wants_more:
-                engine.add(waiting.pop())
-            engine.step()
-
-    run(first)
+def by_kernel(engine: Engine, requests: list[Request], first: int, count: int) -> None:
+    """Steps ``first`` to ``first + count``: kernels, and what the host's calls took."""
+    under_way = steps(engine, requests)
+    for _ in range(first):
+        next(under_way)
     before = dict(engine.stats().step_seconds)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        run(steps)
-    parts = {name: (value - before[name]) / steps for name, value in engine.stats().step_seconds.items()}
+        for _ in range(count):
+            next(under_way)
+    parts = {name: (value - before[name]) / count for name, value in engine.stats().step_seconds.items()}
     print(f"  {engine.stats().running} running, per step (profiled, so the host is slower):")
     print("  " + ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in parts.items()))
     averages = profiler.key_averages()
     kernels = [e for e in averages if e.device_type == torch.autograd.DeviceType.CUDA]
     total = sum(e.self_device_time_total for e in kernels)
-    print(f"  kernels: {total / steps / 1e3:.2f} ms a step")
+    print(f"  kernels: {total / count / 1e3:.2f} ms a step")
     for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:14]:
         share = e.self_device_time_total / total
-        print(f"  {share:6.1%} {e.self_device_time_total / steps:8.1f} us {e.count / steps:6.1f} x  {e.key[:90]}")
+        print(f"  {share:6.1%} {e.self_device_time_total / count:8.1f} us {e.count / count:6.1f} x  {e.key[:90]}")
     for e in sorted(averages, key=lambda e: -e.self_cpu_time_total)[:8]:
-        print(f"  host {e.self_cpu_time_total / steps:8.1f} us {e.count / steps:6.1f} x  {e.key[:60]}")
+        print(f"  host {e.self_cpu_time_total / count:8.1f} us {e.count / count:6.1f} x  {e.key[:60]}")
 
 
 def main() -> None:
     folder, workload, *rest = sys.argv[1:]
-    count, first, steps = (int(rest[i]) if len(rest) > i else default for i, default in enumerate((0, 100, 20)))
+    rows, first, count = (int(rest[i]) if len(rest) > i else default for i, default in enumerate((0, 100, 20)))
     kinds = {f.name: type(f.default) for f in fields(EngineConfig)}
     given = {key: kinds[key](value) for key, _, value in (option.partition("=") for option in rest[3:])}
     tokenizer: Any = NoText()
-    print(f"{folder} {workload} {count or ''}")
-    for look in (by_size, lambda engine, requests: by_kernel(engine, requests, first, steps)):
+    print(f"{folder} {workload} {rows or ''}")
+    for look in (by_size, lambda engine, requests: by_kernel(engine, requests, first, count)):
         engine = load_engine(ModelConfig(folder, True), EngineConfig(**(CUDA | given)), tokenizer=tokenizer)
-        look(engine, make_requests(workload, engine.vocab_size, count))
+        look(engine, make_requests(workload, engine.vocab_size, rows))
         engine.close()
 
 

@@ -20,7 +20,7 @@ from batchinfer.engine.loading import load_engine
 from batchinfer.engine.runner import make_runner
 from batchinfer.models.decoder import Decoder, StepInput
 from batchinfer.models.layout import layout
-from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.model_spec import ExpertSpec, ModelSpec
 from batchinfer.models.packing import pack
 from batchinfer.models.rope import RopeSpec
 from batchinfer.ops import AttentionInput, Ops
@@ -56,6 +56,11 @@ SPECS = {
         head_dim=128,
         rope=RopeSpec("default", 10000.0, width=128, trained_positions=512),
     ),
+    "olmo2": replace(LLAMA, qk_norm="all", pre_norm=False, post_norm=True),
+    "mixture": replace(LLAMA, experts=ExpertSpec(8, 2, 96, True, 64, (True, False, True))),
+    "gemma2": replace(
+        LLAMA, activation="gelu_tanh", post_norm=True, score_softcap=30.0, logit_softcap=20.0, windows=(20, 0, 20)
+    ),
     "narrow heads": replace(LLAMA, head_dim=32, rope=RopeSpec("default", 10000.0, width=32, trained_positions=512)),
 }
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -83,8 +88,8 @@ def weights_of(spec: ModelSpec) -> dict[str, torch.Tensor]:
 
 def make_decoder(spec: ModelSpec, ops: Ops, dtype: torch.dtype) -> Decoder:
     weights = {name: t.to(dtype) if t.ndim == 2 else t for name, t in weights_of(spec).items()}
-    packed = pack(spec, weights.items(), ops)
-    return Decoder(spec, packed, ops, dtype, max_positions=512, max_step_tokens=512, max_samples=256)
+    sizes = {"max_positions": min(512, spec.max_positions), "max_step_tokens": 512, "max_samples": 256}
+    return Decoder(spec, pack(spec, weights.items(), ops), ops, dtype, **sizes)
 
 
 def make_engine(decoder: Decoder, **options: Any) -> Engine:
@@ -116,7 +121,7 @@ def step_logits(decoder: Decoder) -> torch.Tensor:
     device = decoder.ops.device
     cache = decoder.new_cache(8, 16)
     table = torch.tensor([[3, 1, 6, 0, 7], [2, 5, 4, 4, 4]], dtype=torch.int32)
-    ids = torch.from_numpy(np.random.default_rng(3).integers(0, VOCAB, 93).astype(np.int32))
+    ids = torch.from_numpy(np.random.default_rng(3).integers(0, decoder.spec.vocab_size, 93).astype(np.int32))
     rows = []
     for pieces in ([(0, 0, 61), (1, 0, 30)], [(0, 61, 62), (1, 30, 31)]):
         positions = [torch.arange(first, last) for _, first, last in pieces]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu.backend import DEVICE, put
 
-from batchinfer.ops import HeadNorm, Rope
+from batchinfer.ops import Experts, HeadNorm, Rope
 from batchinfer.ops.reference import ReferenceOps
 
 TRUTH = ReferenceOps(torch.float64)
@@ -129,6 +129,25 @@ def test_linear(real_gpu, dtype, tokens, depth, outputs):
             out = empty_like(want, out_dtype)
             real_gpu.linear(put(x), packed, out, None if added is None else put(added))
             assert_close(out, want, 1e-5 if out_dtype is torch.float32 else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "count", "shared"), [(1, 60, False), (37, 128, False), (900, 8, True)])
+@pytest.mark.feature("engine", "CUDA: mixtures of experts (by Triton kernels)")
+def test_mixtures_of_experts(real_gpu, dtype, tokens, count, shared):
+    widths = (96,) * count + ((160,) if shared else ())
+    gate_up = [(randn(2 * w, 256, seed=i) / 16).to(dtype) for i, w in enumerate(widths)]
+    down = [(randn(256, w, seed=i) / 10).to(dtype) for i, w in enumerate(widths)]
+    x, router = randn(tokens, 256, dtype=dtype), 2 * randn(tokens, len(widths), seed=1)
+
+    def pack(ops) -> Experts:
+        packed = (tuple(ops.pack_weight(weight) for weight in weights) for weights in (gate_up, down))
+        return Experts(*packed, widths, top_k=4, renormalise=True, shared=shared)
+
+    want, out = torch.empty(x.shape, dtype=torch.float64), empty_like(x)
+    TRUTH.mix_experts(x, router, pack(TRUTH), want)
+    real_gpu.mix_experts(put(x), put(router), pack(real_gpu), out)
+    assert_close(out, want, 4 * TOLERANCE[dtype])  # two products, what is between them, and the sum
 
 
 def test_rejects_wrong_tensors(gpu):

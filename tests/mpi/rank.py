@@ -39,13 +39,14 @@ from fake_engine import FakeEngine, identify_fake  # noqa: E402
 
 from batchinfer import __main__ as command  # noqa: E402
 from batchinfer import job  # noqa: E402
-from batchinfer.cluster import dispatch, weights, world  # noqa: E402
+from batchinfer.cluster import dispatch, outlive, weights, world  # noqa: E402
 from batchinfer.types import JobError, Request  # noqa: E402
 
 world.START_SECONDS = START_SECONDS
 dispatch.SILENCE_SECONDS = float(os.environ.get("SILENCE_SECONDS", 60))
 dispatch.HEARTBEAT_SECONDS = dispatch.SILENCE_SECONDS / 6
 job.SILENCE_SECONDS = dispatch.SILENCE_SECONDS
+outlive.STUCK_SECONDS = dispatch.SILENCE_SECONDS
 weights.CLOSE_SECONDS = 1.0
 
 

@@ -21,8 +21,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from batchinfer.ops import AttentionInput, HeadNorm, Rope, SampleInput
+from batchinfer.ops import AttentionInput, Experts, HeadNorm, Rope, SampleInput
 from batchinfer.ops.triton.backend import TritonOps
+from batchinfer.ops.triton.mixture import Mixture
 
 
 @dataclass(frozen=True)
@@ -75,21 +76,25 @@ class Driver:
 class CompiledOps(TritonOps):
     """Compiles what it should launch. ``kernels``: name, and what Triton made of it."""
 
-    def __init__(self, target: GPUTarget) -> None:
+    def __init__(self, target: GPUTarget, shared: int) -> None:
         super().__init__("cpu")
         self._rdna = str(target.arch).startswith("gfx1")
+        self.mixture = Mixture(self._launch, shared, self._rdna)
         self.kernels: dict[str, Any] = {}
 
     def _run(self, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
         name = kernel.__name__
         if name == "attend":
             name = f"attend {'decode' if options['SPLIT'] else 'prefill'} {options['WIDTH']}"
+        if name.endswith("products"):
+            name = f"{name} {options['ROWS']}"
         if name not in self.kernels:
             self.kernels[name] = kernel.warmup(*args, grid=grid, **options)
 
 
 def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Every op at the sizes of a model, attention for two widths, one of them with a soft cap."""
+    """Every op at the sizes of a model, attention for two widths, one of them with a soft cap, a
+    mixture of experts for few and for many tokens."""
     attend(ops, 9, 3, 64, dtype, softcap=50.0)
     attend(ops, 32, 8, 128, dtype, softcap=0.0)
     words, x = torch.zeros(3, dtype=torch.int32), torch.zeros(3, 4096, dtype=dtype)
@@ -101,6 +106,8 @@ def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
     ops.rms_norm(x, torch.zeros(4096), 1e-5, torch.zeros_like(x), torch.zeros_like(x))
     ops.layer_norm(x, torch.zeros(4096), torch.zeros(4096), 1e-5, torch.zeros_like(x), torch.zeros_like(x))
     ops.gelu_mul(torch.zeros(3, 8192, dtype=dtype), torch.zeros_like(x))
+    mix(ops, 3, dtype)
+    mix(ops, 900, dtype)  # 450 for an expert
     numbers, start = torch.zeros(3), torch.zeros(4, dtype=torch.int32)
     inputs = SampleInput(
         *(numbers, words, numbers, numbers, words.long(), words),
@@ -115,6 +122,13 @@ def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
     ops.sample(torch.zeros(3, 128_256), inputs)
 
 
+def mix(ops: CompiledOps, tokens: int, dtype: torch.dtype) -> None:
+    gate_up, down = torch.zeros(2 * 768, 2048, dtype=dtype), torch.zeros(2048, 768, dtype=dtype)
+    experts = Experts((gate_up,) * 16, (down,) * 16, (768,) * 16, top_k=8, renormalise=True)
+    x = torch.zeros(tokens, 2048, dtype=dtype)
+    ops.mix_experts(x, torch.zeros(tokens, 16), experts, x)
+
+
 def attend(ops: CompiledOps, heads: int, kv_heads: int, width: int, dtype: torch.dtype, softcap: float) -> None:
     words = torch.zeros(3, dtype=torch.int32)
     cache = torch.zeros(4, kv_heads, 16, width, dtype=dtype)
@@ -127,7 +141,7 @@ def attend(ops: CompiledOps, heads: int, kv_heads: int, width: int, dtype: torch
 def compiled(target: Target, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Every kernel. Triton keeps what it compiles in $TRITON_CACHE_DIR."""
     driver.set_active(Driver(target.gpu))
-    ops = CompiledOps(target.gpu)
+    ops = CompiledOps(target.gpu, target.shared)
     call_all(ops, dtype)
     return ops.kernels
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from batchinfer.ops import AttentionInput, HeadNorm, Rope, SampleInput, SampleOutput
+from batchinfer.ops import AttentionInput, Experts, HeadNorm, Rope, SampleInput, SampleOutput
 from batchinfer.ops.device import DeviceOps, fitting_split, parts
 from batchinfer.ops.fields import SAMPLE_FIELDS
 from batchinfer.ops.triton import attention, logprobs, norms, penalties, rope, rows, sample
@@ -21,6 +21,7 @@ from batchinfer.ops.triton.blocks import (
     power_of_2,
     row_block,
 )
+from batchinfer.ops.triton.mixture import Mixture
 
 SPLIT = 1024
 """Keys of a part of a decoding sequence, as in the compiled backend (``ops/gpu.py`` has the arithmetic)."""
@@ -28,6 +29,9 @@ SPLIT = 1024
 PROGRAMS = 8
 """Programs for each multiprocessor, of kernels that stride through a list: more than are resident, so that the device
 evens out items of different lengths."""
+
+LEAST_SHARED = 64 << 10
+"""Bytes of shared memory of a program on AMD's GPUs, and where torch does not say."""
 
 SAMPLE_BLOCK = 1024
 """Logits that a sampler's program takes at a time: 4 for each thread of 8 warps, times 16 digits of a search."""
@@ -54,7 +58,7 @@ class TritonOps(DeviceOps):
 
     def __init__(self, device: str = "cuda"):
         super().__init__(torch.device(device))
-        self._multiprocessors, self._rdna = 1, False
+        self._multiprocessors, self._rdna, shared = 1, False, LEAST_SHARED
         if self.device.type != "cpu":
             module = torch.get_device_module(self.device)
             self.device = torch.device(self.device.type, self.device.index or 0)
@@ -62,9 +66,11 @@ class TritonOps(DeviceOps):
             properties = module.get_device_properties(self.device)
             self._multiprocessors = getattr(properties, "multi_processor_count", 0) or properties.max_compute_units
             self._rdna = getattr(properties, "gcnArchName", "").startswith("gfx1")
+            shared = getattr(properties, "shared_memory_per_block_optin", shared)
         self._partials: dict[tuple[int, ...], tuple[int, tuple[Tensor, Tensor]]] = {}
         self._ends: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._counts: dict[int, Tensor] = {}
+        self.mixture = Mixture(self._launch, shared, self._rdna)
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         """Products may fuse with sums where ``options`` don't say otherwise: Triton's own default changes in 3.10."""
@@ -97,6 +103,9 @@ class TritonOps(DeviceOps):
         count, width = out.shape
         block = row_block(width)
         self._launch(rows.gate_mul, (count, cdiv(width, block)), gate_up, out, width, GELU=gelu, BLOCK=block)
+
+    def _mix_experts(self, x: Tensor, router: Tensor, experts: Experts, shared: Tensor | None, out: Tensor) -> None:
+        self.mixture.mix(x, router, experts, shared, out)
 
     def _rope_and_cache(
         self,
