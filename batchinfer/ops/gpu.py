@@ -64,7 +64,7 @@ class GpuOps(DeviceOps):
         return TritonOps(str(self.device))
 
     def _mix_experts(self, x: Tensor, router: Tensor, experts: Experts, shared: Tensor | None, out: Tensor) -> None:
-        self._triton.mixture.mix(x, router, experts, shared, out)
+        self._triton._mix_experts(x, router, experts, shared, out)
 
     def _lookup(self, ids: Tensor, table: Tensor, out: Tensor, scale: float) -> None:
         rows, width = out.shape

@@ -79,7 +79,7 @@ class CompiledOps(TritonOps):
     def __init__(self, target: GPUTarget, shared: int) -> None:
         super().__init__("cpu")
         self._rdna = str(target.arch).startswith("gfx1")
-        self.mixture = Mixture(self._launch, shared, self._rdna)
+        self._mixture = Mixture(shared, self._rdna)
         self.kernels: dict[str, Any] = {}
 
     def _run(self, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:

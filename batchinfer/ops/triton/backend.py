@@ -70,7 +70,7 @@ class TritonOps(DeviceOps):
         self._partials: dict[tuple[int, ...], tuple[int, tuple[Tensor, Tensor]]] = {}
         self._ends: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._counts: dict[int, Tensor] = {}
-        self.mixture = Mixture(self._launch, shared, self._rdna)
+        self._mixture = Mixture(shared, self._rdna)
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         """Products may fuse with sums where ``options`` don't say otherwise: Triton's own default changes in 3.10."""
@@ -105,7 +105,7 @@ class TritonOps(DeviceOps):
         self._launch(rows.gate_mul, (count, cdiv(width, block)), gate_up, out, width, GELU=gelu, BLOCK=block)
 
     def _mix_experts(self, x: Tensor, router: Tensor, experts: Experts, shared: Tensor | None, out: Tensor) -> None:
-        self.mixture.mix(x, router, experts, shared, out)
+        self._mixture.mix(self._launch, x, router, experts, shared, out)
 
     def _rope_and_cache(
         self,

@@ -15,15 +15,24 @@ from batchinfer.ops.triton.blocks import expert_blocks, power_of_2, row_block
 
 
 class Mixture:
-    """``launch``: (kernel, grid, arguments ..., options=...). ``shared``: bytes of shared memory of a program. Keeps
-    the addresses of the experts' weights, one table a layer, and the weights with them."""
+    """``shared``: bytes of shared memory of a program. Keeps the addresses of the experts' weights, one table a layer,
+    and the weights with them."""
 
-    def __init__(self, launch: Callable[..., None], shared: int, rdna: bool):
-        self._launch, self._shared, self._rdna = launch, shared, rdna
+    def __init__(self, shared: int, rdna: bool):
+        self._shared, self._rdna = shared, rdna
         self._tables: dict[int, tuple[Experts, Tensor, Tensor]] = {}
 
-    def mix(self, x: Tensor, router: Tensor, experts: Experts, shared: Tensor | None, out: Tensor) -> None:
-        """``Ops.mix_experts``; ``shared`` [T, D]: what the shared expert makes of x."""
+    def mix(
+        self,
+        launch: Callable[..., None],
+        x: Tensor,
+        router: Tensor,
+        experts: Experts,
+        shared: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """``Ops.mix_experts`` by ``launch(kernel, grid, arguments ..., options=...)``; ``shared`` [T, D]: what the
+        shared expert makes of x."""
         tokens, width = x.shape
         logits = router.shape[1]
         choices, top_k, inner = logits - experts.shared, experts.top_k, experts.widths[0]
@@ -34,8 +43,8 @@ class Mixture:
         gated, parts = x.new_empty(count, inner), x.new_empty(count, width)
         together = power_of_2(choices)
         options = {"CHOICES": choices, "TOP_K": top_k, "RENORMALISE": experts.renormalise, "BLOCK": together}
-        self._launch(kernels.route, (tokens,), router, chosen, weights, logits, **options, num_warps=1)
-        self._launch(kernels.arrange, (choices,), chosen, order, starts, count, BLOCK=1024)
+        launch(kernels.route, (tokens,), router, chosen, weights, logits, **options, num_warps=1)
+        launch(kernels.arrange, (choices,), chosen, order, starts, count, BLOCK=1024)
         blocks = expert_blocks(cdiv(count, choices), x.element_size(), self._shared, self._rdna)
         tiles = min(cdiv(count, blocks.rows) + choices, count)
         shape = {
@@ -50,12 +59,12 @@ class Mixture:
             "num_stages": blocks.stages,
         }
         grid = (tiles, cdiv(inner, blocks.columns))
-        self._launch(kernels.gated_products, grid, x, gate_up, gated, order, starts, TOP_K=top_k, **shape)
+        launch(kernels.gated_products, grid, x, gate_up, gated, order, starts, TOP_K=top_k, **shape)
         grid = (tiles, cdiv(width, blocks.columns))
-        self._launch(kernels.down_products, grid, gated, down, parts, order, starts, **shape)
+        launch(kernels.down_products, grid, gated, down, parts, order, starts, **shape)
         block = row_block(width)
         grid = (tokens, cdiv(width, block))
-        self._launch(kernels.add_up, grid, parts, weights, shared, router, out, logits, width, TOP_K=top_k, BLOCK=block)
+        launch(kernels.add_up, grid, parts, weights, shared, router, out, logits, width, TOP_K=top_k, BLOCK=block)
 
     def _addresses(self, experts: Experts, choices: int) -> tuple[Tensor, Tensor]:
         key = experts.gate_up[0].data_ptr()
