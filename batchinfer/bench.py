@@ -41,7 +41,6 @@ def main(config: Config) -> int:
     named = config.bench.workload != "none"
     dtype = DTYPES[config.engine.dtype]
     ceilings = measure(config.engine, dtype)
-    costs = Costs.of(load_spec(config.model.path), dtype.itemsize)
     for repetition in range(config.bench.repeat):
         start = time.perf_counter()
         engine = load_engine(
@@ -61,12 +60,14 @@ def main(config: Config) -> int:
         peak_pages = _run(engine, requests, config.engine.reorder)
         seconds = time.perf_counter() - start
         stats = engine.stats()
+        costs = _costs(config, stats)
         line = {
             "name": config.bench.workload if named else config.input.path,
             "model": config.model.path,
             "repetition": repetition,
             "requests": len(requests),
             "load_seconds": round(load_seconds, 2),
+            "weights_mb": stats.weight_bytes >> 20,
             **_rates(requests, before, stats, seconds),
             "possible_cached_share": _possible(requests, config.engine.page_size),
             "prefill": _against_roofline(stats.prefill - before.prefill, costs, ceilings),
@@ -85,6 +86,15 @@ def main(config: Config) -> int:
         print(json.dumps(line), flush=True)
         engine.close()
     return 0
+
+
+def _costs(config: Config, stats: EngineStats) -> Costs:
+    """What steps take of the model. Of quantised weights they read all but the embedding."""
+    spec, itemsize = load_spec(config.model.path), DTYPES[config.engine.dtype].itemsize
+    costs = Costs.of(spec, itemsize)
+    if config.engine.weights == "auto":
+        return costs
+    return dataclasses.replace(costs, weight_bytes=stats.weight_bytes - itemsize * spec.vocab_size * spec.width)
 
 
 def _warm_up(requests: Sequence[Request], max_slots: int) -> list[Request]:

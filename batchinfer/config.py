@@ -80,6 +80,7 @@ class EngineConfig:
     device: str = "auto"
     ops: str = "auto"
     dtype: str = "auto"
+    weights: str = "auto"
     threads: int = 0
     page_size: int = 16
     num_pages: int = 0
@@ -113,11 +114,13 @@ class JobConfig:
 @dataclass(frozen=True)
 class ClusterConfig:
     """``mpi``: "auto" uses MPI where a launcher (srun, mpiexec ...) started several ranks, "on" always, "off" never.
-    ``hosts_per_reader``: of so many hosts one rank reads the weights for all, 0: every rank reads. ``srun``: options
-    that slurm/run.sh gives to srun; the program itself does not use them."""
+    ``hosts_per_reader``: of so many hosts one rank reads the weights for all, 0: every rank reads. ``share_weights``:
+    ranks of a NUMA domain that compute on the CPU have one copy. ``srun``: options that slurm/run.sh gives to srun; the
+    program itself does not use them."""
 
     mpi: str = "auto"
     hosts_per_reader: int = 64
+    share_weights: bool = True
     srun: str = ""
 
 
@@ -179,6 +182,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.device": ("auto", "cpu", "cuda", "rocm", "xpu", "reference"),
     "engine.ops": ("auto", "native", "triton"),
     "engine.dtype": ("auto", "bf16", "fp32"),
+    "engine.weights": ("auto", "keep", "int8"),
     "cluster.mpi": ("auto", "on", "off"),
     "export.format": ("rows", "openai"),
     "bench.workload": ("none", "sharegpt", "prefill", "decode", "prefix", "samples"),
@@ -346,6 +350,8 @@ def _check_engine(value: dict[str, Any]) -> None:
     device, ops = value["engine.device"], value["engine.ops"]
     if ops != "auto" and device in ("cpu", "reference"):
         raise _refused("engine.ops", ops, f"it chooses among the kernels of a GPU, and engine.device is {device}")
+    if value["engine.weights"] != "auto" and device not in ("auto", "cpu", "reference"):
+        raise _refused("engine.weights", value["engine.weights"], f"it is for the CPU, and engine.device is {device}")
     if page_size & (page_size - 1):
         raise _refused("engine.page_size", page_size, "it must be a power of two")
     if value["engine.num_pages"] and value["engine.kv_cache_gb"]:
@@ -364,6 +370,8 @@ def _check_engine(value: dict[str, Any]) -> None:
 
 
 def _check_dummy_weights(value: dict[str, Any], required: tuple[str, ...]) -> None:
+    if value["model.dummy_weights"] and value["engine.weights"] == "keep":
+        raise _refused("engine.weights", "keep", "model.dummy_weights=true has no file whose weights could be kept")
     if value["model.dummy_weights"] and "output.path" in required:
         raise _refused("model.dummy_weights", True, "a job's rows would be noise; it is for batchinfer bench")
 

@@ -314,6 +314,7 @@ class EngineStats:
     pages_used: int = 0  # now, evictable cached pages not counted
     pages_peak: int = 0  # most after a step
     pages_total: int = 0
+    weight_bytes: int = 0  # memory of the packed weights, shared with other ranks or not
     decode: StepWork = field(default_factory=StepWork)  # steps that only decode
     prefill: StepWork = field(
         default_factory=StepWork

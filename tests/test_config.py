@@ -93,6 +93,8 @@ SCORE = {"task.name": "score", "input.continuation_column": "y"}
         ({"sampling.best_of": 2, "sampling.n": 3}, "sampling.best_of=2 is not allowed"),
         ({"sampling.logit_bias": {3: 200.0}}, "sampling.logit_bias[3]=200.0 is not allowed"),
         ({"engine.device": "cpu", "engine.ops": "triton"}, "of a GPU, and engine.device is cpu"),
+        ({"engine.device": "cuda", "engine.weights": "int8"}, "it is for the CPU, and engine.device is cuda"),
+        ({"engine.weights": "keep", "model.dummy_weights": True}, "has no file whose weights could be kept"),
         ({"output.compression": "brotli"}, "one of zstd, snappy, lz4, gzip, none"),
         ({"cluster.mpi": "True"}, 'in a YAML file write "on" and "off" in quotes'),
         ({"output.rows_per_chunk": 0}, "output.rows_per_chunk=0 is not allowed: it must be a whole number in [1, "),

@@ -23,7 +23,8 @@ LITTLE_SPACE = GIB
 FEW_FILES = 1000
 
 FLAGS = {"avx2": {"avx2", "fma", "f16c", "bmi2"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
-FLAGS["avx512bf16"] = FLAGS["avx512"] | {"avx512_bf16"}
+FLAGS["avx512vnni"] = FLAGS["avx512"] | {"avx512_vnni"}
+FLAGS["avx512bf16"] = FLAGS["avx512vnni"] | {"avx512_bf16"}
 """Set of kernels -> names in /proc/cpuinfo without which a CPU can't run it."""
 
 

@@ -67,6 +67,7 @@ class Engine:
         num_pages: int,
         page_size: int,
         vocab_size: int,
+        weight_bytes: int = 0,
         trace: Trace | None = None,
     ):
         self._trace = trace
@@ -92,7 +93,7 @@ class Engine:
         self._next_id = 0
         self._open = 0
         self._closed = False
-        self._stats = EngineStats(pages_total=num_pages)
+        self._stats = EngineStats(pages_total=num_pages, weight_bytes=weight_bytes)
         self._seconds = {"schedule": 0.0, "output": 0.0}
         self._device_end = 0.0  # of the last step; 0: none yet
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from typing import Any
+
 import torch
 
 from batchinfer import ops as op_list
@@ -23,10 +27,14 @@ from batchinfer.engine.memory import num_pages
 from batchinfer.engine.runner import make_runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
-from batchinfer.models.files import Source
+from batchinfer.models.files import OwnReading, Source
+from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.packing import bytes_of, most_bytes, pack, packable
 from batchinfer.models.spec import load_spec
 from batchinfer.models.tokenizer import Tokenizer, load_tokenizer
 from batchinfer.models.weights import dummy_weights, load_weights
+from batchinfer.ops import Ops
+from batchinfer.ops.shared import Filling, can_share, mapped
 
 DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -62,10 +70,7 @@ def load_engine(
     spec = load_spec(model.path)
     dtype = DTYPES[engine.dtype]
     max_len = spec.resolve_length(engine.max_model_len)
-    if model.dummy_weights:
-        weights = dummy_weights(spec, dtype, ops.device)
-    else:
-        weights = load_weights(model.path, spec, dtype, source)
+    weights = _packed(model, engine.weights, spec, dtype, ops, source or OwnReading())
     decoder = Decoder(
         spec,
         weights,
@@ -104,5 +109,48 @@ def load_engine(
         num_pages=pages,
         page_size=engine.page_size,
         vocab_size=spec.vocab_size,
+        weight_bytes=bytes_of(weights),
         trace=trace,
     )
+
+
+def _packed(
+    model: ModelConfig, form: str, spec: ModelSpec, dtype: torch.dtype, ops: Ops, source: Source
+) -> dict[str, Any]:
+    """The weights by name, packed for ``ops``: by this rank, or by another one of its node. ``form``:
+    engine.weights."""
+    if form != "auto" and "quantised weights" in ops.lacks:
+        raise JobError(
+            f"engine.weights={form} is for the CPU, and {type(ops).__name__} has not got it yet: set "
+            "engine.device=cpu, or engine.weights=auto",
+            ExitCode.USAGE,
+        )
+    if can_share(ops) and (fd := source.take()) is not None:
+        try:
+            return mapped(fd, ops)
+        except (OSError, ValueError) as error:
+            _say(f"{error}: this rank packs its own")
+        finally:
+            os.close(fd)
+    if model.dummy_weights:
+        weights = dummy_weights(spec, dtype, ops.device)
+    else:
+        weights = load_weights(model.path, spec, dtype, source, keep=form == "keep")
+    to_int8 = form == "int8"
+    if not (can_share(ops) and source.shares):
+        return pack(spec, weights, ops, to_int8)
+    try:
+        filling = Filling(ops, most_bytes(spec, dtype))
+    except OSError as error:
+        _say(f"there is no memory to share the weights in ({error}): every rank packs its own")
+        return pack(spec, weights, ops, to_int8)
+    for one in packable(spec, weights, to_int8):
+        filling.put(one.name, one.tensor, one.packed, one.gated)
+    fd = filling.seal()
+    found = mapped(fd, ops)
+    source.give(fd)
+    return found
+
+
+def _say(text: str) -> None:
+    print(f"batchinfer: {os.uname().nodename}: {text}", file=sys.stderr, flush=True)

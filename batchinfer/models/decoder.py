@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from batchinfer.models.files import ModelError
 from batchinfer.models.layers import (
     Attention,
     Layer,
@@ -84,24 +82,22 @@ class KVCache:
 class Decoder:
     """Holds packed weights, the rope table and the workspace; the cache is the caller's.
 
-    ``weights`` yields (name, tensor) as :func:`batchinfer.models.weights.load_weights` does and is used up tensor by
-    tensor. A step has at most ``max_step_tokens`` tokens at positions below ``max_positions``, and samples from at most
-    ``max_samples``.
+    ``weights`` are what :func:`batchinfer.models.packing.pack` makes. A step has at most ``max_step_tokens`` tokens at
+    positions below ``max_positions``, and samples from at most ``max_samples``.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
-        weights: Iterable[tuple[str, Tensor]],
+        weights: Mapping[str, Any],
         ops: Ops,
         dtype: torch.dtype,
         max_positions: int,
         max_step_tokens: int,
         max_samples: int,
     ):
-        _check_ops(spec, ops)
         self.spec, self.ops, self.dtype = spec, ops, dtype
-        self.layers, self.embed, self.positions, self.norm, self.head = _assemble(spec, weights, ops)
+        self.layers, self.embed, self.positions, self.norm, self.head = _assemble(spec, weights)
         self.kinds = spec.layer_kinds(max_positions)
         self.different_kinds = tuple(dict.fromkeys(self.kinds))
         tables = {"global": spec.rope, "local": spec.local_rope}
@@ -196,27 +192,8 @@ class Decoder:
         return Scores(*(torch.cat(parts) for parts in zip(*slices, strict=True)))
 
 
-def _check_ops(spec: ModelSpec, ops: Ops) -> None:
-    """Raises ModelError where the backend is not so far as to have all ops of the model."""
-    needs = {"mix_experts": spec.experts is not None, "norm of all heads": spec.qk_norm == "all"}
-    lacking = sorted(op for op in ops.lacks if needs[op])
-    if lacking:
-        needed = f"{spec.architecture} needs {', '.join(lacking)}, which {type(ops).__name__} has only with Triton"
-        raise ModelError(f"{needed}: pip install triton, or set engine.device=cpu")
-
-
-def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops) -> tuple:
-    """(layers, embedding [V, D], table of positions or None, final norm, packed LM head). A matrix is packed as it
-    comes."""
-    tables = ("embed", "positions")
-
-    def pack(name: str, weight: Tensor) -> Any:
-        return ops.pack_weight(
-            weight, gated=spec.fused_gate and re.fullmatch(r"layers\.\d+\.gate_up", name) is not None
-        )
-
-    got = {name: pack(name, t) if t.ndim == 2 and name not in tables else t.to(ops.device) for name, t in weights}
-    head = got.get("lm_head") if not spec.tied_embeddings else ops.pack_weight(got["embed"])
+def _assemble(spec: ModelSpec, got: Mapping[str, Any]) -> tuple:
+    """(layers, embedding [V, D], table of positions or None, final norm, packed LM head)."""
 
     def linear(name: str) -> Linear:
         return Linear(got[name], got.get(f"{name}_bias"))
@@ -254,4 +231,4 @@ def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops) 
         )
     # The head is linear, so a scale of its logits may as well stand in the norm before it.
     positions = got["positions"][spec.position_offset :] if spec.position_rows else None
-    return tuple(layers), got["embed"], positions, norm("norm", spec.logit_scale), head
+    return tuple(layers), got["embed"], positions, norm("norm", spec.logit_scale), got["lm_head"]

@@ -45,7 +45,7 @@ class DeviceOps(ABC):
     Raises ValueError on shapes and dtypes.
     """
 
-    lacks: frozenset[Lack] = frozenset()
+    lacks: frozenset[Lack] = frozenset({"quantised weights"})
 
     def __init__(self, device: torch.device):
         self.device = device

@@ -55,7 +55,7 @@ class GpuOps(DeviceOps):
 
     def __init__(self, device: torch.device, extension: ModuleType):
         super().__init__(device)
-        self.lacks = frozenset() if find_spec("triton") else BY_TRITON
+        self.lacks = DeviceOps.lacks | (frozenset() if find_spec("triton") else BY_TRITON)
         self._gpu = extension
         self._workspaces: dict[tuple, tuple[int, tuple[Tensor, ...]]] = {}
         self._lists: dict[tuple[tuple, int], tuple[Tensor, ...]] = {}

@@ -17,6 +17,7 @@ from batchinfer.engine.runner import HostRunner, Runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder
 from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.packing import pack
 from batchinfer.models.rope import RopeSpec
 from batchinfer.types import Completion, Request
 
@@ -83,9 +84,8 @@ def make_decoder() -> Decoder:
             f"layers.{layer}.down": random(32, 48),
         }
     ops = op_list.load("cpu", 1)
-    return Decoder(
-        SPEC, iter(weights.items()), ops, torch.float32, max_positions=128, max_step_tokens=128, max_samples=64
-    )
+    packed = pack(SPEC, weights.items(), ops)
+    return Decoder(SPEC, packed, ops, torch.float32, max_positions=128, max_step_tokens=128, max_samples=64)
 
 
 RunnerMaker = Callable[[Decoder, int, int], Runner]

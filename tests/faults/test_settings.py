@@ -281,6 +281,7 @@ def test_what_does_not_change_the_results_is_accepted(changes: dict[str, Any], h
         ({"engine.device": "reference"}, "engine.device"),
         ({"engine.device": "cpu"}, "engine.device"),
         ({"engine.ops": "native"}, "engine.ops"),
+        ({"engine.weights": "int8"}, "engine.weights"),
     ],
 )
 @pytest.mark.feature("job", "another device, dtype or version: noted in the parts, refused with job.strict_resume")

@@ -22,6 +22,7 @@ from batchinfer.engine.runner import make_runner
 from batchinfer.models.decoder import Decoder, StepInput
 from batchinfer.models.layout import layout
 from batchinfer.models.model_spec import ExpertSpec, ModelSpec
+from batchinfer.models.packing import pack
 from batchinfer.models.rope import RopeSpec
 from batchinfer.ops import AttentionInput, Ops
 from batchinfer.ops.reference import ReferenceOps
@@ -89,7 +90,7 @@ def weights_of(spec: ModelSpec) -> dict[str, torch.Tensor]:
 def make_decoder(spec: ModelSpec, ops: Ops, dtype: torch.dtype) -> Decoder:
     weights = {name: t.to(dtype) if t.ndim == 2 else t for name, t in weights_of(spec).items()}
     sizes = {"max_positions": min(512, spec.max_positions), "max_step_tokens": 512, "max_samples": 256}
-    return Decoder(spec, iter(weights.items()), ops, dtype, **sizes)
+    return Decoder(spec, pack(spec, weights.items(), ops), ops, dtype, **sizes)
 
 
 def make_engine(decoder: Decoder, **options: Any) -> Engine:
