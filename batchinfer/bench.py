@@ -42,7 +42,7 @@ def main(config: Config) -> int:
     named = config.bench.workload != "none"
     dtype = DTYPES[config.engine.dtype]
     ceilings = measure(config.engine, dtype)
-    costs, pool = Costs.of(load_spec(config.model.path), dtype.itemsize), pool_spec(config)
+    pool = pool_spec(config)
     for repetition in range(config.bench.repeat):
         start = time.perf_counter()
         engine = load_engine(
@@ -63,12 +63,14 @@ def main(config: Config) -> int:
         peak_pages = _run(engine, requests, config.engine.reorder)
         seconds = time.perf_counter() - start
         stats = engine.stats()
+        costs = _costs(config, stats)
         line = {
             "name": config.bench.workload if named else config.input.path,
             "model": config.model.path,
             "repetition": repetition,
             "requests": len(requests),
             "load_seconds": round(load_seconds, 2),
+            "weights_mb": stats.weight_bytes >> 20,
             **_rates(requests, before, stats, seconds),
             "possible_cached_share": _possible(requests, config.engine.page_size),
             "prefill": _against_roofline(stats.prefill - before.prefill, costs, ceilings),
@@ -89,10 +91,19 @@ def main(config: Config) -> int:
     return 0
 
 
+def _costs(config: Config, stats: EngineStats) -> Costs:
+    """What steps take of the model. Of quantised weights they read all but the embedding."""
+    spec, itemsize = load_spec(config.model.path), DTYPES[config.engine.dtype].itemsize
+    costs = Costs.of(spec, itemsize)
+    if config.engine.weights == "auto":
+        return costs
+    return dataclasses.replace(costs, weight_bytes=stats.weight_bytes - itemsize * spec.vocab_size * spec.width)
+
+
 def _warm_up(requests: Sequence[Request], max_slots: int) -> list[Request]:
     """Prompts that share nothing with the measured ones, enough to run at the batch size that the measured ones reach,
     and at the smaller ones on the way out: what is compiled, captured or loaded at first use is not in the figure."""
-    count = min(max_slots, sum(request.sampling.n for request in requests))
+    count = min(max_slots, sum(request.sampling.samples for request in requests))
     return [
         Request(
             request.id,
@@ -125,7 +136,7 @@ def _run(engine: Engine, requests: Sequence[Request], reorder: bool) -> int:
 
 def _rates(requests: Sequence[Request], before: EngineStats, after: EngineStats, seconds: float) -> dict[str, object]:
     """Prompt tokens count once for a request; the cached share is of what its samples need."""
-    needed = sum(len(request.prompt) * request.sampling.n for request in requests)
+    needed = sum(len(request.prompt) * request.sampling.samples for request in requests)
     prompt, output, cached = (
         getattr(after, name) - getattr(before, name)
         for name in ("prompt_tokens", "output_tokens", "cached_prompt_tokens")
@@ -149,7 +160,7 @@ def _rates(requests: Sequence[Request], before: EngineStats, after: EngineStats,
 
 def _possible(requests: Sequence[Request], page_size: int) -> float:
     """The cached share that a cache of unlimited size would reach."""
-    prompts = [request.prompt for request in requests for _ in range(request.sampling.n)]
+    prompts = [request.prompt for request in requests for _ in range(request.sampling.samples)]
     return round(shared_tokens(prompts, page_size) / max(1, sum(map(len, prompts))), 4)
 
 

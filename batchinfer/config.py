@@ -94,11 +94,13 @@ class InputConfig:
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """``path``: the folder of the job's part files. ``prefix`` stands before the name of every generated column."""
+    """``path``: the folder of the job's part files. ``prefix`` stands before the name of every generated column.
+    ``reasoning``: "auto" puts what the model marks as its thoughts into a column of its own."""
 
     path: str = MISSING
     prefix: str = ""
     token_ids: bool = False
+    reasoning: str = "off"
     compression: str = "zstd"
     rows_per_chunk: int = 1024
 
@@ -111,6 +113,7 @@ class EngineConfig:
     device: str = "auto"
     ops: str = "auto"
     dtype: str = "auto"
+    weights: str = "auto"
     threads: int = 0
     page_size: int = 16
     num_pages: int = 0
@@ -119,6 +122,7 @@ class EngineConfig:
     max_step_tokens: int = 1024
     max_model_len: int = 0
     prefix_cache: bool = True
+    lookup: int = 0
     expected_share: float = 0.0
     reorder: bool = True
     profile: str | None = None
@@ -143,11 +147,13 @@ class JobConfig:
 @dataclass(frozen=True)
 class ClusterConfig:
     """``mpi``: "auto" uses MPI where a launcher (srun, mpiexec ...) started several ranks, "on" always, "off" never.
-    ``hosts_per_reader``: of so many hosts one rank reads the weights for all, 0: every rank reads. ``srun``: options
-    that slurm/run.sh gives to srun; the program itself does not use them."""
+    ``hosts_per_reader``: of so many hosts one rank reads the weights for all, 0: every rank reads. ``share_weights``:
+    ranks of a NUMA domain that compute on the CPU have one copy. ``srun``: options that slurm/run.sh gives to srun; the
+    program itself does not use them."""
 
     mpi: str = "auto"
     hosts_per_reader: int = 64
+    share_weights: bool = True
     srun: str = ""
 
 
@@ -208,10 +214,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "task.name": ("generate", "score", "embed", "classify", "rerank"),
     "task.activation": ("auto", "softmax", "sigmoid", "none"),
     "embed.pooling": ("auto", "last", "mean", "cls"),
+    "output.reasoning": ("off", "auto"),
     "output.compression": ("zstd", "snappy", "lz4", "gzip", "none"),
     "engine.device": ("auto", "cpu", "cuda", "rocm", "xpu", "reference"),
     "engine.ops": ("auto", "native", "triton"),
     "engine.dtype": ("auto", "bf16", "fp32"),
+    "engine.weights": ("auto", "keep", "int8"),
     "cluster.mpi": ("auto", "on", "off"),
     "export.format": ("rows", "openai"),
     "bench.workload": ("none", "sharegpt", "prefill", "decode", "prefix", "samples"),
@@ -228,6 +236,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "engine.max_slots": (1, 2**16),
     "engine.max_step_tokens": (1, 2**20),
     "engine.max_model_len": (0, 2**27),
+    "engine.lookup": (0, 64),
     "engine.expected_share": (0.0, 1.0),
     "job.max_error_fraction": (0.0, 1.0),
     "job.progress_seconds": (0.1, 86400.0),
@@ -265,6 +274,7 @@ TYPE_NAMES = {
     "tuple[str, ...]": "a list of texts, as in [one,two]",
     "tuple[int, ...]": "a list of whole numbers, as in [1,2]",
     "dict[str, str]": "a mapping, as in {field:column}",
+    "dict[int, float]": "a mapping of tokens to numbers, as in {50256:-100}",
 }
 """How a type is called in a message."""
 
@@ -292,6 +302,8 @@ def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
         given = dict(values.get(name, {}))
         if kind is SamplingParams:  # its lists are tuples: it is hashable and shared between requests
             given = {key: tuple(v) if isinstance(v, (list, tuple)) else v for key, v in given.items()}
+            if "logit_bias" in given:
+                given["logit_bias"] = {int(token): float(bias) for token, bias in given["logit_bias"].items()}
         sections[name] = kind(**given)
     return Config(**sections)
 
@@ -379,6 +391,10 @@ def _check_task(value: dict[str, Any]) -> None:
     if task != "generate" and value["input.sampling_columns"]:
         reason = f"the task {task} chooses no tokens: leave it out"
         raise _refused("input.sampling_columns", dict(value["input.sampling_columns"]), reason)
+    if task != "generate" and value["output.reasoning"] != "off":
+        raise _refused(
+            "output.reasoning", value["output.reasoning"], f"the task {task} generates no text: set it to off"
+        )
     if task != "generate" and value["input.retry_errors_of"] is not None:
         raise _refused("input.retry_errors_of", value["input.retry_errors_of"], "it takes over generated rows alone")
     if task in VECTOR_TASKS and value["output.token_ids"]:
@@ -424,6 +440,8 @@ def _check_engine(value: dict[str, Any]) -> None:
     device, ops = value["engine.device"], value["engine.ops"]
     if ops != "auto" and device in ("cpu", "reference"):
         raise _refused("engine.ops", ops, f"it chooses among the kernels of a GPU, and engine.device is {device}")
+    if value["engine.weights"] != "auto" and device not in ("auto", "cpu", "reference"):
+        raise _refused("engine.weights", value["engine.weights"], f"it is for the CPU, and engine.device is {device}")
     if page_size & (page_size - 1):
         raise _refused("engine.page_size", page_size, "it must be a power of two")
     if value["engine.num_pages"] and value["engine.kv_cache_gb"]:
@@ -432,6 +450,9 @@ def _check_engine(value: dict[str, Any]) -> None:
     if value["engine.max_step_tokens"] < value["engine.max_slots"]:
         reason = f"a step must hold one token of each of engine.max_slots={value['engine.max_slots']} sequences"
         raise _refused("engine.max_step_tokens", value["engine.max_step_tokens"], reason)
+    if value["engine.lookup"] and device not in ("auto", "cpu", "reference"):
+        reason = f"drafts are computed on the CPU only as yet, and engine.device is {device}: set it to 0"
+        raise _refused("engine.lookup", value["engine.lookup"], reason)
     if length == 1:
         raise _refused(
             "engine.max_model_len", length, "a sequence is a prompt token and a new one at least: 0, or >= 2"
@@ -439,6 +460,8 @@ def _check_engine(value: dict[str, Any]) -> None:
 
 
 def _check_dummy_weights(value: dict[str, Any], required: tuple[str, ...]) -> None:
+    if value["model.dummy_weights"] and value["engine.weights"] == "keep":
+        raise _refused("engine.weights", "keep", "model.dummy_weights=true has no file whose weights could be kept")
     if value["model.dummy_weights"] and "output.path" in required:
         raise _refused("model.dummy_weights", True, "a job's rows would be noise; it is for batchinfer bench")
 

@@ -157,7 +157,7 @@ def _simulated_tokens(request: Request) -> int:
 def describe(sample: Sample, config: Config, chunks: int, seconds: float | None = None) -> list[str]:
     """Lines for a person. ``seconds``: what the sample's requests took on this process's device."""
     mean, longest = sample.prompt_tokens()
-    most = sample.scaled(sum(r.sampling.max_tokens * r.sampling.n for r in sample.requests))
+    most = sample.scaled(sum(r.sampling.max_tokens * r.sampling.samples for r in sample.requests))
     prompt = sample.scaled(mean * len(sample.requests))
     errors = ", ".join(f"{code} {count}" for code, count in sorted(sample.errors.items())) or "none"
     answers = "" if config.task.name in VECTOR_TASKS else f", at most {_short(most)} output (sampling.max_tokens)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,8 +36,12 @@ def fingerprint(
             **({"continuation": config.input.continuation_column} if config.input.continuation_column else {}),
             **({"document_column": config.input.document_column} if config.input.document_column else {}),
         },
-        "output": {"prefix": config.output.prefix, "token_ids": config.output.token_ids},
-        "sampling": to_dict(config)["sampling"],
+        "output": {
+            "prefix": config.output.prefix,
+            "token_ids": config.output.token_ids,
+            **({"reasoning": config.output.reasoning} if config.output.reasoning != "off" else {}),
+        },
+        "sampling": json.loads(json.dumps(to_dict(config)["sampling"])),  # as the plan's file gives it back
         "engine": {"max_model_len": config.engine.max_model_len},
     }
 
@@ -44,6 +49,8 @@ def fingerprint(
 def numeric(config: Config) -> dict[str, Any]:
     """What may change the last bits of a logit, and so a token here and there: noted in the plan and in every part."""
     engine = {"device": config.engine.device, "ops": config.engine.ops, "dtype": config.engine.dtype}
+    if config.engine.weights != "auto":
+        engine["weights"] = config.engine.weights
     return {"engine": engine, "batchinfer": __version__}
 
 

@@ -24,6 +24,7 @@ from batchinfer.cluster.binding import Place, check_places, cpu_share, place, ta
 from batchinfer.cluster.deadline import Deadline, seconds_left
 from batchinfer.cluster.dispatch import SILENCE_SECONDS, Dispatcher, RootDispatcher, WorkerDispatcher, meanwhile
 from batchinfer.cluster.launch import launch_name
+from batchinfer.cluster.sharing import leaders, no_gpu, sharing
 from batchinfer.cluster.tree import Links, tree
 from batchinfer.cluster.weights import Loaded, LoadingStopped, WeightStream
 from batchinfer.cluster.world import POLL_SECONDS, World
@@ -154,7 +155,8 @@ def _work(config: Config, world: World, opening: Opening, load_engine: EngineLoa
     """Compute and close the job; the exit code, and whether all ranks have come to the end."""
     ledger = Ledger(opening.path, opening.plan, config.output.compression)
     gpus = _wants_gpus(config.engine)
-    places = world.bcast(world.gather(place(world.hostname, world.local_rank, gpus)))
+    shares = config.cluster.share_weights and world.size > 1 and _on_cpu(config.engine)
+    places = world.bcast(world.gather(place(world.hostname, world.local_rank, gpus, shares)))
     check_places(places)
     if world.rank == 0 and world.size > 1:
         _say(f"{world.size} ranks\n{table(places)}")
@@ -228,7 +230,9 @@ def _take_part(
     ready = time.monotonic()
     if world.rank == 0:
         hosts, threads = len({at.host for at in places}), _threads(config, world, places)
-        _say(f"engine ready after {ready - start:.1f} s (ranks {world.size}, hosts {hosts}, threads {threads})")
+        memory = f"weights in {engine.stats().weight_bytes / 2**20:,.0f} MiB"
+        ranks = f"ranks {world.size}, hosts {hosts}, threads {threads}"
+        _say(f"engine ready after {ready - start:.1f} s ({ranks}, {memory})")
     try:
         if world.rank == 0:
             _note_weights(config, opening, loaded)
@@ -252,7 +256,9 @@ def _load(
 ) -> tuple[Engine | None, Loaded | None]:
     """The engine and what was loaded for it; no engine if this rank must stop, or there is nothing left to do. The
     ranks that begin with a chunk share the reading; one that comes later, without rank 0, reads alone."""
-    hosts = [at.host for at in places[: len(opening.missing)]]
+    beginning = places[: len(opening.missing)]
+    leader = leaders(beginning)
+    hosts = [at.host if leader[rank] == rank else None for rank, at in enumerate(beginning)]
     links = tree(hosts, config.cluster.hosts_per_reader if world.threads else 0)
     mine = links[world.rank] if world.rank < len(links) else Links()
 
@@ -261,7 +267,11 @@ def _load(
 
     profile = path_of_rank(config.engine.profile, world.rank) if config.engine.profile else None
     engine = None
-    with meanwhile(dispatcher, world.threads), WeightStream(mine, world.channel, stop) as source:
+    with (
+        meanwhile(dispatcher, world.threads),
+        sharing(opening.attempt, leader, world.rank, stop) as shared,
+        WeightStream(mine, world.channel, stop, shared) as source,
+    ):
         with contextlib.suppress(LoadingStopped):
             if not stop():
                 engine = load_engine(
@@ -273,8 +283,9 @@ def _load(
                     source=source,
                     pool=opening.pool,
                 )
-    readers = sum(link.parent is None for link in links)
-    return engine, source.loaded and dataclasses.replace(source.loaded, readers=readers, ranks=len(links))
+    readers = sum(host is not None and link.parent is None for host, link in zip(hosts, links, strict=True))
+    counts = {"readers": readers, "packers": len(set(leader)), "ranks": len(links)}
+    return engine, source.loaded and dataclasses.replace(source.loaded, **counts)
 
 
 def _threads(config: Config, world: World, places: list[Place]) -> int:
@@ -435,6 +446,12 @@ def _wants_gpus(engine: EngineConfig) -> bool:
     if engine.device == "auto":
         return engine.ops != "auto" or importlib.util.find_spec("batchinfer._gpu") is not None
     return engine.device not in ("cpu", "reference")
+
+
+def _on_cpu(engine: EngineConfig) -> bool:
+    """Whether the compiled kernels of the CPU will compute; false where that can't be known before the engine is
+    loaded."""
+    return engine.device == "cpu" or (engine.device == "auto" and not _wants_gpus(engine) and no_gpu())
 
 
 def _close(config: Config, opening: Opening, ledger: Ledger, counters: Counters, attempt: dict[str, Any]) -> int:

@@ -47,13 +47,25 @@ class LLM:
         self._engine = load_engine(whole.model, config, threads=config.threads, pool=pool_spec(whole))
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams | None = None, adapter: str | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams | None = None,
+        reasoning: bool = False,
+        adapter: str | None = None,
     ) -> list[Completion]:
         """Continue every prompt; completions in the order of the prompts, a bad prompt's with its ``error`` set.
-        ``adapter``: the name of the one that they go through; ValueError if there is none of this name."""
+        ``reasoning``: thoughts between the model's marks for them go to ``Sample.reasoning``. ``adapter``: the name of
+        the one that they go through; ValueError if there is none of this name."""
         sampling, number = sampling or SamplingParams(), None if adapter is None else self._adapters.index(adapter)
         return self._run(
-            Request(index, ids, sampling, seed=mix(mix(sampling.seed) ^ index), adapter=number)
+            Request(
+                index,
+                sampling.truncated(ids),
+                sampling,
+                seed=mix(mix(sampling.seed) ^ index),
+                adapter=number,
+                reasoning=reasoning,
+            )
             for index, ids in enumerate(self._encode(prompts))
         )
 

@@ -45,6 +45,8 @@ class Counters:
     pages_peak: int = 0
     preemptions: int = 0
     steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __add__(self, other: Counters) -> Counters:
@@ -96,6 +98,8 @@ class Meter:
                 pages_peak=stats.pages_peak,
                 preemptions=stats.preemptions,
                 steps=stats.steps,
+                drafted_tokens=stats.drafted_tokens,
+                accepted_tokens=stats.accepted_tokens,
                 seconds={name: round(s, 3) for name, s in {**self._seconds(), **stats.step_seconds}.items()},
             )
         return self._report
@@ -215,10 +219,18 @@ def stages(attempt: Counters, seconds: float) -> list[str]:
 
     cached = attempt.cached_prompt_tokens / max(attempt.prompt_tokens, 1)
     peak = attempt.pages_peak / max(attempt.pages_total, 1)
+    drafts = []
+    if attempt.drafted_tokens:
+        right = attempt.accepted_tokens / attempt.drafted_tokens
+        each = attempt.output_tokens / max(attempt.output_tokens - attempt.accepted_tokens, 1)
+        drafts = [
+            f"drafts     {right:.1%} of {attempt.drafted_tokens:,} tokens right, {each:.2f} tokens a sample and step"
+        ]
     own = [name for name in attempt.seconds if name not in (*WAITS, *BESIDE)]
     return [
         f"waited     {shares(WAITS)}",
         f"worked     {shares(BESIDE)}; engine: {shares(own)}",
         f"cache      {cached:.1%} of the prompt tokens found, {peak:.0%} of the KV pages used at most, "
         f"{attempt.preemptions:,} preemptions in {attempt.steps:,} steps",
+        *drafts,
     ]

@@ -51,6 +51,20 @@ CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
 """Fields of SamplingParams that describe what the text must be."""
 
 
+BEAM_FIELDS = (
+    "max_tokens",
+    "n",
+    "beam_width",
+    "length_penalty",
+    "stop_token_ids",
+    "ignore_eos",
+    "include_stop",
+    "skip_special_tokens",
+    "truncate_prompt_tokens",
+)
+"""Fields of SamplingParams that a beam search looks at."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to continue a prompt. The neutral value of every field switches that field off.
@@ -58,7 +72,12 @@ class SamplingParams:
     ``temperature`` 0 is greedy. ``logprobs`` is None (off) or the number of most likely alternatives to report
     beside the chosen token (0: the chosen token alone). ``seed`` is the run's seed; what a sample really draws
     from is ``Request.seed``. ``json_schema``, ``regex``, ``choice`` and ``grammar`` (Lark) each describe the whole
-    text; one of them at most.
+    text; one of them at most. ``bad_words`` are texts that a sample may not hold, ``logit_bias`` maps tokens to what is
+    added to their logits. Of ``best_of`` samples (0: n) the ``n`` whose tokens have the highest mean log-probability
+    are given, best first. ``beam_width`` above 0: the ``n`` best texts of a beam search, each sum of log-probabilities
+    divided by length ** ``length_penalty``. ``prompt_logprobs`` is like ``logprobs``, for the tokens of the prompt.
+    ``truncate_prompt_tokens``: a prompt is cut to its last so many tokens (0: it is not). ``include_stop``: the text
+    keeps the stop string or stop token that ended it; ``skip_special_tokens``: it leaves special tokens out.
     """
 
     max_tokens: int = 256
@@ -72,10 +91,20 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     seed: int = 0
     n: int = 1
+    best_of: int = 0
+    beam_width: int = 0
+    length_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] = field(default_factory=dict, hash=False)
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    truncate_prompt_tokens: int = 0
     json_schema: str = ""
     regex: str = ""
     choice: tuple[str, ...] = ()
@@ -95,21 +124,49 @@ class SamplingParams:
             "frequency_penalty": (-100.0, 100.0),
             "seed": (0, 2**63 - 1),
             "n": (1, 1024),
+            "beam_width": (0, 32),
+            "length_penalty": (-10.0, 10.0),
+            "truncate_prompt_tokens": (0, 2**27),
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if not low <= value <= high:  # also catches NaN
                 raise ValueError(f"{name}={value!r} is not allowed: {name} must lie in [{low:g}, {high:g}]")
-        if self.logprobs is not None and not 0 <= self.logprobs <= 64:
-            raise ValueError(f"logprobs={self.logprobs!r} is not allowed: give null, or a number from 0 to 64")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 64:
+                raise ValueError(f"{name}={value!r} is not allowed: give null, or a number from 0 to 64")
+        if self.best_of and not self.n <= self.best_of <= 1024:
+            raise ValueError(f"best_of={self.best_of!r} is not allowed: give 0, or a number from n={self.n} to 1024")
+        if self.beam_width:
+            self._check_beams()
         if any(not s for s in self.stop):
             raise ValueError("stop holds an empty string, which would stop before the first token: remove it")
+        if any(not word.strip() for word in self.bad_words):
+            raise ValueError("bad_words holds a text without a word: remove it")
+        for token, bias in self.logit_bias.items():
+            if not -100 <= bias <= 100:  # also catches NaN
+                raise ValueError(f"logit_bias[{token}]={bias!r} is not allowed: a bias must lie in [-100, 100]")
         given = [name for name in CONSTRAINTS if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{given[0]} and {given[1]} are both given, and a text follows one of them: remove one")
+        masks = [name for name in ("allowed_token_ids", "bad_words") if getattr(self, name)]
+        if given and masks:
+            raise ValueError(f"{given[0]} says which tokens may come next, and so does {masks[0]}: remove one")
         if given and (self.ignore_eos or self.min_tokens):
             other = "ignore_eos" if self.ignore_eos else "min_tokens"
             raise ValueError(f"{given[0]} ends the text where it is complete, which {other} forbids: remove one")
+
+    def _check_beams(self) -> None:
+        if self.n > self.beam_width:
+            raise ValueError(f"n={self.n} is not allowed: beam_width={self.beam_width} finds no more texts")
+        neutral, kept = SamplingParams(), (*BEAM_FIELDS, "seed")
+        for f in fields(self):
+            if f.name not in kept and getattr(self, f.name) != getattr(neutral, f.name):
+                raise ValueError(
+                    f"{f.name} and beam_width are both given, and a beam search goes by the model's probabilities "
+                    f"alone: remove one (beside beam_width it takes {', '.join(BEAM_FIELDS)})"
+                )
 
     @property
     def penalised(self) -> bool:
@@ -118,8 +175,27 @@ class SamplingParams:
 
     @property
     def constrained(self) -> bool:
-        """Whether the tokens so far decide which may come next."""
+        """Whether a grammar decides which tokens may come next."""
         return any(getattr(self, name) for name in CONSTRAINTS)
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the host must know all tokens so far before the next can be chosen."""
+        return self.penalised or self.constrained or bool(self.bad_words)
+
+    @property
+    def samples(self) -> int:
+        """How many are generated."""
+        return max(self.n, self.best_of)
+
+    @property
+    def computed_logprobs(self) -> int | None:
+        """``logprobs``, or what the choice of the best samples needs."""
+        return 0 if self.logprobs is None and self.samples > self.n else self.logprobs
+
+    def truncated(self, prompt: np.ndarray) -> np.ndarray:
+        """The tokens of a prompt that are used."""
+        return prompt[-self.truncate_prompt_tokens :] if self.truncate_prompt_tokens else prompt
 
 
 Pooling = Literal["last", "mean", "cls"]
@@ -154,12 +230,12 @@ class Request:
 
     ``id`` is opaque to the engine and comes back in the Completion. ``prompt`` is int32 [tokens], at least one.
     ``seed`` is a 64-bit hash of (run seed, row identity): sample ``i`` draws from hash(seed, i), so that its tokens do
-    not depend on batch, rank or restart. ``so_far``: the samples that an earlier attempt began, none or all n of them;
+    not depend on batch, rank or restart. ``so_far``: the samples that an earlier attempt began, none or all of them;
     the unfinished ones go on after their tokens. ``scored_from``: nothing is generated; the Completion's one sample is
     the prompt from this index on (at least 1), with the log-probability of each of its tokens. ``group``: requests of
-    one number, not 0, are expected to get answers of like lengths. ``adapter``: the number of the model's adapter that
-    it goes through, None for the base model. ``second_from``: where the second text of a pair begins, which some
-    encoders are told.
+    one number, not 0, are expected to get answers of like lengths. ``reasoning``: what the model marks as its thoughts
+    is kept apart from the text. ``adapter``: the number of the model's adapter that it goes through, None for the base
+    model. ``second_from``: where the second text of a pair begins, which some encoders are told.
     """
 
     id: int
@@ -169,6 +245,7 @@ class Request:
     so_far: tuple[Sample, ...] = ()
     scored_from: int | None = None
     group: int = 0
+    reasoning: bool = False
     adapter: int | None = None
     second_from: int | None = None
 
@@ -192,24 +269,27 @@ class Sample:
     what :class:`PoolSpec` makes of the prompt. "" while it is unfinished, and then there is no text yet.
 
     ``token_ids`` (int32) ends with the stop token where there was one; ``text`` holds neither that nor the
-    stop string.
+    stop string, unless ``include_stop`` says so. ``reasoning`` is None where no thoughts were asked for or marked.
     """
 
     token_ids: np.ndarray
     text: str
     finish_reason: str
     logprobs: Logprobs | None = None
+    reasoning: str | None = None
     vector: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What became of a Request: ``samples`` (n of them, in sample order) or ``error``; both if it was abandoned."""
+    """What became of a Request: ``samples`` (n of them, in sample order or best first) or ``error``; both if it was
+    abandoned. ``prompt_logprobs``, if asked for, are of the prompt's tokens after the first."""
 
     id: int
     prompt_tokens: int
     samples: tuple[Sample, ...] = ()
     error: RowError | None = None
+    prompt_logprobs: Logprobs | None = None
 
     @property
     def finished(self) -> bool:
@@ -259,11 +339,14 @@ class EngineStats:
     cached_prompt_tokens: int = 0
     output_tokens: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0  # guessed and computed (engine.lookup)
+    accepted_tokens: int = 0  # of them, those that were right
     running: int = 0  # sequences that hold a slot now
     waiting: int = 0  # sequences admitted later
     pages_used: int = 0  # now, evictable cached pages not counted
     pages_peak: int = 0  # most after a step
     pages_total: int = 0
+    weight_bytes: int = 0  # memory of the packed weights, shared with other ranks or not
     decode: StepWork = field(default_factory=StepWork)  # steps that only decode
     prefill: StepWork = field(
         default_factory=StepWork

@@ -1,72 +1,23 @@
-# _gpu: the ops for NVIDIA GPUs, as a module of its own, so that the CPU extension neither needs nor links the CUDA runtime.
-#
-# Architectures: -DCMAKE_CUDA_ARCHITECTURES, else what this nvcc knows of 7.0 to 10.0. CUDA 13 no longer compiles for 7.0;
-# the newest also travels as PTX, for GPUs that come later. 9.0 is always built as 90a, which has the warpgroup products of
-# attention_prefill_sm90.cu and runs on every GPU of 9.0 (from CUDA 12 on).
-function(batchinfer_cuda_architectures out)
-  execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known ERROR_QUIET)
-  set(chosen "")
-  set(missing "")
-  set(newest "")
-  foreach(arch IN ITEMS 70 75 80 86 89 90 100)
-    if(known MATCHES "compute_${arch}\n")
-      list(APPEND chosen "${arch}-real")
-      set(newest "${arch}")
-    else()
-      list(APPEND missing "${arch}")
-    endif()
-  endforeach()
-  if(NOT chosen) # a compiler without --list-gpu-arch
-    set(chosen "80-real" "90-real")
-    set(newest "90")
-  elseif(missing)
-    message(STATUS "batchinfer: this nvcc has no code for compute capability ${missing}; left out")
+# _gpu: the ops for GPUs, as a module of its own, so that the CPU extension neither needs nor links a vendor's runtime.
+# One source for all vendors (csrc/gpu/vendor.h), compiled as `language` for its CMAKE_<language>_ARCHITECTURES.
+function(batchinfer_add_gpu language vendor)
+  set(architectures "${CMAKE_${language}_ARCHITECTURES}")
+  set(toolkit "${BATCHINFER_TOOLKIT_VERSION}")
+  if(NOT toolkit)
+    set(toolkit "${CMAKE_${language}_COMPILER_VERSION}")
   endif()
-  list(APPEND chosen "${newest}-virtual")
-  set(${out} "${chosen}" PARENT_SCOPE)
-endfunction()
-
-# A macro, to be called from the top CMakeLists.txt: enable_language leaves its variables in the caller's scope.
-macro(batchinfer_add_cuda)
-  batchinfer_find_nvcc(BATCHINFER_NVCC)
-  if(NOT BATCHINFER_NVCC)
-    message(FATAL_ERROR "BATCHINFER_DEVICE=cuda: there is no CUDA compiler in CUDACXX, CUDA_HOME/bin or PATH. Load the "
-                        "CUDA module of this site, or build for the CPU: BATCHINFER_DEVICE=cpu pip install .")
-  endif()
-  set(CMAKE_CUDA_COMPILER "${BATCHINFER_NVCC}")
-  if(NOT CMAKE_CUDA_ARCHITECTURES)
-    # enable_language would store a default of its own, and hide that none was given.
-    set(CMAKE_CUDA_ARCHITECTURES OFF)
-    set(BATCHINFER_CHOOSES_ARCHITECTURES ON)
-  endif()
-  enable_language(CUDA)
-  if(BATCHINFER_CHOOSES_ARCHITECTURES)
-    batchinfer_cuda_architectures(CMAKE_CUDA_ARCHITECTURES)
-  endif()
-  batchinfer_add_gpu()
-endmacro()
-
-function(batchinfer_add_gpu)
-  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.0) # 11.8 knows 9.0 but not 90a: the general kernels then
-    list(TRANSFORM CMAKE_CUDA_ARCHITECTURES REPLACE "^90(-real)?$" "90a-real")
-  endif()
-  message(STATUS "batchinfer: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
+  message(STATUS "batchinfer: ${language} ${toolkit} for ${architectures}")
   file(GLOB sources CONFIGURE_DEPENDS csrc/gpu/*.cu)
+  set_source_files_properties(${sources} PROPERTIES LANGUAGE ${language})
   add_library(batchinfer_gpu STATIC ${sources})
   target_include_directories(batchinfer_gpu PUBLIC csrc csrc/include)
-  target_compile_options(batchinfer_gpu PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall>")
-  if("90a-real" IN_LIST CMAKE_CUDA_ARCHITECTURES)
-    target_compile_definitions(batchinfer_gpu PRIVATE BATCHINFER_SM90A)
-  endif()
   set_target_properties(batchinfer_gpu PROPERTIES
-    CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}" CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON
-    CUDA_RUNTIME_LIBRARY Static POSITION_INDEPENDENT_CODE ON)
+    ${language}_ARCHITECTURES "${architectures}" ${language}_STANDARD 17 ${language}_STANDARD_REQUIRED ON
+    POSITION_INDEPENDENT_CODE ON)
   pybind11_add_module(_gpu csrc/bindings/gpu.cpp)
   target_link_libraries(_gpu PRIVATE batchinfer_gpu)
-  list(JOIN CMAKE_CUDA_ARCHITECTURES " " architectures)
-  target_compile_definitions(_gpu PRIVATE BATCHINFER_GPU_VENDOR="cuda"
-                             BATCHINFER_GPU_TOOLKIT="${CMAKE_CUDA_COMPILER_VERSION}"
+  list(JOIN architectures " " architectures)
+  target_compile_definitions(_gpu PRIVATE BATCHINFER_GPU_VENDOR="${vendor}" BATCHINFER_GPU_TOOLKIT="${toolkit}"
                              BATCHINFER_GPU_ARCHITECTURES="${architectures}")
-  set_target_properties(_gpu PROPERTIES CUDA_RUNTIME_LIBRARY Static)
   install(TARGETS _gpu LIBRARY DESTINATION batchinfer)
 endfunction()

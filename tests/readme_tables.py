@@ -43,6 +43,8 @@ def _device_of(test: ast.FunctionDef) -> str:
     fixtures = {argument.arg for argument in test.args.args}
     if "real_gpu" in fixtures:
         return " (needs a GPU: not in CI)"
+    if "quick_gpu" in fixtures:
+        return " (needs a GPU: in CI with SYCL's kernels alone)"
     return " (emulated in CI)" if "gpu" in fixtures else ""
 
 

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from batchinfer.__main__ import compose, config_folder
@@ -52,6 +53,7 @@ def test_every_group_option_is_a_valid_configuration(option: str) -> None:
 
 def test_a_configuration_survives_json() -> None:
     changes = {"sampling.stop": ("\n", "ü"), "sampling.logprobs": 3, "input.sampling_columns": {"n": "count"}}
+    changes |= {"sampling.logit_bias": {5: 1.5, 70: -3.0}, "sampling.bad_words": ("no", "never")}
     config = config_with(changes)
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
     hash(config.sampling)  # shared by requests
@@ -69,6 +71,16 @@ def test_missing_paths_are_named_together() -> None:
     check(Config(), required=())
 
 
+def test_a_mapping_of_tokens_on_the_command_line() -> None:
+    config = compose(["sampling.logit_bias={50256: -5, 11: 2.5}", "sampling.bad_words=[no, 'as an AI']"])
+    assert config.sampling.logit_bias == {50256: -5.0, 11: 2.5}
+    assert config.sampling.bad_words == ("no", "as an AI")
+    again = yaml.safe_load(OmegaConf.to_yaml(to_dict(config)))
+    assert from_dict(again).sampling == config.sampling
+    with pytest.raises(JobError, match="a mapping of tokens to numbers"):
+        compose(["sampling.logit_bias={word: 1}"])
+
+
 SCORE = {"task.name": "score", "input.continuation_column": "y"}
 RERANK = {"task.name": "rerank", "input.query_column": "q", "input.document_column": "d"}
 
@@ -78,7 +90,15 @@ RERANK = {"task.name": "rerank", "input.query_column": "q", "input.document_colu
     [
         ({"engine.dtype": "fp16"}, "engine.dtype='fp16' is not allowed: it must be one of auto, bf16, fp32"),
         ({"engine.device": "gpu0"}, "engine.device='gpu0' is not allowed: it must be one of auto, cpu"),
+        ({"output.reasoning": "on"}, "output.reasoning='on' is not allowed: it must be one of off, auto"),
+        ({**SCORE, "output.reasoning": "auto"}, "the task score generates no text"),
+        ({"engine.lookup": 65}, "engine.lookup=65 is not allowed: it must be a whole number in [0, 64]"),
+        ({"engine.lookup": 4, "engine.device": "cuda"}, "drafts are computed on the CPU only as yet"),
+        ({"sampling.best_of": 2, "sampling.n": 3}, "sampling.best_of=2 is not allowed"),
+        ({"sampling.logit_bias": {3: 200.0}}, "sampling.logit_bias[3]=200.0 is not allowed"),
         ({"engine.device": "cpu", "engine.ops": "triton"}, "of a GPU, and engine.device is cpu"),
+        ({"engine.device": "cuda", "engine.weights": "int8"}, "it is for the CPU, and engine.device is cuda"),
+        ({"engine.weights": "keep", "model.dummy_weights": True}, "has no file whose weights could be kept"),
         ({"output.compression": "brotli"}, "one of zstd, snappy, lz4, gzip, none"),
         ({"cluster.mpi": "True"}, 'in a YAML file write "on" and "off" in quotes'),
         ({"output.rows_per_chunk": 0}, "output.rows_per_chunk=0 is not allowed: it must be a whole number in [1, "),

@@ -125,3 +125,10 @@ def test_the_summary_tells_who_waited_for_whom() -> None:
         "worked     read 3.0%, tokenise 4.5%, commit 1.0%; engine: schedule 0.2%, forward 75.0%",
         "cache      38.0% of the prompt tokens found, 90% of the KV pages used at most, 3 preemptions in 7 steps",
     ]
+
+
+@pytest.mark.feature("job", "the summary tells how many draft tokens were right (engine.lookup)")
+def test_the_summary_tells_of_drafts() -> None:
+    counters = Counters(steps=10, output_tokens=300, drafted_tokens=2000, accepted_tokens=100)
+    assert stages(counters, 1.0)[3:] == ["drafts     5.0% of 2,000 tokens right, 1.50 tokens a sample and step"]
+    assert len(stages(Counters(steps=10, output_tokens=300), 1.0)) == 3

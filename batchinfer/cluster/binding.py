@@ -28,21 +28,23 @@ PCI = Path("/sys/bus/pci/devices")
 @dataclass(frozen=True)
 class Place:
     """One rank's. ``cpus`` it may run on, and the NUMA domains ``numa`` in which they lie. ``gpu`` is the PCI address
-    of the GPU that it will use, which lies in domain ``gpu_numa`` (None where unknown); "" if it uses none."""
+    of the GPU that it will use, which lies in domain ``gpu_numa`` (None where unknown); "" if it uses none. ``shares``:
+    it computes on the CPU, and may do so with weights that another rank has packed (sharing.py)."""
 
     host: str
     cpus: tuple[int, ...]
     numa: tuple[int, ...] = ()
     gpu: str = ""
     gpu_numa: int | None = None
+    shares: bool = False
 
 
-def place(host: str, local_rank: int, gpus: bool) -> Place:
+def place(host: str, local_rank: int, gpus: bool, shares: bool = False) -> Place:
     """This process's. ``gpus``: the engine may use GPUs. JobError(69) for visibility variables that contradict."""
     cpus = tuple(sorted(os.sched_getaffinity(0)))
     numa = numa_of(cpus, {int(path.name[4:]): _read(path / "cpulist") for path in NODES.glob("node[0-9]*")})
     if not gpus:
-        return Place(host, cpus, numa)
+        return Place(host, cpus, numa, shares=shares)
     check_visibility(os.environ)
     visible = _visible_gpus()
     gpu = visible[gpu_index(local_rank, len(visible))] if visible else ""

@@ -14,8 +14,8 @@ class Links:
     children: tuple[int, ...] = ()
 
 
-def tree(hosts: Sequence[str], hosts_per_reader: int) -> list[Links]:
-    """Links of the ranks 0, 1, ..., which run on ``hosts``.
+def tree(hosts: Sequence[str | None], hosts_per_reader: int) -> list[Links]:
+    """Links of the ranks 0, 1, ..., which run on ``hosts``; those of None are no part of the tree.
 
     The first rank of every ``hosts_per_reader`` hosts reads. Binary trees: one over the first ranks of the hosts, and
     one in each host, so that the data crosses the network once per host, and a rank has four children at most. (A
@@ -25,6 +25,8 @@ def tree(hosts: Sequence[str], hosts_per_reader: int) -> list[Links]:
         return [Links() for _ in hosts]
     on_host: dict[str, list[int]] = {}
     for rank, host in enumerate(hosts):
+        if host is None:
+            continue
         on_host.setdefault(host, []).append(rank)
     firsts = [ranks[0] for ranks in on_host.values()]
     groups = [firsts[i : i + hosts_per_reader] for i in range(0, len(firsts), hosts_per_reader)]

@@ -51,6 +51,19 @@ class Sized(Protocol):
 B = TypeVar("B", bound=Sized)
 
 
+class Sharing(Protocol):
+    """A rank's end of the packed weights that the ranks of a node share (sharing.py)."""
+
+    leads: bool
+    """Whether it is this rank that packs them."""
+
+    def take(self) -> tuple[int | None, Loaded | None]:
+        """The descriptor of the memory and what was loaded into it; None: this rank packs for itself."""
+
+    def give(self, fd: int, loaded: Loaded | None) -> None:
+        """Hand the memory on."""
+
+
 class LoadingStopped(Exception):
     """``stop()`` has become true."""
 
@@ -58,19 +71,21 @@ class LoadingStopped(Exception):
 @dataclass(frozen=True)
 class Loaded:
     """What a rank has loaded: ``bytes`` in ``seconds``, of which it ``read`` so many from files itself. ``digest``:
-    SHA-256 (hex) over the SHA-256s of the blocks. ``readers`` of the ``ranks`` that loaded together read files."""
+    SHA-256 (hex) over the SHA-256s of the blocks. ``readers`` of the ``ranks`` that loaded together read files, and
+    ``packers`` of them packed the weights (0: each for itself)."""
 
     bytes: int
     seconds: float
     read: int
     digest: str
     readers: int = 1
+    packers: int = 0
     ranks: int = 1
 
     def __str__(self) -> str:
         rate = self.bytes / max(self.seconds, 1e-9) / 1e9
-        times = "once" if self.readers == 1 else f"{self.readers} times"
-        by = f", read {times} for {self.ranks} ranks" if self.ranks > 1 else ""
+        by = f", read {_times(self.readers)} for {self.ranks} ranks" if self.ranks > 1 else ""
+        by += f", packed {_times(self.packers)}" if 0 < self.packers < self.ranks else ""
         return f"weights {self.bytes / 1e9:.2f} GB in {self.seconds:.1f} s ({rate:.2f} GB/s){by}"
 
 
@@ -89,13 +104,20 @@ class Block:
 class WeightStream:
     """One rank's end; a ``models.files.Source``. Every rank of the tree closes it (``with``), used or not.
 
-    ``stop``: asked between two blocks; true raises LoadingStopped. ``channel`` may be None without links. ``loaded`` is
-    None before the last block.
+    ``stop``: asked between two blocks; true raises LoadingStopped. ``channel`` may be None without links. ``sharing``:
+    this rank's end of what the ranks of a node share, None where it shares nothing. ``loaded`` is None before the last
+    block, or before the memory of another rank is taken.
     """
 
-    def __init__(self, links: Links, channel: Channel | None = None, stop: Callable[[], bool] = lambda: False):
+    def __init__(
+        self,
+        links: Links,
+        channel: Channel | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        sharing: Sharing | None = None,
+    ):
         self._near = Neighbours(links, channel)
-        self._stop = stop
+        self._stop, self._sharing = stop, sharing
         self._blocks: list[Block] = []
         self._free: list[Buffer] = []
         self._ending = Event()
@@ -119,6 +141,20 @@ class WeightStream:
         self._near.give_up()
         self._reader.shutdown(wait=False)
         self._hasher.shutdown(wait=False)
+
+    @property
+    def shares(self) -> bool:
+        return self._sharing is not None and self._sharing.leads
+
+    def take(self) -> int | None:
+        """The descriptor of the memory in which another rank has packed the weights; None: there is none to be had."""
+        fd, loaded = self._sharing.take() if self._sharing else (None, None)
+        self.loaded = self.loaded or loaded
+        return fd
+
+    def give(self, fd: int) -> None:
+        """Hand on the memory in which this rank has packed the weights."""
+        self._sharing.give(fd, self.loaded)
 
     def value(self, make: Callable[[], T]) -> T:
         """On all ranks what ``make`` returns on the one that reads; anything that pickle takes. Raises its JobError."""
@@ -280,6 +316,10 @@ class WeightStream:
             self._near.attend()
             time.sleep(pause)
             pause = min(1.5 * pause, LONGEST_PAUSE)
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _sha256(data: Buffer) -> bytes:

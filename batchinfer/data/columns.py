@@ -64,6 +64,10 @@ MESSAGES = Kind("list<struct<role: string, content: string>>", _is_messages)
 TOKEN_IDS = Kind("a list of integers", _is_list_of(pa.types.is_integer))
 NUMBER = Kind("an integer or floating-point number", _is_number)
 BOOLEAN = Kind("boolean", pa.types.is_boolean)
+BIASES = Kind(
+    "map<integer, number>",
+    lambda kind: pa.types.is_map(kind) and pa.types.is_integer(kind.key_type) and _is_number(kind.item_type),
+)
 STOP = Kind("string, or a list of strings", lambda kind: _is_text(kind) or _is_list_of(_is_text)(kind))
 ANY = Kind("of any type", lambda kind: True)
 
@@ -76,6 +80,11 @@ SAMPLING_KINDS = {field.name: NUMBER for field in fields(SamplingParams)} | {
     "grammar": TEXT,
     "stop": STOP,
     "stop_token_ids": TOKEN_IDS,
+    "allowed_token_ids": TOKEN_IDS,
+    "bad_words": STOP,
+    "logit_bias": BIASES,
+    "include_stop": BOOLEAN,
+    "skip_special_tokens": BOOLEAN,
 }
 
 

@@ -49,11 +49,13 @@ RECORDS = pa.schema(
                         ("text", pa.string()),
                         ("finish_reason", pa.string()),
                         ("logprobs", LOGPROBS),
+                        ("reasoning", pa.string()),
                         ("vector", pa.list_(pa.float32())),
                     ]
                 )
             ),
         ),
+        ("prompt_logprobs", LOGPROBS),
     ]
 )
 """One record: a Completion without an error. An empty finish_reason: the sample goes on after its tokens."""
@@ -157,7 +159,9 @@ def resume(rows: Sequence[Request | Completion], known: Mapping[int, Completion]
 
     def one(row: Request | Completion) -> Request | Completion:
         record = known.get(row.id)
-        if isinstance(row, Completion) or record is None or len(record.samples) != row.sampling.n:
+        if isinstance(row, Completion) or record is None:
+            return row
+        if len(record.samples) != (row.sampling.n if record.finished else row.sampling.samples):
             return row
         if record.finished:
             return record
@@ -173,6 +177,7 @@ def encode(plan: str, index: int, completions: Sequence[Completion]) -> bytes:
         pa.array([c.id for c in completions], pa.uint64()),
         pa.array([c.prompt_tokens for c in completions], pa.int32()),
         pa.array([[_sample_value(s) for s in c.samples] for c in completions], RECORDS.field("samples").type),
+        pa.array([logprobs_value(c.prompt_logprobs) for c in completions], LOGPROBS),
     ]
     schema = RECORDS.with_metadata({"plan": plan, "chunk": str(index)})
     sink = pa.BufferOutputStream()
@@ -202,7 +207,9 @@ def _completions(payload: bytes, wanted: dict[bytes, bytes]) -> Iterator[Complet
             return
         rows = stream.read_all().to_pylist()
     for row in rows:
-        yield Completion(row["id"], row["prompt_tokens"], tuple(_sample(value) for value in row["samples"]))
+        samples = tuple(_sample(value) for value in row["samples"])
+        prompt_logprobs = _logprobs(row["prompt_logprobs"])
+        yield Completion(row["id"], row["prompt_tokens"], samples, prompt_logprobs=prompt_logprobs)
 
 
 def _sample_value(sample: Sample) -> dict[str, object]:
@@ -211,21 +218,30 @@ def _sample_value(sample: Sample) -> dict[str, object]:
         "text": sample.text,
         "finish_reason": sample.finish_reason,
         "logprobs": logprobs_value(sample.logprobs),
+        "reasoning": sample.reasoning,
         "vector": sample.vector,
     }
 
 
 def _sample(value: dict) -> Sample:
-    logprobs, tokens = value["logprobs"], np.array(value["token_ids"], np.int32)
-    if logprobs is not None:
-        shape = (len(tokens), -1 if len(tokens) else 0)
-        logprobs = Logprobs(
-            chosen=np.array(logprobs["chosen"], np.float32),
-            top_ids=np.array(logprobs["top_ids"], np.int32).reshape(shape),
-            top=np.array(logprobs["top"], np.float32).reshape(shape),
-        )
+    tokens = np.array(value["token_ids"], np.int32)
     vector = None if value["vector"] is None else np.array(value["vector"], np.float32)
-    return Sample(tokens, value["text"], value["finish_reason"], logprobs, vector)
+    return Sample(
+        tokens, value["text"], value["finish_reason"], _logprobs(value["logprobs"]), value["reasoning"], vector
+    )
+
+
+def _logprobs(value: dict | None) -> Logprobs | None:
+    """The inverse of :func:`batchinfer.data.results.logprobs_value`."""
+    if value is None:
+        return None
+    tokens = len(value["chosen"])
+    shape = (tokens, -1 if tokens else 0)
+    return Logprobs(
+        chosen=np.array(value["chosen"], np.float32),
+        top_ids=np.array(value["top_ids"], np.int32).reshape(shape),
+        top=np.array(value["top"], np.float32).reshape(shape),
+    )
 
 
 def _fullness(completion: Completion) -> tuple[bool, int, int]:

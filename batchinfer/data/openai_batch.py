@@ -29,11 +29,16 @@ SAMPLING: dict[str, tuple[str, pa.DataType, Any]] = {
     "top_k": ("top_k", pa.int64(), int),
     "min_p": ("min_p", pa.float64(), NUMBERS),
     "n": ("n", pa.int64(), int),
+    "best_of": ("best_of", pa.int64(), int),
     "seed": ("seed", pa.int64(), int),
     "presence_penalty": ("presence_penalty", pa.float64(), NUMBERS),
     "frequency_penalty": ("frequency_penalty", pa.float64(), NUMBERS),
     "repetition_penalty": ("repetition_penalty", pa.float64(), NUMBERS),
     "ignore_eos": ("ignore_eos", pa.bool_(), bool),
+    "logit_bias": ("logit_bias", pa.map_(pa.int64(), pa.float64()), dict),
+    "include_stop_str_in_output": ("include_stop", pa.bool_(), bool),
+    "skip_special_tokens": ("skip_special_tokens", pa.bool_(), bool),
+    "truncate_prompt_tokens": ("truncate_prompt_tokens", pa.int64(), int),
 }
 """Key of a body -> (sampling field, its column's type, the types that JSON may give)."""
 
@@ -44,8 +49,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none",),
-    "logit_bias": ({},),
-    "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
 }
@@ -123,7 +126,7 @@ def _sampling(place: str, rest: dict[str, Any], url: str) -> dict[str, Any]:
     for key, (field, _, kinds) in SAMPLING.items():
         value = _take(place, rest, key, kinds)
         if value is not None:
-            row[f"sampling_{field}"] = value
+            row[f"sampling_{field}"] = _biases(place, value) if kinds is dict else value
     stop = _take(place, rest, "stop", (str, list))
     if stop is not None:
         row["sampling_stop"] = [stop] if isinstance(stop, str) else stop
@@ -132,6 +135,14 @@ def _sampling(place: str, rest: dict[str, Any], url: str) -> dict[str, Any]:
     if logprobs is not None and logprobs is not False:
         row["sampling_logprobs"] = (top or 0) if url == CHAT else logprobs
     return row
+
+
+def _biases(place: str, value: dict[str, Any]) -> list[tuple[int, float]]:
+    """JSON's keys are texts."""
+    try:
+        return [(int(token), float(bias)) for token, bias in value.items()]
+    except (ValueError, TypeError):
+        raise _refused(place, f"body.logit_bias={value!r} must map token ids to numbers") from None
 
 
 def _take(place: str, rest: dict[str, Any], key: str, kinds: Any) -> Any:
@@ -191,14 +202,16 @@ def result_line(row: dict[str, Any], number: int, job: JobFacts) -> dict[str, An
         return {**line, "error": {"code": code, "message": message}}
     prompt_tokens = generated.pop(2)
     texts, reasons, counts = (value if isinstance(value, list) else [value] for value in generated)
+    thoughts = row.get(job.prefix + "reasoning")
+    thoughts = thoughts if isinstance(thoughts, list) else [thoughts] * len(texts)
     choices = [
         {
             "index": i,
-            **({"message": {"role": "assistant", "content": text}} if job.chat else {"text": text}),
+            **({"message": _answer(text, thought)} if job.chat else {"text": text}),
             "logprobs": None,
             "finish_reason": reason,
         }
-        for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))
+        for i, (text, reason, thought) in enumerate(zip(texts, reasons, thoughts, strict=True))
     ]
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": sum(counts)}
     body = {
@@ -210,3 +223,8 @@ def result_line(row: dict[str, Any], number: int, job: JobFacts) -> dict[str, An
         "usage": {**usage, "total_tokens": sum(usage.values())},
     }
     return {**line, "response": {"status_code": 200, "request_id": identity, "body": body}, "error": None}
+
+
+def _answer(text: str, thoughts: str | None) -> dict[str, str]:
+    """``reasoning`` is not OpenAI's, but where vLLM has it."""
+    return {"role": "assistant", "content": text} | ({} if thoughts is None else {"reasoning": thoughts})

@@ -50,12 +50,14 @@ class PromptBuilder:
         tokenizer: Tokenizer,
         max_model_len: int,
         run_seed: int,
+        reasoning: bool = False,
         rerank: RerankConfig | None = None,
         adapters: Iterable[str] = (),
     ):
         """``sampling`` holds for every field that a row does not override, with ``run_seed`` for its seed;
-        ``max_model_len`` counts prompt and new tokens together. ``rerank`` makes prompts of pairs, if those are what
-        ``config`` asks for. JobError(64) if it has no or several prompt sources, or a template that does not parse."""
+        ``max_model_len`` counts prompt and new tokens together; ``reasoning`` is that of every Request. ``rerank``
+        makes prompts of pairs, if those are what ``config`` asks for. JobError(64) if it has no or several prompt
+        sources, or a template that does not parse."""
         self._source = prompt_source(config)
         self._pair_prompts = None
         if self._source.kind == "query_column":
@@ -67,6 +69,7 @@ class PromptBuilder:
         self._sampling = replace(sampling, seed=run_seed)
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
+        self._reasoning = reasoning
 
     @staticmethod
     def of(config: Config, tokenizer: Tokenizer, max_model_len: int) -> PromptBuilder:
@@ -78,6 +81,7 @@ class PromptBuilder:
             tokenizer,
             max_model_len,
             run_seed=config.sampling.seed,
+            reasoning=config.output.reasoning != "off",
             rerank=config.rerank,
             adapters=config.model.adapters,
         )
@@ -106,6 +110,8 @@ class PromptBuilder:
     ) -> Request | Completion:
         if isinstance(prompt, RowError):
             return Completion(row, 0, error=prompt)
+        if isinstance(sampling, SamplingParams):
+            prompt = sampling.truncated(prompt)
         length = len(prompt)
         if length == 0:
             return Completion(row, 0, error=RowError(ErrorCode.EMPTY_PROMPT, "the prompt has no tokens"))
@@ -114,7 +120,7 @@ class PromptBuilder:
             return Completion(row, length, error=RowError(ErrorCode.PROMPT_TOO_LONG, reason))
         if isinstance(sampling, RowError):
             return Completion(row, length, error=sampling)
-        return Request(row, prompt, sampling, row_seed(sampling.seed, row))
+        return Request(row, prompt, sampling, row_seed(sampling.seed, row), reasoning=self._reasoning)
 
     def _pair(self, row: int, pair: tuple[np.ndarray, int | None] | RowError) -> Request | Completion:
         if isinstance(pair, RowError):

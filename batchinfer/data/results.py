@@ -35,12 +35,15 @@ LOGPROBS = pa.struct(
 class ResultOptions:
     """What the output holds. ``columns`` None passes all input columns through. ``many``: rows may have several
     samples, so what belongs to a sample is a list column, in sample order, in every row. ``scored``: rows have the
-    log-probability of a continuation that was given. ``pool``: they have what is made of a vector for the ``task``."""
+    log-probability of a continuation that was given. ``reasoning``: thoughts are apart from the text. ``pool``: rows
+    have what is made of a vector for the ``task``."""
 
     columns: tuple[str, ...] | None = None
     prefix: str = ""
     token_ids: bool = False
     logprobs: bool = False
+    prompt_logprobs: bool = False
+    reasoning: bool = False
     many: bool = False
     scored: bool = False
     task: str = "generate"
@@ -60,6 +63,8 @@ class ResultOptions:
             prefix=output.prefix,
             token_ids=output.token_ids,
             logprobs=sampling.logprobs is not None or "logprobs" in overridden,
+            prompt_logprobs=sampling.prompt_logprobs is not None or "prompt_logprobs" in overridden,
+            reasoning=output.reasoning != "off",
             many=sampling.n > 1 or "n" in overridden,
             scored=input.continuation_column is not None,
             task=task,
@@ -137,6 +142,7 @@ def generated_columns(options: ResultOptions) -> list[Column]:
         return [replace(column, name=options.prefix + column.name) for column in special]
     columns = [
         of_sample("generated_text", pa.string(), lambda s: s.text),
+        *([of_sample("reasoning", pa.string(), lambda s: s.reasoning)] if options.reasoning else []),
         of_sample("finish_reason", pa.string(), lambda s: s.finish_reason or None),
         Column("prompt_tokens", pa.int32(), lambda c: c.prompt_tokens),
         of_sample("completion_tokens", pa.int32(), lambda s: len(s.token_ids)),
@@ -145,6 +151,8 @@ def generated_columns(options: ResultOptions) -> list[Column]:
         columns.append(of_sample("token_ids", pa.list_(pa.int32()), lambda s: s.token_ids))
     if options.logprobs:
         columns.append(of_sample("logprobs", LOGPROBS, lambda s: logprobs_value(s.logprobs)))
+    if options.prompt_logprobs:
+        columns.append(Column("prompt_logprobs", LOGPROBS, lambda c: logprobs_value(c.prompt_logprobs)))
     columns += STATUS
     return [replace(column, name=options.prefix + column.name) for column in columns]
 

@@ -52,7 +52,7 @@ class EarlierOutput:
                 is_ = table.schema.field(name).type if name in table.column_names else "absent"
                 raise JobError(
                     f"column {name!r} must be {kind} and is {is_} in {self._ledger.path}: rows are taken over from an "
-                    "output with the same output.prefix, output.token_ids, sampling.n and sampling.logprobs",
+                    "output with the same output.prefix, output.token_ids, output.reasoning, sampling.n and logprobs",
                     ExitCode.USAGE,
                 )
         prefix = self._options.prefix
@@ -65,10 +65,11 @@ class EarlierOutput:
         return found
 
     def _completion(self, row: int, values: dict[str, Any]) -> Completion:
-        names = ("generated_text", "finish_reason", "completion_tokens", "token_ids", "logprobs")
+        names = ("generated_text", "finish_reason", "completion_tokens", "token_ids", "logprobs", "reasoning")
         columns = {name: values[name] if self._options.many else [values[name]] for name in names if name in values}
         each = [dict(zip(columns, of_sample, strict=True)) for of_sample in zip(*columns.values(), strict=True)]
-        return Completion(row, values["prompt_tokens"], tuple(_sample(value) for value in each))
+        samples, of_prompt = tuple(_sample(value) for value in each), _logprobs(values.get("prompt_logprobs"))
+        return Completion(row, values["prompt_tokens"], samples, prompt_logprobs=of_prompt)
 
 
 def _pieces(plan: Plan) -> list[tuple[str, int, int]]:
@@ -79,7 +80,9 @@ def _sample(value: dict[str, Any]) -> Sample:
     """Without a column of token ids only their number is known, and nothing else is written of them."""
     ids = value.get("token_ids")
     tokens = np.zeros(value["completion_tokens"], np.int32) if ids is None else np.array(ids, np.int32)
-    logprobs = value.get("logprobs")
-    if logprobs is not None:
-        logprobs = Logprobs(*(np.array(logprobs[name], kind) for name, kind in _LOGPROBS.items()))
-    return Sample(tokens, value["generated_text"], value["finish_reason"], logprobs)
+    logprobs = _logprobs(value.get("logprobs"))
+    return Sample(tokens, value["generated_text"], value["finish_reason"], logprobs, value.get("reasoning"))
+
+
+def _logprobs(value: dict[str, Any] | None) -> Logprobs | None:
+    return None if value is None else Logprobs(*(np.array(value[name], kind) for name, kind in _LOGPROBS.items()))

@@ -12,7 +12,23 @@ from batchinfer.data.reader import Unreadable, python_values
 from batchinfer.types import ErrorCode, RowError, SamplingParams
 
 TEXT_FIELDS = frozenset(("json_schema", "regex", "grammar"))
-INTEGER_FIELDS = frozenset(("max_tokens", "min_tokens", "top_k", "seed", "n", "logprobs"))
+TEXTS_FIELDS = frozenset(("stop", "choice", "bad_words"))
+IDS_FIELDS = frozenset(("stop_token_ids", "allowed_token_ids"))
+FLAGS = frozenset(("ignore_eos", "include_stop", "skip_special_tokens"))
+INTEGER_FIELDS = frozenset(
+    (
+        "max_tokens",
+        "min_tokens",
+        "top_k",
+        "seed",
+        "n",
+        "best_of",
+        "beam_width",
+        "logprobs",
+        "prompt_logprobs",
+        "truncate_prompt_tokens",
+    )
+)
 
 
 def row_samplings(
@@ -46,17 +62,21 @@ def _coerce(field: str, value: Any) -> Any:
         raise ValueError(f"{field} cannot be read: {value.reason}")
     if field in TEXT_FIELDS:
         return _text(field, value)
-    if field in ("stop", "choice"):
+    if field in TEXTS_FIELDS:
         return tuple(_text(field, text) for text in (value if isinstance(value, list) else [value]))
-    if field == "stop_token_ids":
+    if field in IDS_FIELDS:
         if any(item is None for item in value):
             raise ValueError(f"{field}={value!r} is not allowed: the list holds a null")
         return tuple(value)
+    if field == "logit_bias":
+        if any(bias is None for _, bias in value):
+            raise ValueError(f"{field}={value!r} is not allowed: the map holds a null")
+        return {token: float(bias) for token, bias in value}
     if field in INTEGER_FIELDS and isinstance(value, float):
         if not value.is_integer():  # false for NaN and infinity, too
             raise ValueError(f"{field}={value!r} is not allowed: {field} must be a whole number")
         return int(value)
-    return value if field in INTEGER_FIELDS or field == "ignore_eos" else float(value)
+    return value if field in INTEGER_FIELDS or field in FLAGS else float(value)
 
 
 def _text(field: str, value: Any) -> str:

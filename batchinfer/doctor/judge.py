@@ -11,7 +11,7 @@ from batchinfer.doctor.facts import VENDORS, Facts, FileSystem
 from batchinfer.types import JobError
 
 SUPPORTED = ("cuda",)
-"""Devices beside the CPU that this release can be built for."""
+"""Devices beside the CPU on which the engine can run a build's kernels."""
 
 RUNS_TRITON = ("cuda", "rocm")
 """Devices on which the engine can run Triton's kernels."""
@@ -23,7 +23,8 @@ LITTLE_SPACE = GIB
 FEW_FILES = 1000
 
 FLAGS = {"avx2": {"avx2", "fma", "f16c", "bmi2"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
-FLAGS["avx512bf16"] = FLAGS["avx512"] | {"avx512_bf16"}
+FLAGS["avx512vnni"] = FLAGS["avx512"] | {"avx512_vnni"}
+FLAGS["avx512bf16"] = FLAGS["avx512vnni"] | {"avx512_bf16"}
 """Set of kernels -> names in /proc/cpuinfo without which a CPU can't run it."""
 
 
@@ -40,7 +41,17 @@ class Finding:
 
 def judge(facts: Facts) -> list[Finding]:
     """All findings, the ones that make the node unfit first."""
-    rules = (extension, instruction_set, missing_gpu, gpu_build, driver, architectures, torch_device, visibility)
+    rules = (
+        extension,
+        instruction_set,
+        missing_gpu,
+        gpu_build,
+        step_loop,
+        driver,
+        architectures,
+        torch_device,
+        visibility,
+    )
     rules += (packages, mpi, cores, network, file_systems)
     return sorted((finding for rule in rules for finding in rule(facts)), key=lambda finding: not finding.unfit)
 
@@ -114,6 +125,17 @@ def gpu_build(facts: Facts) -> Iterator[Finding]:
         text += gpus.reason or "torch shows none"
         fix = f"install a torch for {build.device}"
     yield Finding(True, "gpu", text, fix)
+
+
+def step_loop(facts: Facts) -> Iterator[Finding]:
+    """Kernels alone: engine/runner.py refuses the device."""
+    device = facts.build.device
+    if facts.build.error or device != "xpu":
+        return
+    text = (
+        f"this build is for {device}: the kernels are there, but no step loop of the engine yet, and jobs stop at once"
+    )
+    yield Finding(True, "gpu", text, "give engine.device=cpu")
 
 
 def driver(facts: Facts) -> Iterator[Finding]:

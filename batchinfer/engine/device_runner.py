@@ -19,7 +19,7 @@ from torch import Tensor
 
 from batchinfer.engine.memory import allocate_or_shrink, device_budget
 from batchinfer.engine.runner import StepOutput, adapter_rows
-from batchinfer.engine.slots import Rows, SlotTable
+from batchinfer.engine.slots import Rows, ScoredRows, SlotTable
 from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores
 from batchinfer.models.lora import NO_ADAPTERS, AdapterRows
@@ -161,7 +161,7 @@ class DeviceRunner:
                 graph.graph.replay()
                 out = StepOutput(SampleOutput(graph.tokens))
             else:
-                score = ScoreInput(*(torch.from_numpy(a).to(self._device) for a in scored)) if scored else None
+                score = self._score_input(scored) if scored else None
                 out = self._compute(tokens, samples, decoding, extras, score, adapters)
             scores = None if out.scores is None else _to_host(out.scores, len(out.scores.chosen))
             states = None if out.states is None else _copy(out.states)
@@ -217,6 +217,10 @@ class DeviceRunner:
         out = self._ops.sample(logits, self._buffer.sample_input(samples, **on_device))
         self._last_token.index_copy_(0, arrays["sample_slot"][:samples], out.tokens)
         return StepOutput(out, scores)
+
+    def _score_input(self, scored: ScoredRows) -> ScoreInput:
+        row, token = (torch.from_numpy(array).to(self._device) for array in scored[:2])
+        return ScoreInput(row, token, scored[2])
 
     def _captured(self, tokens: int) -> bool:
         """Whether there is a graph for decoding ``tokens`` sequences; makes it at the second time of asking."""

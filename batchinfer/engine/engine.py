@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import numpy as np
 
 from batchinfer._engine import Scheduler, Step
-from batchinfer.engine.constrain import Constraint, Constraints
+from batchinfer.engine.bad_words import token_sequences
+from batchinfer.engine.beams import Beams
+from batchinfer.engine.constrain import CACHED, Constraint, Constraints
 from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.open_work import (
     OpenRequest,
     Sequence,
     StepRows,
+    accepted,
+    best_samples,
     no_scores,
     places_scored,
     record_scores,
@@ -23,28 +27,30 @@ from batchinfer.engine.open_work import (
     unstack,
 )
 from batchinfer.engine.pooled import cache_rules, pooled_sample, record_states, trimmed
+from batchinfer.engine.refusal import refusal
 from batchinfer.engine.runner import Runner, StepOutput
 from batchinfer.engine.seeds import sample_seed
-from batchinfer.engine.stopping import completes_stop, cut_text
+from batchinfer.engine.texts import Ending, Text, Texts
 from batchinfer.engine.trace import Trace
 from batchinfer.models.tokenizer import Tokenizer
 from batchinfer.ops import SampleOutput
-from batchinfer.types import (
-    Completion,
-    EngineStats,
-    ErrorCode,
-    PoolSpec,
-    Request,
-    RowError,
-    Sample,
-    SamplingParams,
-)
+from batchinfer.types import Completion, EngineStats, ErrorCode, PoolSpec, Request, RowError, Sample, SamplingParams
 
 LENGTHS_EVERY = 32
 """Steps between two looks at how long the running sequences are by now: 0.1 ms for 256 of them."""
 
 SCORING = SamplingParams(max_tokens=1, ignore_eos=True)
 """Of a request of which nothing is wanted but scores: it leaves with the step that ends its prompt."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Why a sequence ended: reason as in Sample.finish_reason; ``by_string``: its newest token completed a stop
+    string."""
+
+    tokens: np.ndarray
+    reason: str
+    by_string: bool = False
 
 
 class Engine:
@@ -62,6 +68,7 @@ class Engine:
         num_pages: int,
         page_size: int,
         vocab_size: int,
+        weight_bytes: int = 0,
         trace: Trace | None = None,
         pool: PoolSpec | None = None,
         adapters: int = 0,
@@ -79,16 +86,19 @@ class Engine:
         self._runner = runner
         self._sequences: dict[int, Sequence] = {}
         self._constraints = Constraints(tokenizer, vocab_size)
+        self._texts = Texts(tokenizer)
+        self._beams = Beams(self._texts, max_seq_len)
+        self._bad_words = lru_cache(CACHED)(self._words_as_tokens)
         self._watched: dict[int, Sequence] = {}  # those with stop strings or logprobs: host work for every token
         self._in_flight: deque[StepRows] = deque()  # the steps that are started and whose tokens are not taken yet
         self._stopped: set[int] = set()  # ended when their next token was already under way
-        self._dependent = 0  # open sequences with penalties or a constraint: a token depends on all before it
-        self._scored = 0  # open sequences of which nothing is generated
+        self._dependent = 0  # open sequences with SamplingParams.needs_tokens
+        self._scored = 0  # open sequences whose prompts are scored
         self._refused: list[Completion] = []
         self._next_id = 0
         self._open = 0
         self._closed = False
-        self._stats = EngineStats(pages_total=num_pages)
+        self._stats = EngineStats(pages_total=num_pages, weight_bytes=weight_bytes)
         self._seconds = {"schedule": 0.0, "output": 0.0}
         self._device_end = 0.0  # of the last step; 0: none yet
 
@@ -113,10 +123,17 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Take a request. One that can't run comes back from the next :meth:`step` as a Completion with an error."""
-        self._open += 1
+        self._open += not self._beams.is_beam(request.id)
         if self._pool or request.scored_from is not None:
             request = replace(request, prompt=trimmed(request.prompt, self._pool), sampling=SCORING)
-        error, constraints = self._refusal(request), []
+        error, constraints = refusal(request, self.max_seq_len, self.vocab_size, self._adapters), []
+        if error is None and request.sampling.beam_width:
+            reason = self._beams.refusal(request)
+            if reason is None:
+                for beam in self._beams.begin(request):
+                    self.add(beam)
+                return
+            error = RowError(ErrorCode.BAD_SAMPLING, reason)
         if error is None:
             try:
                 constraints = self._constraints_of(request)
@@ -137,8 +154,11 @@ class Engine:
 
     def _add_samples(self, request: Request, constraints: list[Constraint | None]) -> None:
         params = request.sampling
-        owner = OpenRequest(request, [None] * params.n, params.n)
-        for index in range(params.n):
+        owner = OpenRequest(request, [None] * params.samples, params.samples)
+        scored_from, wide = request.scored_from, 1
+        if params.prompt_logprobs is not None:
+            scored_from, wide = 1, params.prompt_logprobs
+        for index in range(params.samples):
             before = request.so_far[index] if request.so_far else None
             if before is not None and before.finish_reason:
                 owner.samples[index] = before
@@ -151,18 +171,20 @@ class Engine:
                 max_new_tokens=params.max_tokens,
                 min_new_tokens=params.min_tokens,
                 expected_new_tokens=self._lengths.expected(params.max_tokens, request.group),
-                **cache_rules(request, self._pool),
-                stop_token_ids=self._stop_ids(request),
+                **cache_rules(request.adapter, scored_from, self._pool),
+                lookup=not params.constrained,  # its grammar would have to foresee the draft
+                stop_token_ids=self._texts.stop_ids(request),
                 generated=() if before is None else before.token_ids,
             )
             self._next_id += 1
-            self._dependent += params.penalised or params.constrained
+            self._dependent += params.needs_tokens
             sequence = Sequence(owner, index, unstack(before), constraint=constraints[index])
             self._sequences[seq_id] = sequence
-            if request.scored_from is not None:
+            if scored_from is not None:
                 self._scored += 1
-                sequence.scores = no_scores(len(request.prompt) - request.scored_from)
-            if params.stop or params.logprobs is not None:
+                sequence.scored_from, scored_from = scored_from, None  # the samples share a prompt: one scores it
+                sequence.scores = no_scores(len(request.prompt) - sequence.scored_from, wide)
+            if params.stop or params.computed_logprobs is not None:
                 self._watched[seq_id] = sequence
 
     def step(self) -> list[Completion]:
@@ -170,8 +192,8 @@ class Engine:
         requests that this completed. [] at once when nothing is open.
 
         With a step ahead, a sequence whose end only its tokens can tell (stop token or string) is computed once more,
-        for nothing. Sequences with penalties or a constraint keep the host in the loop: the next step waits for their
-        tokens.
+        for nothing. Sequences with penalties, bad words or a constraint keep the host in the loop: the next step waits
+        for their tokens.
         """
         begin = time.perf_counter()
         done, self._refused = self._refused, []
@@ -181,6 +203,8 @@ class Engine:
         ahead = self._runner.ahead if started and not self._dependent else 0
         if len(self._in_flight) > ahead:
             done += self._finish_step()
+        if self._beams:
+            done = self._beams.sift(done, self.add)
         self._open -= len(done)
         if self._trace and (started or done):
             self._trace.span("host", "step", begin, time.perf_counter(), running=self._scheduler.num_running)
@@ -216,12 +240,10 @@ class Engine:
             record_scores(rows.places, out.scores)
         if self._pool:
             record_states(step, out.states.numpy(), self._pool, self._sequences)
-        done = self._take(step, out.sample)
         self._stats.steps += 1
-        self._stats.output_tokens += step.num_samples - wasted
+        done = self._take(step, out.sample)
+        self._stats.output_tokens -= wasted
         self._count_work(rows, out)
-        if self._stats.steps % LENGTHS_EVERY == 0:
-            self._tell_running_lengths(step)
         self._phase("output", begin)
         return done
 
@@ -236,9 +258,8 @@ class Engine:
 
     def _count_work(self, rows: StepRows, out: StepOutput) -> None:
         step = rows.step
-        decodes, lengths = step.num_decode, step.kv_len.astype(np.int64)
-        queries = np.diff(step.q_start[decodes:]).astype(np.int64)
-        decode_only = step.num_seqs == decodes
+        lengths, queries = step.kv_len.astype(np.int64), np.diff(step.q_start).astype(np.int64)
+        decode_only = step.num_seqs == step.num_decode
         work = self._stats.decode if decode_only else self._stats.prefill
         work.steps += 1
         work.seconds += out.end - out.begin
@@ -247,13 +268,13 @@ class Engine:
             work.samples += step.num_samples + sum(len(place.rows) for place in rows.places)
         work.context += int(lengths.sum())
         # A token attends to itself and all before it; the last of a prompt's to the whole length.
-        work.pairs += int(lengths[:decodes].sum() + (queries * lengths[decodes:] - queries * (queries - 1) // 2).sum())
+        work.pairs += int((queries * lengths - queries * (queries - 1) // 2).sum())
         if self._device_end:
             self._stats.device_idle += out.begin - self._device_end
         self._device_end = out.end
         if self._trace:
             name = "decode" if decode_only else "prefill"
-            counts = {"tokens": step.num_tokens, "sequences": step.num_seqs, "decoding": decodes}
+            counts = {"tokens": step.num_tokens, "sequences": step.num_seqs, "decoding": step.num_decode}
             self._trace.span("device", name, out.begin, out.end, **counts)
 
     def unfinished(self) -> list[Completion]:
@@ -262,15 +283,22 @@ class Engine:
         begun: dict[int, tuple[Request, list[Sample]]] = {}
         for seq_id, sequence in self._sequences.items():
             request = sequence.owner.request
+            if self._beams.is_beam(request.id):
+                continue  # a search begins anew
             if request.id not in begun:
                 begun[request.id] = request, [sample or _NOTHING for sample in sequence.owner.samples]
-            logprobs = stack(sequence.logprobs, request.sampling.logprobs)
+            logprobs = stack(sequence.logprobs, request.sampling.computed_logprobs)
             begun[request.id][1][sequence.index] = Sample(self._scheduler.tokens(seq_id), "", "", logprobs)
         states = [Completion(r.id, len(r.prompt), tuple(samples)) for r, samples in begun.values()]
         return [state for state in states if any(len(sample.token_ids) for sample in state.samples)]
 
     def abandon(self, request_id: int) -> Completion:
         """Drop an open request and return what there is of it, with the text so far. KeyError if it is not open."""
+        if request_id in self._beams:
+            for beam in self._beams.asked(request_id):
+                self.abandon(beam)
+            self._open -= 1
+            return self._beams.drop(request_id)
         mine = {i: s for i, s in self._sequences.items() if s.owner.request.id == request_id}
         if not mine:
             raise KeyError(request_id)
@@ -278,21 +306,22 @@ class Engine:
         samples = [sample or _NOTHING for sample in owner.samples]
         for seq_id, sequence in mine.items():
             tokens = self._scheduler.tokens(seq_id)
-            (text,) = self.tokenizer.decode_batch([tokens])
+            (text,) = self._texts.of([Ending(owner.request, tokens)])
             logprobs = stack(sequence.logprobs, owner.request.sampling.logprobs)
-            samples[sequence.index] = Sample(tokens, text, "", logprobs)
+            samples[sequence.index] = Sample(tokens, text.text, "", logprobs, text.reasoning)
             self._scheduler.finish(seq_id)
             self._forget(seq_id)
             if self._in_flight:
                 self._stopped.add(seq_id)
-        self._open -= 1
-        return Completion(request_id, len(owner.request.prompt), tuple(samples))
+        self._open -= not self._beams.is_beam(request_id)
+        return Completion(request_id, len(owner.request.prompt), tuple(samples[: owner.request.sampling.n]))
 
     def stats(self) -> EngineStats:
         """Counters so far."""
         scheduler, stats = self._scheduler, self._stats
         stats.cached_prompt_tokens = scheduler.cached_prompt_tokens
         stats.preemptions = scheduler.preemptions
+        stats.drafted_tokens, stats.accepted_tokens = scheduler.drafted_tokens, scheduler.accepted_tokens
         stats.running, stats.waiting = scheduler.num_running, scheduler.num_waiting
         stats.pages_used = scheduler.pages_used
         stats.step_seconds = self._seconds | self._runner.seconds
@@ -316,97 +345,60 @@ class Engine:
         self._sequences.clear()
         self._watched.clear()
 
-    def _refusal(self, request: Request) -> RowError | None:
-        length = len(request.prompt)
-        if length == 0:
-            return RowError(ErrorCode.EMPTY_PROMPT, "the prompt has no tokens")
-        if length + 1 > self.max_seq_len:
-            return RowError(
-                ErrorCode.PROMPT_TOO_LONG,
-                f"the prompt has {length} tokens and needs room for one more; engine.max_model_len is "
-                f"{self.max_seq_len}",
-            )
-        if int(request.prompt.min()) < 0 or int(request.prompt.max()) >= self.vocab_size:
-            return RowError(ErrorCode.BAD_TOKEN_IDS, f"token ids must lie in [0, {self.vocab_size - 1}]")
-        if request.adapter is not None and not 0 <= request.adapter < self._adapters:
-            reason = f"there is no adapter number {request.adapter}: the engine has {self._adapters}"
-            return RowError(ErrorCode.BAD_ADAPTER, reason)
-        if request.scored_from is not None and not 1 <= request.scored_from < length:
-            reason = f"scored_from={request.scored_from} must lie in [1, {length - 1}]: a token is foretold by others"
-            return RowError(ErrorCode.EMPTY_PROMPT, reason)
-        try:
-            request.sampling.check()
-            self._check_so_far(request)
-        except ValueError as error:
-            return RowError(ErrorCode.BAD_SAMPLING, str(error))
-        return None
-
     def _constraints_of(self, request: Request) -> list[Constraint | None]:
         """Each sample's, after the tokens that it has. ValueError says what is wrong with it."""
-        constraints = [self._constraints.constraint(request.sampling) for _ in range(request.sampling.n)]
+        constraints = [self._constraints.constraint(request.sampling) for _ in range(request.sampling.samples)]
         for constraint, before in zip(constraints, request.so_far, strict=False):
             if constraint is not None and not before.finish_reason:
                 constraint.take(before.token_ids)
         return constraints
 
-    def _check_so_far(self, request: Request) -> None:
-        """ValueError unless the samples that the request brings along are those of an interrupted one."""
-        room = min(request.sampling.max_tokens, self.max_seq_len - len(request.prompt))
-        begun = [sample for sample in request.so_far if not sample.finish_reason]
-        if request.so_far and (len(request.so_far) != request.sampling.n or not begun):
-            raise ValueError(f"so_far must hold {request.sampling.n} samples, and one of them unfinished")
-        if any(len(sample.token_ids) >= room for sample in begun):
-            raise ValueError(f"so_far holds an unfinished sample that has all of its {room} tokens")
-
-    def _stop_ids(self, request: Request) -> np.ndarray:
-        params = request.sampling
-        ids = params.stop_token_ids if params.ignore_eos else self.tokenizer.eos_ids + params.stop_token_ids
-        return np.array(ids, np.int32)
-
     def _assign(self, slot: int, seq_id: int) -> None:
         sequence = self._sequences[seq_id]
         request = sequence.owner.request
         seed = sample_seed(request.seed, sequence.index)
-        self._runner.slots.assign(slot, request.sampling, seed, self._stop_ids(request))
+        bad_words = self._bad_words(request.sampling.bad_words) if request.sampling.bad_words else ()
+        self._runner.slots.assign(slot, request.sampling, seed, self._texts.stop_ids(request), bad_words)
 
     def _take(self, step: Step, out: SampleOutput) -> list[Completion]:
         """Record the step's tokens and end what they end."""
+        tokens = out.tokens.numpy()
+        kept = accepted(step, tokens)
+        self._stats.output_tokens += int(kept.sum())
         if self._watched:
-            self._record_logprobs(step, out)
+            self._record_logprobs(step, out, kept)
         failed = self._advance_constraints(step, out) if self._dependent else []
-        ended = {f.seq_id: (f.tokens, f.reason) for f in self._scheduler.update(out.tokens.numpy())}
+        ended = {f.seq_id: Ended(f.tokens, f.reason) for f in self._scheduler.update(tokens)}
         done = [self._fail(seq_id, ended) for seq_id in failed if seq_id in self._sequences]
-        texts = {}
         if self._watched:
-            for seq_id, tokens in self._hit_stop_string(step, ended):
-                ended[seq_id] = tokens, "stop"
-                texts[seq_id] = cut_text(tokens, self._params(seq_id).stop, self.tokenizer.decode_batch)
-        plain = [seq_id for seq_id in ended if seq_id not in texts]
-        visible = [self._visible(seq_id, ended[seq_id][0]) for seq_id in plain]
-        texts |= zip(plain, self.tokenizer.decode_batch(visible), strict=True)
-        for seq_id, (tokens, reason) in ended.items():
-            completion = self._end_sample(seq_id, tokens, texts[seq_id], reason)
+            self._stop_at_strings(step, ended)
+        endings = [Ending(self._request(seq_id), end.tokens, end.by_string) for seq_id, end in ended.items()]
+        for (seq_id, end), text in zip(ended.items(), self._texts.of(endings), strict=True):
+            completion = self._end_sample(seq_id, end, text)
             if completion is not None:
                 done.append(completion)
+        if self._stats.steps % LENGTHS_EVERY == 0:
+            self._tell_running_lengths(step, kept)
         return done
 
-    def _tell_running_lengths(self, step: Step) -> None:
+    def _tell_running_lengths(self, step: Step, kept: np.ndarray) -> None:
         """Of the sequences that the step sampled and did not end."""
-        rows = [row for row, seq_id in enumerate(step.sample_seq.tolist()) if seq_id in self._sequences]
-        requests = [self._sequences[seq_id].owner.request for seq_id in step.sample_seq[rows].tolist()]
+        newest = {seq_id: row for row, seq_id in enumerate(step.sample_seq.tolist()) if kept[row]}
+        rows = [row for seq_id, row in newest.items() if seq_id in self._sequences]
+        requests = [self._request(seq_id) for seq_id in step.sample_seq[rows].tolist()]
         self._lengths.running(
             step.sample_count[rows] + 1,
             np.array([request.sampling.max_tokens for request in requests], np.int64),
             np.array([request.group for request in requests], np.int64),
         )
 
-    def _record_logprobs(self, step: Step, out: SampleOutput) -> None:
+    def _record_logprobs(self, step: Step, out: SampleOutput, kept: np.ndarray) -> None:
         if out.chosen is None:
             return
         chosen, top_ids, top = out.chosen.numpy(), out.top_ids.numpy(), out.top.numpy()
-        for row, seq_id in enumerate(step.sample_seq.tolist()):
-            sequence = self._watched.get(seq_id)
-            wanted = None if sequence is None else sequence.owner.request.sampling.logprobs
+        for row in np.flatnonzero(kept).tolist():
+            sequence = self._watched.get(int(step.sample_seq[row]))
+            wanted = None if sequence is None else sequence.owner.request.sampling.computed_logprobs
             if wanted is not None:
                 sequence.logprobs.append((float(chosen[row]), top_ids[row, :wanted], top[row, :wanted]))
 
@@ -426,7 +418,7 @@ class Engine:
                 failed.append(seq_id)
         return failed
 
-    def _fail(self, seq_id: int, ended: dict[int, tuple[np.ndarray, str]]) -> Completion:
+    def _fail(self, seq_id: int, ended: dict[int, Ended]) -> Completion:
         """End the request of a sequence whose constraint has failed. ``ended``: what the scheduler has let go in this
         step; the request's own are taken out."""
         sequence = self._sequences[seq_id]
@@ -438,58 +430,61 @@ class Engine:
         error = RowError(ErrorCode.BAD_CONSTRAINT, f"after some tokens: {sequence.failure}")
         return Completion(request.id, len(request.prompt), error=error)
 
-    def _hit_stop_string(
-        self, step: Step, ended: dict[int, tuple[np.ndarray, str]]
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """Stop the sequences whose newest token completed a stop string: their ids and tokens."""
-        for seq_id in step.sample_seq.tolist():
-            if seq_id not in self._watched:  # nothing to search for, or ended before this step
+    def _stop_at_strings(self, step: Step, ended: dict[int, Ended]) -> None:
+        """End the sequences whose new tokens completed a stop string, there: a draft may go on behind it."""
+        before = dict(zip(step.sample_seq.tolist()[::-1], step.sample_count.tolist()[::-1], strict=True))
+        for seq_id in reversed(before):
+            if seq_id not in self._watched or not (params := self._request(seq_id).sampling).stop:
                 continue
-            params = self._params(seq_id)
-            if not params.stop or ended.get(seq_id, (None, ""))[1] == "stop":
+            end = ended.get(seq_id)
+            tokens = self._scheduler.tokens(seq_id) if end is None else end.tokens
+            by_token = end is not None and end.reason == "stop"
+            stop = self._texts.first_stop(params, tokens[:-1] if by_token else tokens, before[seq_id])
+            if stop is None:
                 continue
-            tokens = ended[seq_id][0] if seq_id in ended else self._scheduler.tokens(seq_id)
-            if len(tokens) >= params.min_tokens and completes_stop(tokens, params.stop, self.tokenizer.decode_batch):
-                if seq_id not in ended:
-                    self._scheduler.finish(seq_id)
-                yield seq_id, tokens
+            if end is None:
+                self._scheduler.finish(seq_id)
+            self._stats.output_tokens -= len(tokens) - stop
+            ended[seq_id] = Ended(tokens[:stop], "stop", by_string=True)
 
-    def _params(self, seq_id: int) -> SamplingParams:
-        return self._sequences[seq_id].owner.request.sampling
+    def _words_as_tokens(self, words: tuple[str, ...]) -> tuple[np.ndarray, ...]:
+        return token_sequences(words, partial(self.tokenizer.encode_batch, add_special_tokens=False))
 
-    def _visible(self, seq_id: int, tokens: np.ndarray) -> np.ndarray:
-        """The tokens that make up the text: without the stop token that ended them."""
-        ends = self._stop_ids(self._sequences[seq_id].owner.request)
-        return tokens[:-1] if len(tokens) and tokens[-1] in ends else tokens
+    def _request(self, seq_id: int) -> Request:
+        return self._sequences[seq_id].owner.request
 
-    def _end_sample(self, seq_id: int, tokens: np.ndarray, text: str, reason: str) -> Completion | None:
+    def _end_sample(self, seq_id: int, end: Ended, text: Text) -> Completion | None:
         """Record a sample; the request's completion if it was the last one."""
         sequence = self._forget(seq_id)
         owner = sequence.owner
-        if reason == "stop" and self._in_flight:
+        request, params = owner.request, owner.request.sampling
+        if end.reason == "stop" and self._in_flight:
             self._stopped.add(seq_id)
-        if sequence.scores is not None:
-            given = owner.request.prompt[owner.request.scored_from :]
-            owner.samples[sequence.index] = Sample(given, "", "scored", sequence.scores)
+        if request.scored_from is not None:
+            sample = Sample(request.prompt[request.scored_from :], "", "scored", sequence.scores)
             self._stats.output_tokens -= 1  # the one that came with it is of no use
         elif self._pool:
-            owner.samples[sequence.index] = pooled_sample(sequence.state, len(owner.request.prompt), self._pool)
+            sample = pooled_sample(sequence.state, len(request.prompt), self._pool)
             self._stats.output_tokens -= 1
         else:
-            self._lengths.finished(len(tokens), owner.request.sampling.max_tokens, owner.request.group)
-            logprobs = stack(sequence.logprobs, owner.request.sampling.logprobs)
-            owner.samples[sequence.index] = Sample(tokens, text, reason, logprobs)
+            if not self._beams.is_beam(request.id):
+                self._lengths.finished(len(end.tokens), params.max_tokens, request.group)
+            logprobs = stack(sequence.logprobs[: len(end.tokens)], params.computed_logprobs)
+            sample = Sample(end.tokens, text.text, end.reason, logprobs, text.reasoning)
+            owner.prompt_logprobs = owner.prompt_logprobs or sequence.scores
+        owner.samples[sequence.index] = sample
         owner.missing -= 1
         if owner.missing:
             return None
-        prompt_tokens = len(owner.request.prompt) if sequence.scores is None else owner.request.scored_from
-        return Completion(owner.request.id, prompt_tokens, tuple(s for s in owner.samples if s is not None))
+        samples = best_samples([s for s in owner.samples if s is not None], params)
+        prompt_tokens = len(request.prompt) if request.scored_from is None else request.scored_from
+        return Completion(request.id, prompt_tokens, samples, prompt_logprobs=owner.prompt_logprobs)
 
     def _forget(self, seq_id: int) -> Sequence:
         self._watched.pop(seq_id, None)
         sequence = self._sequences.pop(seq_id)
         params = sequence.owner.request.sampling
-        self._dependent -= params.penalised or params.constrained
+        self._dependent -= params.needs_tokens
         self._scored -= sequence.scores is not None
         return sequence
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -28,12 +32,15 @@ from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
 from batchinfer.models.encoder import Encoder
 from batchinfer.models.encoder_spec import EncoderSpec, encoder_spec
-from batchinfer.models.files import ModelError, Source
+from batchinfer.models.files import ModelError, OwnReading, Source
 from batchinfer.models.lora import load_adapter
+from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.packing import bytes_of, most_bytes, pack, packable
 from batchinfer.models.spec import load_spec
 from batchinfer.models.tokenizer import Tokenizer, load_tokenizer
 from batchinfer.models.weights import dummy_weights, load_weights, with_token_head
 from batchinfer.ops import Ops
+from batchinfer.ops.shared import Filling, can_share, mapped
 
 OTHER_TASKS = "use task=embed, or task=classify or task=rerank of a model with a classification head"
 
@@ -64,6 +71,11 @@ def load_engine(
         ops = op_list.load(engine.device, threads, rank=rank_on_node, ops=engine.ops)
     except RuntimeError as error:
         raise JobError(f"engine.device={engine.device}: {error}", ExitCode.UNFIT) from None
+    if engine.lookup and ops.device.type != "cpu":
+        raise JobError(
+            f"engine.lookup={engine.lookup}: drafts are for the CPU as yet, and this is a GPU: set it to 0",
+            ExitCode.USAGE,
+        )
     encoder = encoder_spec(model.path)
     if encoder is not None:
         return _encoder_engine(encoder, ops, model, engine, tokenizer, source, pool)
@@ -74,13 +86,11 @@ def load_engine(
     spec = spec if pool is None else spec.with_head(pool.head)
     dtype = DTYPES[engine.dtype]
     max_len = spec.resolve_length(engine.max_model_len)
-    if model.dummy_weights:
-        weights = dummy_weights(spec, dtype, ops.device)
-    else:
-        weights = load_weights(model.path, spec, dtype, source)
-    if pool is not None and pool.tokens:
-        spec, weights = with_token_head(weights, spec, pool.tokens)
     adapters = [load_adapter(folder, spec, ops, dtype) for _, folder in sorted(model.adapters.items())]
+    adapted = {name for adapter in adapters for name in adapter}
+    tokens = () if pool is None else pool.tokens
+    weights = _packed(model, engine.weights, spec, dtype, ops, source or OwnReading(), tokens, adapted)
+    spec = spec.with_token_head(len(tokens)) if tokens else spec
     decoder = Decoder(
         spec,
         weights,
@@ -88,7 +98,7 @@ def load_engine(
         dtype,
         max_positions=max_len,
         max_step_tokens=engine.max_step_tokens,
-        max_samples=engine.max_slots,
+        max_samples=min(engine.max_slots * (1 + engine.lookup), engine.max_step_tokens),
         pooling=None if pool is None else pool.pooling,
         adapters=adapters,
     )
@@ -111,6 +121,7 @@ def load_engine(
         max_step_tokens=engine.max_step_tokens,
         max_seq_len=max_len,
         prefix_cache=engine.prefix_cache,
+        lookup=engine.lookup,
     )
     return Engine(
         scheduler,
@@ -122,6 +133,7 @@ def load_engine(
         num_pages=pages,
         page_size=engine.page_size,
         vocab_size=spec.vocab_size,
+        weight_bytes=bytes_of(weights),
         trace=trace,
         pool=pool,
         adapters=len(adapters),
@@ -142,6 +154,10 @@ def _encoder_engine(
     for key, given in (("model.adapters", model.adapters), ("model.dummy_weights", model.dummy_weights)):
         if given:
             raise ModelError(f"{key}={given} is not supported with an encoder ({spec.architecture})")
+    if engine.weights != "auto":
+        raise ModelError(
+            f"engine.weights={engine.weights} is not supported with an encoder ({spec.architecture}): set it to auto"
+        )
     dtype = DTYPES[engine.dtype]
     return EncoderEngine(
         Encoder(replace(spec, head=pool.head), load_weights(model.path, spec, dtype, source), ops, dtype),
@@ -151,3 +167,54 @@ def _encoder_engine(
         max_slots=engine.max_slots,
         max_step_tokens=engine.max_step_tokens,
     )
+
+
+def _packed(
+    model: ModelConfig,
+    form: str,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    ops: Ops,
+    source: Source,
+    tokens: Sequence[int],
+    adapted: Collection[str],
+) -> dict[str, Any]:
+    """The weights by name, packed for ``ops``: by this rank, or by another one of its node. ``form``:
+    engine.weights. ``tokens``: the only ones that the LM head is asked for, if there are some."""
+    if form != "auto" and "quantised weights" in ops.lacks:
+        raise JobError(
+            f"engine.weights={form} is for the CPU, and {type(ops).__name__} has not got it yet: set "
+            "engine.device=cpu, or engine.weights=auto",
+            ExitCode.USAGE,
+        )
+    if can_share(ops) and (fd := source.take()) is not None:
+        try:
+            return mapped(fd, ops)
+        except (OSError, ValueError) as error:
+            _say(f"{error}: this rank packs its own")
+        finally:
+            os.close(fd)
+    if model.dummy_weights:
+        weights = dummy_weights(spec, dtype, ops.device)
+    else:
+        weights = load_weights(model.path, spec, dtype, source, keep=form == "keep")
+    if tokens:
+        spec, weights = spec.with_token_head(len(tokens)), with_token_head(weights, spec, tokens)
+    to_int8 = form == "int8"
+    if not (can_share(ops) and source.shares):
+        return pack(spec, weights, ops, to_int8, adapted)
+    try:
+        filling = Filling(ops, most_bytes(spec, dtype))
+    except OSError as error:
+        _say(f"there is no memory to share the weights in ({error}): every rank packs its own")
+        return pack(spec, weights, ops, to_int8, adapted)
+    for one in packable(spec, weights, to_int8, adapted):
+        filling.put(one.name, one.tensor, one.packed, one.gated)
+    fd = filling.seal()
+    found = mapped(fd, ops)
+    source.give(fd)
+    return found
+
+
+def _say(text: str) -> None:
+    print(f"batchinfer: {os.uname().nodename}: {text}", file=sys.stderr, flush=True)

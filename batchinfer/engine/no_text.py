@@ -13,5 +13,5 @@ class NoText:
 
     eos_ids: tuple[int, ...] = ()
 
-    def decode_batch(self, ids: list[np.ndarray]) -> list[str]:
+    def decode_batch(self, ids: list[np.ndarray], skip_special_tokens: bool = True) -> list[str]:
         return [""] * len(ids)

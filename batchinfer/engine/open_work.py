@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from batchinfer._engine import Step
 from batchinfer.engine.constrain import Constraint
-from batchinfer.engine.slots import History, RowGroups
+from batchinfer.engine.slots import History, RowGroups, ScoredRows
 from batchinfer.models.decoder import Scores
-from batchinfer.types import Logprobs, Request, Sample
+from batchinfer.types import Logprobs, Request, Sample, SamplingParams
 
 
 @dataclass(slots=True)
@@ -21,6 +21,7 @@ class OpenRequest:
     request: Request
     samples: list[Sample | None]
     missing: int
+    prompt_logprobs: Logprobs | None = None
 
 
 @dataclass(slots=True)
@@ -30,7 +31,8 @@ class Sequence:
     owner: OpenRequest
     index: int
     logprobs: list[tuple[float, np.ndarray, np.ndarray]] = field(default_factory=list)
-    scores: Logprobs | None = None  # of a scored request, filled as its prompt is computed
+    scored_from: int | None = None  # prompt tokens from here on get their log-probabilities
+    scores: Logprobs | None = None  # these, filled in as the prompt is computed
     state: np.ndarray | None = None  # of a pooled one: float64, what the steps so far have given of it
     constraint: Constraint | None = None
     failure: str = ""  # why the constraint can't go on; its request fails with the step
@@ -66,7 +68,11 @@ class StepRows:
 
     def history(self, row: int) -> History:
         seq_id = int(self.step.sample_seq[row])
-        return self.sequences[seq_id].owner.request.prompt, self.tokens(seq_id)
+        tokens, end = self.tokens(seq_id), int(self.step.sample_row[row]) + 1
+        drafted = int(self.step.sample_count[row]) - len(tokens)
+        if drafted:
+            tokens = np.concatenate([tokens, self.step.token_ids[end - drafted : end]])
+        return self.sequences[seq_id].owner.request.prompt, tokens
 
     def allow(self, row: int, mask: np.ndarray) -> None:
         sequence = self.sequences[int(self.step.sample_seq[row])]
@@ -76,11 +82,12 @@ class StepRows:
             mask[:] = -1
             sequence.failure = str(error)
 
-    def scored(self) -> tuple[np.ndarray, np.ndarray] | None:
+    def scored(self) -> ScoredRows | None:
         if not self.places:
             return None
         tokens = [p.sequence.owner.request.prompt[p.first : p.first + len(p.rows)] for p in self.places]
-        return np.concatenate([p.rows for p in self.places]), np.concatenate(tokens).astype(np.int64)
+        wide = max(p.sequence.scores.top.shape[1] for p in self.places)
+        return np.concatenate([p.rows for p in self.places]), np.concatenate(tokens).astype(np.int64), wide
 
 
 def row_groups(adapter: np.ndarray) -> RowGroups:
@@ -89,25 +96,25 @@ def row_groups(adapter: np.ndarray) -> RowGroups:
 
 
 def places_scored(step: Step, sequences: dict[int, Sequence]) -> Iterator[Scored]:
-    """What the step foretells of the prompts of scored requests."""
+    """What the step foretells of the prompts that are scored."""
     for i, seq_id in enumerate(step.seq_ids.tolist()):
         sequence = sequences[seq_id]
         request = sequence.owner.request
-        if request.scored_from is None:
+        if sequence.scored_from is None:
             continue
         begin, end = int(step.q_start[i]), int(step.q_start[i + 1])
         position = int(step.positions[begin])  # the row of a token foretells the one after it
-        first = max(position + 1, request.scored_from)
+        first = max(position + 1, sequence.scored_from)
         last = min(position + end - begin, len(request.prompt) - 1)
         if first <= last:
             rows = np.arange(begin + first - position - 1, begin + last - position, dtype=np.int32)
             yield Scored(sequence, first, rows)
 
 
-def no_scores(tokens: int) -> Logprobs:
-    """Of so many tokens, to be filled in."""
-    chosen, top = np.full(tokens, np.nan, np.float32), np.full((tokens, 1), np.nan, np.float32)
-    return Logprobs(chosen, np.full((tokens, 1), -1, np.int32), top)
+def no_scores(tokens: int, wide: int) -> Logprobs:
+    """Of so many tokens, with ``wide`` alternatives each, to be filled in."""
+    chosen, top = np.full(tokens, np.nan, np.float32), np.full((tokens, wide), np.nan, np.float32)
+    return Logprobs(chosen, np.full((tokens, wide), -1, np.int32), top)
 
 
 def record_scores(places: Iterable[Scored], scores: Scores) -> None:
@@ -115,12 +122,35 @@ def record_scores(places: Iterable[Scored], scores: Scores) -> None:
     start = 0
     for place in places:
         end = start + len(place.rows)
-        to = place.first - place.sequence.owner.request.scored_from
+        to = place.first - place.sequence.scored_from
         into, target = place.sequence.scores, slice(to, to + len(place.rows))
+        wide = min(into.top.shape[1], scores.top.shape[1])  # a vocabulary may have fewer
         into.chosen[target] = scores.chosen[start:end].numpy()
-        into.top_ids[target, 0] = scores.top_id[start:end].numpy()
-        into.top[target, 0] = scores.top[start:end].numpy()
+        into.top_ids[target, :wide] = scores.top_ids[start:end, :wide].numpy()
+        into.top[target, :wide] = scores.top[start:end, :wide].numpy()
         start = end
+
+
+def accepted(step: Step, tokens: np.ndarray) -> np.ndarray:
+    """Which rows of a step, bool [N], are the next tokens of their sequences, where ``tokens`` int32 [N] were sampled:
+    those after draft tokens only if all of these were what the rows before sampled."""
+    first = np.ones(step.num_samples, bool)
+    first[1:] = step.sample_seq[1:] != step.sample_seq[:-1]
+    if first.all():
+        return first
+    wrong = np.zeros(step.num_samples, np.int32)
+    wrong[1:] = ~first[1:] & (step.token_ids[step.sample_row[1:]] != tokens[:-1])
+    sums, begins = np.cumsum(wrong), np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))
+    return sums == sums[begins]
+
+
+def best_samples(samples: list[Sample], params: SamplingParams) -> tuple[Sample, ...]:
+    """The ``n`` of them whose tokens have the highest mean log-probability, best first; all if no more were
+    generated."""
+    if len(samples) <= params.n:
+        return tuple(samples)
+    ranked = sorted(samples, key=lambda sample: -sample.logprobs.chosen.mean(dtype=np.float64))[: params.n]
+    return tuple(ranked if params.logprobs is not None else [replace(sample, logprobs=None) for sample in ranked])
 
 
 def unstack(sample: Sample | None) -> list[tuple[float, np.ndarray, np.ndarray]]:

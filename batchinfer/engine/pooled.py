@@ -8,7 +8,7 @@ import numpy as np
 
 from batchinfer._engine import Step
 from batchinfer.engine.open_work import Sequence
-from batchinfer.types import PoolSpec, Request, Sample
+from batchinfer.types import PoolSpec, Sample
 
 SMALLEST_NORM = 1e-12
 """A shorter vector is not brought to length 1: as in torch.nn.functional.normalize."""
@@ -22,12 +22,12 @@ def trimmed(prompt: np.ndarray, pool: PoolSpec | None) -> np.ndarray:
     return prompt[: rest[-1] + 1 if len(rest) else 1]
 
 
-def cache_rules(request: Request, pool: PoolSpec | None) -> dict[str, int]:
+def cache_rules(adapter: int | None, scored_from: int | None, pool: PoolSpec | None) -> dict[str, int]:
     """What of a prompt the scheduler may take from the cache. That holds keys and values, not the states of which
     scores and means are made; and those of one adapter are of no use to another."""
-    rules = {"family": 0 if request.adapter is None else request.adapter + 1}
-    if request.scored_from is not None:
-        rules["compute_from"] = request.scored_from - 1
+    rules = {"family": 0 if adapter is None else adapter + 1}
+    if scored_from is not None:
+        rules["compute_from"] = scored_from - 1
     elif pool is not None and pool.pooling != "last":
         rules["compute_from"] = 0
     return rules

@@ -143,7 +143,7 @@ class HostRunner:
                 page_table=tensor(step.page_table),
             ),
             sample_row=tensor(step.sample_row),
-            score=ScoreInput(*map(tensor, scored)) if scored else None,
+            score=ScoreInput(tensor(scored[0]), tensor(scored[1]), scored[2]) if scored else None,
             adapters=adapter_rows(rows, tensor),
         )
 

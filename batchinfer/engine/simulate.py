@@ -20,7 +20,7 @@ from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.no_text import NoText
 from batchinfer.engine.runner import StepOutput
 from batchinfer.engine.seeds import sample_seed
-from batchinfer.engine.slots import Rows, SlotTable
+from batchinfer.engine.slots import BadWords, Rows, SlotTable
 from batchinfer.ops import SampleOutput
 from batchinfer.types import Completion, EngineStats, Request, SamplingParams
 
@@ -67,7 +67,9 @@ class _Lengths(SlotTable):
         self._lengths = lengths
         self.length = np.zeros(max_slots, np.int64)
 
-    def assign(self, slot: int, params: SamplingParams, seed: int, stop_ids: np.ndarray) -> None:
+    def assign(
+        self, slot: int, params: SamplingParams, seed: int, stop_ids: np.ndarray, bad_words: BadWords = ()
+    ) -> None:
         self.length[slot] = self._lengths[seed]
 
 
@@ -104,7 +106,7 @@ def simulate(requests: Sequence[Request], lengths: np.ndarray, pool: Pool, feed:
     # No two samples have the same seed: the number of the request, and then of the sample, are hashed one to one.
     seeded = [replace(request, seed=number) for number, request in enumerate(requests)]
     of_seed = {
-        sample_seed(r.seed, i): int(n) for r, n in zip(seeded, lengths, strict=True) for i in range(r.sampling.n)
+        sample_seed(r.seed, i): int(n) for r, n in zip(seeded, lengths, strict=True) for i in range(r.sampling.samples)
     }
     scheduler = Scheduler(**vars(pool))
     runner = SimulatedRunner(pool.max_slots, of_seed)

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from batchinfer.engine.bad_words import endings
 from batchinfer.ops import SampleInput
 from batchinfer.types import SamplingParams
 
@@ -22,8 +23,16 @@ _FIELDS = {
     "min_tokens": np.int32,
 }
 
+ScoredRows = tuple[np.ndarray, np.ndarray, int]
+"""The fields of ScoreInput (models/decoder.py), on the host."""
+
 History = tuple[np.ndarray, np.ndarray]
 """Prompt and generated tokens of a sequence, int32."""
+
+BadWords = Sequence[np.ndarray]
+"""Sequences of tokens, int32, the last of which may not come after the others."""
+
+_NONE = np.zeros(0, np.int32)
 
 
 RowGroups = list[tuple[int, np.ndarray]]
@@ -34,7 +43,7 @@ class Rows(Protocol):
     """What only the host knows of the rows that a step samples."""
 
     def history(self, row: int) -> History:
-        """Asked for rows with penalties."""
+        """Asked for rows with penalties or bad words. Before a row behind a draft, the draft was generated."""
 
     def allow(self, row: int, mask: np.ndarray) -> None:
         """Fill ``mask`` int32 [ceil(V / 32)], see ``SampleInput.allowed``; asked for rows with a constraint."""
@@ -42,9 +51,9 @@ class Rows(Protocol):
     def adapters(self) -> tuple[RowGroups, RowGroups]:
         """Of the step's tokens and of its samples, the rows that go through an adapter."""
 
-    def scored(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Tokens of the step, int32 [M], and what the text goes on with after each, int64 [M], where somebody wants
-        the log-probability of that."""
+    def scored(self) -> ScoredRows | None:
+        """Tokens of the step, int32 [M], what the text goes on with after each, int64 [M], and how many alternatives
+        there are at most, where somebody wants the log-probability of that."""
 
 
 class SlotTable:
@@ -56,18 +65,34 @@ class SlotTable:
         self._logprobs = np.full(max_slots, -1, np.int32)
         self._penalised = np.zeros(max_slots, bool)
         self._constrained = np.zeros(max_slots, bool)
+        self._masked = np.zeros(max_slots, bool)
+        self._biased = np.zeros(max_slots, bool)
+        self._worded = np.zeros(max_slots, bool)
         self._mask_words = -(-vocab_size // 32)
-        self._stop_ids: list[np.ndarray] = [np.zeros(0, np.int32)] * max_slots
+        self._stop_ids: list[np.ndarray] = [_NONE] * max_slots
+        self._masks: dict[int, np.ndarray] = {}
+        self._biases: dict[int, dict[int, float]] = {}
+        self._bad_words: dict[int, BadWords] = {}
 
-    def assign(self, slot: int, params: SamplingParams, seed: int, stop_ids: np.ndarray) -> None:
-        """The sequence that takes ``slot`` samples by ``params``; ``stop_ids`` int32 are banned before min_tokens."""
+    def assign(
+        self, slot: int, params: SamplingParams, seed: int, stop_ids: np.ndarray, bad_words: BadWords = ()
+    ) -> None:
+        """The sequence that takes ``slot`` samples by ``params``; ``stop_ids`` int32 are banned before min_tokens.
+        ``bad_words``: those of ``params`` as tokens."""
         for name, column in self._columns.items():
             column[slot] = getattr(params, name)
         self._seed[slot] = np.uint64(seed).astype(np.int64)
-        self._logprobs[slot] = -1 if params.logprobs is None else params.logprobs
+        self._logprobs[slot] = -1 if params.computed_logprobs is None else params.computed_logprobs
         self._penalised[slot] = params.penalised
         self._constrained[slot] = params.constrained
         self._stop_ids[slot] = stop_ids
+        self._masked[slot] = bool(params.allowed_token_ids)
+        if params.allowed_token_ids:
+            self._masks[slot] = _mask(params.allowed_token_ids, self._mask_words)
+        self._biased[slot] = bool(params.logit_bias)
+        self._biases[slot] = params.logit_bias
+        self._worded[slot] = bool(bad_words)
+        self._bad_words[slot] = bad_words
 
     def parameters(self, slots: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
         """The fields of ops/fields.py for rows whose sequences hold ``slots`` and have ``counts`` tokens each, int32
@@ -87,16 +112,25 @@ class SlotTable:
                 torch.from_numpy(self._columns[name][slots])
                 for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
             )
-        too_short = counts < self._columns["min_tokens"][slots]
-        if too_short.any():
-            none = np.zeros(0, np.int32)
-            banned = [self._stop_ids[slot] if short else none for slot, short in zip(slots, too_short, strict=True)]
+        biased = self._biased[slots]
+        if biased.any():
+            given = [self._biases[slot] if has else {} for slot, has in zip(slots.tolist(), biased, strict=True)]
+            extra["bias_ids"], extra["bias_start"] = _ragged([np.array([*bias], np.int32) for bias in given])
+            extra["bias_values"] = torch.tensor([v for bias in given for v in bias.values()], dtype=torch.float32)
+        too_short, worded = counts < self._columns["min_tokens"][slots], self._worded[slots]
+        if too_short.any() or worded.any():
+            banned = [self._stop_ids[slot] if short else _NONE for slot, short in zip(slots, too_short, strict=True)]
+            for row in np.flatnonzero(worded).tolist():
+                ends = endings(self._bad_words[int(slots[row])], rows.history(row)[1])
+                banned[row] = np.concatenate([banned[row], ends])
             extra["banned_ids"], extra["banned_start"] = _ragged(banned)
-        constrained = self._constrained[slots]
-        if constrained.any():
+        constrained, masked = self._constrained[slots], self._masked[slots]
+        if constrained.any() or masked.any():
             allowed = np.full((len(slots), self._mask_words), -1, np.int32)
-            for row in np.flatnonzero(constrained):
-                rows.allow(int(row), allowed[row])
+            for row in np.flatnonzero(masked).tolist():
+                allowed[row] = self._masks[int(slots[row])]
+            for row in np.flatnonzero(constrained).tolist():
+                rows.allow(row, allowed[row])
             extra["allowed"] = torch.from_numpy(allowed)
         logprobs = self._logprobs[slots]
         if (logprobs >= 0).any():
@@ -110,11 +144,17 @@ class SlotTable:
 
 
 def _history_arrays(penalised: np.ndarray, rows: Rows) -> dict[str, torch.Tensor]:
-    none = np.zeros(0, np.int32)
-    pairs = [rows.history(row) if wanted else (none, none) for row, wanted in enumerate(penalised)]
+    pairs = [rows.history(row) if wanted else (_NONE, _NONE) for row, wanted in enumerate(penalised)]
     ids, start = _ragged([np.concatenate(pair) for pair in pairs])
     prompt = torch.tensor([len(prompt) for prompt, _ in pairs], dtype=torch.int32)
     return {"history_ids": ids, "history_start": start, "history_prompt": prompt}
+
+
+def _mask(ids: Sequence[int], words: int) -> np.ndarray:
+    """int32 [words] with the bits of ``ids`` set, as in ``SampleInput.allowed``."""
+    bits = np.zeros(32 * words, np.uint8)
+    bits[list(ids)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def _ragged(rows: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,16 +12,16 @@ CONTEXT_TOKENS = 8
 Decode = Callable[[list[np.ndarray]], list[str]]
 
 
-def cut_position(before: str, text: str, stop: tuple[str, ...]) -> int | None:
-    """Where the earliest stop string begins that is complete in ``text`` but was not in ``before``, the text without
-    its newest token; None if there is none. (One that was complete before was let through by min_tokens.)"""
+def find_stop(before: str, text: str, stop: tuple[str, ...]) -> tuple[int, int] | None:
+    """Where the earliest stop string begins and ends that is complete in ``text`` but was not in ``before``, the text
+    without its newest token; None if there is none. (One that was complete before was let through by min_tokens.)"""
     known = len(before.rstrip("\ufffd"))  # a replacement character is a character whose other bytes are still to come
-    starts = []
+    places = []
     for s in stop:
         at = text.find(s, max(0, known - len(s) + 1))
         if at >= 0:
-            starts.append(at)
-    return min(starts, default=None)
+            places.append((at, at + len(s)))
+    return min(places, default=None)
 
 
 def completes_stop(tokens: np.ndarray, stop: tuple[str, ...], decode: Decode) -> bool:
@@ -29,10 +29,11 @@ def completes_stop(tokens: np.ndarray, stop: tuple[str, ...], decode: Decode) ->
     stop string of n bytes lies within the last n of them."""
     tail = tokens[-(max(len(s.encode()) for s in stop) + CONTEXT_TOKENS) :]
     before, text = decode([tail[:-1], tail])
-    return cut_position(before, text, stop) is not None
+    return find_stop(before, text, stop) is not None
 
 
-def cut_text(tokens: np.ndarray, stop: tuple[str, ...], decode: Decode) -> str:
-    """The text of ``tokens``, whose newest completed a stop string, without that string."""
+def cut_text(tokens: np.ndarray, stop: tuple[str, ...], decode: Decode, keep: bool = False) -> str:
+    """The text of ``tokens``, whose newest completed a stop string, without that string, or with it (``keep``)."""
     before, text = decode([tokens[:-1], tokens])
-    return text[: cut_position(before, text, stop)]
+    found = find_stop(before, text, stop)
+    return text if found is None else text[: found[keep]]

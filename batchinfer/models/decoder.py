@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from batchinfer.models.files import ModelError
 from batchinfer.models.layers import (
     Attention,
     Layer,
@@ -33,19 +31,21 @@ from batchinfer.types import Pooling
 
 @dataclass(frozen=True)
 class ScoreInput:
-    """M tokens of a step, ``row`` int32 [M], and what the text goes on with after each, ``token`` int64 [M]."""
+    """M tokens of a step, ``row`` int32 [M], and what the text goes on with after each, ``token`` int64 [M]; ``wide``:
+    how many of the most likely tokens are wanted beside it."""
 
     row: Tensor
     token: Tensor
+    wide: int = 1
 
 
 @dataclass(frozen=True)
 class Scores:
     """Log-probabilities (natural log) after M tokens: ``chosen`` float32 [M] of the token that was given, ``top``
-    float32 [M] of the most likely one, whose id is ``top_id`` int64 [M]."""
+    float32 [M, K] of the most likely ones, whose ids are ``top_ids`` int64 [M, K], most likely first."""
 
     chosen: Tensor
-    top_id: Tensor
+    top_ids: Tensor
     top: Tensor
 
 
@@ -86,15 +86,15 @@ class KVCache:
 class Decoder:
     """Holds packed weights, adapters, the rope table and the workspace; the cache is the caller's.
 
-    ``weights`` yields (name, tensor) as :func:`batchinfer.models.weights.load_weights` does and is used up tensor by
-    tensor. A step has at most ``max_step_tokens`` tokens at positions below ``max_positions``, and samples from at most
+    ``weights`` are what :func:`batchinfer.models.packing.pack` makes, with the names in ``adapters`` for ``adapted``. A
+    step has at most ``max_step_tokens`` tokens at positions below ``max_positions``, and samples from at most
     ``max_samples``. ``pooling`` None: it is asked for :meth:`forward`, else for :meth:`pool`.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
-        weights: Iterable[tuple[str, Tensor]],
+        weights: Mapping[str, Any],
         ops: Ops,
         dtype: torch.dtype,
         max_positions: int,
@@ -103,9 +103,8 @@ class Decoder:
         pooling: Pooling | None = None,
         adapters: Sequence[Adapter] = (),
     ):
-        _check_ops(spec, ops)
         self.spec, self.ops, self.dtype, self.pooling = spec, ops, dtype, pooling
-        self.layers, self.embed, self.positions, self.norm, self.head = _assemble(spec, weights, ops, adapters)
+        self.layers, self.embed, self.positions, self.norm, self.head = _assemble(spec, weights, adapters)
         self.kinds = spec.layer_kinds(max_positions)
         self.different_kinds = tuple(dict.fromkeys(self.kinds))
         tables = {"global": spec.rope, "local": spec.local_rope}
@@ -221,34 +220,15 @@ class Decoder:
         for row, token in zip(score.row.split(len(self.logits)), score.token.split(len(self.logits)), strict=True):
             logits = self._logits_of(x, row)
             total = logits.logsumexp(1)
-            top, top_id = logits.max(1)
-            slices.append((logits.gather(1, token.unsqueeze(1)).squeeze(1) - total, top_id, top - total))
+            top, top_ids = (
+                logits.max(1, keepdim=True) if score.wide == 1 else logits.topk(min(score.wide, logits.shape[1]))
+            )
+            slices.append((logits.gather(1, token.unsqueeze(1)).squeeze(1) - total, top_ids, top - total.unsqueeze(1)))
         return Scores(*(torch.cat(parts) for parts in zip(*slices, strict=True)))
 
 
-def _check_ops(spec: ModelSpec, ops: Ops) -> None:
-    """Raises ModelError where the backend is not so far as to have all ops of the model."""
-    needs = {"mix_experts": spec.experts is not None, "norm of all heads": spec.qk_norm == "all"}
-    lacking = sorted(op for op in ops.lacks if needs[op])
-    if lacking:
-        needed = f"{spec.architecture} needs {', '.join(lacking)}, which {type(ops).__name__} has only with Triton"
-        raise ModelError(f"{needed}: pip install triton, or set engine.device=cpu")
-
-
-def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops, adapters: Sequence[Adapter]) -> tuple:
-    """(layers, embedding [V, D], table of positions or None, final norm, packed head or None). A matrix is packed as it
-    comes."""
-    tables = ("embed", "positions")
-
-    def pack(name: str, weight: Tensor) -> Any:
-        gated = spec.fused_gate and re.fullmatch(r"layers\.\d+\.gate_up", name) is not None
-        # Where an adapter adds to gates and values, they are needed by themselves.
-        return ops.pack_weight(weight, gated=gated and not any(name in adapter for adapter in adapters))
-
-    got = {name: pack(name, t) if t.ndim == 2 and name not in tables else t.to(ops.device) for name, t in weights}
-    head = got.get("lm_head", got.get("classes"))
-    if spec.head == "tokens" and spec.tied_embeddings:
-        head = ops.pack_weight(got["embed"])
+def _assemble(spec: ModelSpec, got: Mapping[str, Any], adapters: Sequence[Adapter]) -> tuple:
+    """(layers, embedding [V, D], table of positions or None, final norm, packed head or None)."""
 
     def linear(name: str) -> Linear:
         mine = tuple(adapter.get(name) for adapter in adapters)
@@ -287,4 +267,5 @@ def _assemble(spec: ModelSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops, 
         )
     # The head is linear, so a scale of its logits may as well stand in the norm before it.
     positions = got["positions"][spec.position_offset :] if spec.position_rows else None
+    head = got.get("lm_head", got.get("classes"))
     return tuple(layers), got["embed"], positions, norm("norm", spec.logit_scale), head

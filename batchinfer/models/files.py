@@ -105,9 +105,28 @@ class Source(Protocol):
     def stream(self, blocks: Sequence[B], read: Callable[[B, memoryview], None]) -> Iterator[memoryview]:
         """The bytes of each block, valid until the next are asked for. ``read`` fills in a block from its file."""
 
+    @property
+    def shares(self) -> bool:
+        """Whether other ranks wait for the weights that this one packs."""
+
+    def take(self) -> int | None:
+        """The descriptor of the memory in which another rank has packed the weights, the caller's to close; or None,
+        and this rank packs for itself."""
+
+    def give(self, fd: int) -> None:
+        """Hand on the memory that this rank has filled."""
+
 
 class OwnReading:
-    """A Source that reads all itself."""
+    """A Source that reads all itself, and shares nothing."""
+
+    shares = False
+
+    def take(self) -> None:
+        return None
+
+    def give(self, fd: int) -> None:
+        raise ValueError("nobody waits for these weights")
 
     def value(self, make: Callable[[], T]) -> T:
         return make()

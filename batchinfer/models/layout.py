@@ -22,6 +22,10 @@ from batchinfer.models.model_spec import ModelSpec
 Order = Literal["", "pairs", "transposed", "by_head"]
 
 
+TABLES = ("embed", "positions")
+"""Matrices of which rows are gathered."""
+
+
 @dataclass(frozen=True)
 class Part:
     """Where a stored tensor goes: ``shape`` rows from ``row`` on of ``target``.

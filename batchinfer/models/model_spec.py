@@ -101,6 +101,11 @@ class ModelSpec:
         """Whether the MLP is silu(gate) * up, which is one op together with its product."""
         return self.gated and self.activation == "silu"
 
+    @property
+    def tied_head(self) -> bool:
+        """Whether the embedding is the LM head too."""
+        return self.head == "tokens" and self.tied_embeddings
+
     def resolve_length(self, max_model_len: int = 0) -> int:
         """The longest sequence of a run: ``max_model_len``, or the model's own for 0. Raises ModelError."""
         length = max_model_len or self.max_positions
@@ -114,6 +119,10 @@ class ModelSpec:
     def with_head(self, head: Head) -> ModelSpec:
         """The spec of the same layers, used with another head. What scales and bounds logits is the LM head's."""
         return self if head == self.head else replace(self, head=head, logit_scale=1.0, logit_softcap=0.0)
+
+    def with_token_head(self, tokens: int) -> ModelSpec:
+        """The spec of the model with that many tokens in its LM head, as a classification head."""
+        return replace(self, head="classes", classes=tokens)
 
     def layer_kinds(self, max_positions: int) -> tuple[LayerKind, ...]:
         """Of each layer, for sequences of at most ``max_positions`` tokens, where wider windows change nothing."""

@@ -71,9 +71,14 @@ class Tokenizer:
         arrays = [(np.array(item.ids, np.int32), np.array(item.type_ids, np.int32)) for item in encoded]
         return [(ids, len(ids) if not types.any() else int(types.argmax())) for ids, types in arrays]
 
-    def decode_batch(self, ids: list[np.ndarray]) -> list[str]:
-        """Text of each, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode_batch([np.asarray(item).tolist() for item in ids], skip_special_tokens=True)
+    def decode_batch(self, ids: list[np.ndarray], skip_special_tokens: bool = True) -> list[str]:
+        """Text of each, special tokens left out or not; bytes that are no UTF-8 become U+FFFD."""
+        lists = [np.asarray(item).tolist() for item in ids]
+        return self._backend.decode_batch(lists, skip_special_tokens=skip_special_tokens)
+
+    def token_id(self, text: str) -> int | None:
+        """The token that is this text, special or not; None if there is none."""
+        return self._backend.token_to_id(text)
 
     def to_json(self) -> str:
         """The content of a tokenizer.json that does the same."""

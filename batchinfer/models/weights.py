@@ -6,19 +6,24 @@ Names and shapes are those of :mod:`batchinfer.models.layout`, each once. Matric
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from batchinfer.models.encoder_spec import EncoderSpec, encoder_layout
 from batchinfer.models.files import Block, BlockReader, ModelError, OwnReading, Source, StoredTensor
 from batchinfer.models.gguf import is_gguf, read_gguf
-from batchinfer.models.layout import Layout, Part, layout
+from batchinfer.models.gguf_blocks import FORMS, Form, codes_of
+from batchinfer.models.layout import TABLES, Layout, Part, layout
 from batchinfer.models.model_spec import ModelSpec
 from batchinfer.models.safetensors import open_folder
+from batchinfer.ops.quantized import Quantized
 
 BLOCK_BYTES = 16 << 20
 """Read at a time: large enough for a parallel file system, small against a rank's memory, which holds up to four."""
@@ -54,12 +59,18 @@ class WeightBlock(Block):
 
 
 def load_weights(
-    model_path: str, spec: ModelSpec | EncoderSpec, dtype: torch.dtype, source: Source | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
+    model_path: str,
+    spec: ModelSpec | EncoderSpec,
+    dtype: torch.dtype,
+    source: Source | None = None,
+    keep: bool = False,
+) -> Iterator[tuple[str, torch.Tensor | Quantized]]:
     """Yield every target of the model's layout once, in about the order of the files.
 
-    Everything that headers can tell is checked before the first tensor is read. ``source`` None reads all here. Raises
-    ModelError naming the file and the tensor: missing, left over, wrong shape, unsupported dtype, truncated.
+    Everything that headers can tell is checked before the first tensor is read. ``source`` None reads all here.
+    ``keep``: matrices that are quantised in the file stay so, and a tied model whose embedding is has a ``lm_head``
+    too, before it. Raises ModelError naming the file and the tensor: missing, left over, wrong shape, unsupported
+    dtype, truncated; or with ``keep`` a file without a matrix that can be kept.
     """
     source = source or OwnReading()
     plan = encoder_layout(spec) if isinstance(spec, EncoderSpec) else layout(spec, is_gguf(model_path))
@@ -68,21 +79,83 @@ def load_weights(
         for path, tensors in source.value(lambda: _stored(model_path))
     ]
     _check(stored, plan, spec, model_path)
+    forms = kept_forms([tensor for _, tensors in stored for tensor in tensors], plan) if keep else {}
+    if keep and not forms:
+        raise ModelError(
+            f"{model_path} holds no matrix that engine.weights=keep could keep: that takes a GGUF file with the types "
+            f"{', '.join(FORMS)}; engine.weights=auto computes with any"
+        )
+    tied = isinstance(spec, ModelSpec) and spec.tied_head
     blocks = [block for path, tensors in stored for block in cut(path, tensors)]
     missing = {target: math.prod(shape) for target, shape in plan.targets.items()}  # elements
-    open_targets: dict[str, torch.Tensor] = {}
+    open_targets: dict[str, dict[str, Dense | Kept]] = {}
     with BlockReader() as reader:
         for block, data in zip(blocks, source.stream(blocks, reader.read), strict=True):
             for piece in block.pieces:
                 part = plan.parts[plan.name(piece.tensor.name)]
                 if part.target not in open_targets:
-                    shape = plan.targets[part.target]
-                    open_targets[part.target] = torch.empty(shape, dtype=dtype if len(shape) == 2 else torch.float32)
-                out = open_targets[part.target][part.row : part.row + part.shape[0]]
-                _put(_decode(data, piece, block.path), piece, part, out)
+                    open_targets[part.target] = _begin(part.target, plan, dtype, forms, tied)
+                for one in open_targets[part.target].values():
+                    one.put(data, piece, part, block.path)
                 missing[part.target] -= piece.rows * math.prod(piece.tensor.shape[1:])
                 if missing[part.target] == 0:
-                    yield part.target, open_targets.pop(part.target)
+                    for name, one in open_targets.pop(part.target).items():
+                        yield name, one.value
+
+
+class Dense:
+    """A target in ``dtype``, while its parts come."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
+        self.value = torch.empty(shape, dtype=dtype)
+
+    def put(self, data: memoryview, piece: Piece, part: Part, path: str) -> None:
+        _put(_decode(data, piece, path), piece, part, self.value[part.row : part.row + part.shape[0]])
+
+
+class Kept:
+    """A target as codes, while its parts come."""
+
+    def __init__(self, shape: tuple[int, ...], form: Form):
+        rows, columns = shape
+        scales, minima = (torch.empty(rows, columns // form.block, dtype=torch.float16) for _ in range(2))
+        self.value = Quantized(torch.empty(shape, dtype=torch.uint8), scales, minima, form.bits)
+
+    def put(self, data: memoryview, piece: Piece, part: Part, path: str) -> None:
+        raw, kind = np.frombuffer(data[piece.start : piece.end], np.uint8), piece.tensor.dtype
+        try:
+            codes, *blocks = (torch.from_numpy(array) for array in codes_of(raw.reshape(piece.rows, -1), kind))
+        except ValueError as error:
+            raise ModelError(f"{path}: tensor {piece.tensor.name!r} ({kind}) is damaged: {error}") from None
+        shorter = FORMS[kind].block // self.value.block
+        values = (codes, *(block.repeat_interleave(shorter, 1) for block in blocks))
+        for value, out in zip(values, (self.value.codes, self.value.scales, self.value.minima), strict=True):
+            _put(value, piece, part, out[part.row : part.row + part.shape[0]])
+
+
+def kept_forms(stored: Sequence[StoredTensor], plan: Layout) -> dict[str, Form]:
+    """The targets that can be kept quantised, all parts of which are in some form, and one that suits all of them."""
+    kinds: dict[str, list[str]] = {}
+    for tensor in stored:
+        part = plan.parts[plan.name(tensor.name)]
+        kinds.setdefault(part.target, []).append(tensor.dtype if len(part.shape) == 2 else "")
+    return {
+        target: functools.reduce(operator.or_, (FORMS[kind] for kind in of_parts))
+        for target, of_parts in kinds.items()
+        if all(kind in FORMS for kind in of_parts)
+    }
+
+
+def _begin(
+    target: str, plan: Layout, dtype: torch.dtype, forms: dict[str, Form], tied: bool
+) -> dict[str, Dense | Kept]:
+    """What is to be made of a target. Rows of tables are gathered, which takes values."""
+    shape, form = plan.targets[target], forms.get(target)
+    dense = Dense(shape, dtype if len(shape) == 2 else torch.float32)
+    if form is None or target in TABLES:
+        head = {"lm_head": Kept(shape, form)} if form and tied and target == "embed" else {}
+        return {**head, target: dense}
+    return {target: Kept(shape, form)}
 
 
 def cut(path: str, tensors: Sequence[StoredTensor]) -> list[WeightBlock]:
@@ -130,18 +203,15 @@ def dummy_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> 
 
 
 def with_token_head(
-    weights: Iterable[tuple[str, torch.Tensor]], spec: ModelSpec, tokens: Sequence[int]
-) -> tuple[ModelSpec, Iterator[tuple[str, torch.Tensor]]]:
-    """The model with the rows of ``tokens`` alone in its LM head, as a classification head, and its spec."""
-
-    def stream() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in weights:
-            if name == ("embed" if spec.tied_embeddings else "lm_head"):
-                yield "classes", tensor[list(tokens)]
-            if name != "lm_head":
-                yield name, tensor
-
-    return replace(spec, head="classes", classes=len(tokens)), stream()
+    weights: Iterable[tuple[str, torch.Tensor | Quantized]], spec: ModelSpec, tokens: Sequence[int]
+) -> Iterator[tuple[str, torch.Tensor | Quantized]]:
+    """The weights of the model ``spec`` for :meth:`ModelSpec.with_token_head`: of its LM head the rows of ``tokens``
+    alone, as a classification head."""
+    for name, tensor in weights:
+        if name == ("embed" if spec.tied_embeddings else "lm_head"):
+            yield "classes", tensor.chosen(tokens) if isinstance(tensor, Quantized) else tensor[list(tokens)]
+        if name != "lm_head":
+            yield name, tensor
 
 
 def _stored(model_path: str) -> list[tuple[str, tuple[StoredTensor, ...]]]:
@@ -185,7 +255,6 @@ def _decode(data: memoryview, piece: Piece, path: str) -> torch.Tensor:
     shape = (piece.rows, *tensor.shape[1:])
     if tensor.dtype in DTYPES:
         return torch.frombuffer(block, dtype=DTYPES[tensor.dtype]).view(shape)
-    import numpy as np
     from gguf import GGMLQuantizationType, dequantize
 
     try:

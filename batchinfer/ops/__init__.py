@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from batchinfer.ops.quantized import Quantized
+
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 """Functions of an MLP without a gate."""
 
 
-Lack = Literal["mix_experts", "norm of all heads"]
-"""Ops, and an option of ``rope_and_cache``, that not every backend has."""
+Lack = Literal["mix_experts", "norm of all heads", "quantised weights"]
+"""Ops, and options of ``rope_and_cache`` and ``pack_weight``, that not every backend has."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,12 @@ class SampleInput:
 
     ``seed`` int64 (bits of the unsigned seed of the sample), ``position`` int32: how many tokens the sample has
     already. ``history_ids`` int32 with ``history_start`` int32 [N+1]: prompt and output tokens of the rows that are
-    penalised (empty for others); the first ``history_prompt`` int32 [N] of each are prompt. ``banned_ids`` int32 with
-    ``banned_start`` int32 [N+1]: tokens that may not be chosen (stop tokens before min_tokens). ``allowed`` int32
-    [N, ceil(V / 32)]: only tokens t may be chosen whose bit t % 32 of word t // 32 is set. ``num_logprobs`` int32 [N]:
-    -1 off, else the number of alternatives. Each of the four groups is None if no row needs it.
+    penalised (empty for others); the first ``history_prompt`` int32 [N] of each are prompt. ``bias_ids`` int32 and
+    ``bias_values`` float32 with ``bias_start`` int32 [N+1]: what is added to a token's logit; no token twice in a row.
+    ``banned_ids`` int32 with ``banned_start`` int32 [N+1]: tokens that may not be chosen (stop tokens before
+    min_tokens, ends of bad words). ``allowed`` int32 [N, ceil(V / 32)]: only tokens t may be chosen whose bit t % 32 of
+    word t // 32 is set. ``num_logprobs`` int32 [N]: -1 off, else the number of alternatives. Each of the five groups is
+    None if no row needs it.
     """
 
     temperature: Tensor
@@ -107,6 +111,9 @@ class SampleInput:
     history_ids: Tensor | None = None
     history_start: Tensor | None = None
     history_prompt: Tensor | None = None
+    bias_ids: Tensor | None = None
+    bias_start: Tensor | None = None
+    bias_values: Tensor | None = None
     banned_ids: Tensor | None = None
     banned_start: Tensor | None = None
     allowed: Tensor | None = None
@@ -141,9 +148,10 @@ class Ops(Protocol):
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Zeros on the device, for a KV cache. May take memory only when it is first written."""
 
-    def pack_weight(self, weight: Tensor, gated: bool = False) -> Any:
-        """[N, K] weight in the engine's dtype -> opaque packed form for ``linear``, or with ``gated`` for
-        ``gated_linear``; done once at load."""
+    def pack_weight(self, weight: Tensor | Quantized, gated: bool = False) -> Any:
+        """[N, K] weight, in the engine's dtype or quantised -> opaque packed form for ``linear``, or with ``gated`` for
+        ``gated_linear``; done once at load. A quantised one multiplies activations that are quantised too, as
+        ``quantized.encode`` has it."""
 
     def linear(self, x: Tensor, weight: Any, out: Tensor, bias: Tensor | None = None) -> None:
         """out [T, N] = x [T, K] @ weight.T (+ bias float32 [N]). A row's result does not depend on T or on the other
@@ -240,11 +248,11 @@ class Ops(Protocol):
     def sample(self, logits: Tensor, inputs: SampleInput) -> SampleOutput:
         """Choose one token per row of logits float32 [N, V] (may be overwritten).
 
-        Order: logprobs of the raw logits; penalties (repetition as in Keskar et al. 2019 over prompt and output,
-        presence and frequency over output); banned tokens and those not allowed; temperature; top-k, then top-p, then
-        min-p on the softmax of what is left; Gumbel-max with Philox4x32-10 (Salmon et al. 2011) keyed by seed and
-        counted by (position, token id). Ties in the filters keep all tied tokens; ties in the maximum take the smallest
-        id. Temperature 0 is the arg max after penalties and bans."""
+        Order: logprobs of the raw logits; biases; penalties (repetition as in Keskar et al. 2019 over prompt and
+        output, presence and frequency over output); banned tokens and those not allowed; temperature; top-k, then
+        top-p, then min-p on the softmax of what is left; Gumbel-max with Philox4x32-10 (Salmon et al. 2011) keyed by
+        seed and counted by (position, token id). Ties in the filters keep all tied tokens; ties in the maximum take the
+        smallest id. Temperature 0 is the arg max after penalties and bans."""
 
 
 def load(device: str, threads: int = 0, *, rank: int = 0, ops: str = "auto") -> Ops:

@@ -46,7 +46,7 @@ class DeviceOps(TextAttention, ABC):
     Raises ValueError on shapes and dtypes.
     """
 
-    lacks: frozenset[Lack] = frozenset()
+    lacks: frozenset[Lack] = frozenset({"quantised weights"})
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -242,7 +242,8 @@ class DeviceOps(TextAttention, ABC):
             self._check("history_prompt", inputs.history_prompt, torch.int32, (rows,))
         if inputs.banned_ids is not None:
             self._check_segments("banned", inputs.banned_ids, inputs.banned_start, rows)
-        edited = any(given is not None for given in (inputs.penalties, inputs.banned_ids, inputs.allowed))
+        edits = (inputs.bias_ids, inputs.penalties, inputs.banned_ids, inputs.allowed)
+        edited = any(given is not None for given in edits)
         wanted, raw, out = None, logits, SampleOutput(self._empty(torch.int32, rows))
         if inputs.num_logprobs is not None:
             if inputs.num_logprobs.device.type != "cpu":
@@ -253,6 +254,10 @@ class DeviceOps(TextAttention, ABC):
             raw = logits.clone() if edited else logits
             tops = self._empty(torch.int32, rows, wide), self._empty(torch.float32, rows, wide)
             out = SampleOutput(out.tokens, self._empty(torch.float32, rows), *tops)
+        if inputs.bias_ids is not None:
+            self._check_segments("bias", inputs.bias_ids, inputs.bias_start, rows)
+            self._check("bias_values", inputs.bias_values, torch.float32, inputs.bias_ids.shape)
+            add_biases(logits, inputs.bias_ids, inputs.bias_start, inputs.bias_values)
         if inputs.allowed is not None:
             self._check("allowed", inputs.allowed, torch.int32, (rows, -(-vocab // 32)))
             forbid(logits, inputs.allowed)
@@ -317,7 +322,7 @@ class DeviceOps(TextAttention, ABC):
         self, logits: Tensor, inputs: SampleInput, raw: Tensor, num_logprobs: Tensor | None, out: SampleOutput
     ) -> None:
         """Fill ``out``. ``raw``: the logits that log-probabilities are of; ``num_logprobs``: on the device.
-        ``inputs.allowed`` has been applied."""
+        The biases and ``inputs.allowed`` have been applied."""
 
     def _bias(self, bias: Tensor, dtype: torch.dtype) -> Tensor:
         """``bias`` in ``dtype``, converted once: checkpoints hold biases in the weights' dtype, so nothing is lost."""
@@ -362,6 +367,15 @@ class DeviceOps(TextAttention, ABC):
 
 _MM_FLOAT = hasattr(torch.ops.aten.mm, "dtype_out")
 """Whether torch (2.8 and later) writes the product of 16-bit matrices in float32, which keeps the logits' last bits."""
+
+
+def add_biases(logits: Tensor, ids: Tensor, start: Tensor, values: Tensor) -> None:
+    """Add ``values`` to the logits [N, V] of the tokens ``ids``, in place; see SampleInput. By torch's own kernels, as
+    in :func:`forbid`. An id outside the vocabulary is clamped, and its bias is 0."""
+    row = torch.repeat_interleave(start.diff(), output_size=len(ids))
+    inside = (ids >= 0) & (ids < logits.shape[1])
+    place = row * logits.shape[1] + ids.clamp(0, logits.shape[1] - 1)
+    logits.view(-1).index_add_(0, place, torch.where(inside, values, 0.0))
 
 
 def forbid(logits: Tensor, allowed: Tensor) -> None:

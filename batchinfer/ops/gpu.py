@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of the dtypes, in csrc/gpu/ops.h."""
 
+VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
+"""What may hide devices, by torch's name of their kind."""
+
 DECODE_ROWS = 16
 """Query heads of one kv head that a decode work item takes (csrc/gpu/attention.cuh)."""
 
@@ -52,7 +55,7 @@ class GpuOps(DeviceOps):
 
     def __init__(self, device: torch.device, extension: ModuleType):
         super().__init__(device)
-        self.lacks = frozenset() if find_spec("triton") else BY_TRITON
+        self.lacks = DeviceOps.lacks | (frozenset() if find_spec("triton") else BY_TRITON)
         self._gpu = extension
         self._workspaces: dict[tuple, tuple[int, tuple[Tensor, ...]]] = {}
         self._lists: dict[tuple[tuple, int], tuple[Tensor, ...]] = {}
@@ -242,28 +245,33 @@ class GpuOps(DeviceOps):
         )
 
     def _stream(self) -> int:
+        if self.device.type == "xpu":
+            return torch.xpu.current_stream(self.device).sycl_queue
         return torch.cuda.current_stream(self.device).cuda_stream
 
 
 def open_gpu(device: str = "cuda") -> GpuOps:
-    """The ops on the CUDA device ``device``, which becomes torch's current one. Raises RuntimeError where the extension
-    or the device is missing."""
-    extension = _extension()
-    if not torch.cuda.is_available() or extension.device_count() == 0:
-        raise RuntimeError(f"device {device}: no usable GPU (driver, CUDA_VISIBLE_DEVICES, or a torch without CUDA)")
+    """The ops on ``device`` (by torch's name: cuda, for AMD too, or xpu), which becomes torch's current one. Raises
+    RuntimeError where the extension or the device is missing."""
     chosen = torch.device(device)
+    extension = _extension(chosen.type)
+    module = getattr(torch, chosen.type)
+    if not module.is_available() or extension.device_count() == 0:
+        raise RuntimeError(
+            f"device {device}: no usable GPU (its driver, {VISIBLE[chosen.type]}, or a torch that is not built for it)"
+        )
     if chosen.index is None:
-        chosen = torch.device(chosen.type, torch.cuda.current_device())
-    torch.cuda.set_device(chosen)
+        chosen = torch.device(chosen.type, module.current_device())
+    module.set_device(chosen)
     return GpuOps(chosen, extension)
 
 
-def _extension() -> ModuleType:
+def _extension(device: str) -> ModuleType:
     try:
         return importlib.import_module("batchinfer._gpu")
     except ImportError as e:
         raise RuntimeError(
-            f"batchinfer is not compiled for cuda ({e}). Rebuild with: BATCHINFER_DEVICE=cuda pip install ."
+            f"batchinfer is not compiled for {device} ({e}). Rebuild with: BATCHINFER_DEVICE={device} pip install ."
         ) from e
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
+from batchinfer.ops.quantized import Quantized, product
 from batchinfer.ops.reference_sampler import sample
 
 
@@ -36,14 +37,16 @@ class ReferenceOps:
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    def pack_weight(self, weight: Tensor, gated: bool = False) -> Tensor:
-        return weight.to(self.dtype)
+    def pack_weight(self, weight: Tensor | Quantized, gated: bool = False) -> Tensor | Quantized:
+        return weight.to(self.dtype) if isinstance(weight, Tensor) else weight
 
-    def linear(self, x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
-        y = x.to(self.dtype) @ weight.T
+    def linear(self, x: Tensor, weight: Tensor | Quantized, out: Tensor, bias: Tensor | None = None) -> None:
+        y = self._product(x, weight)
         out.copy_(y if bias is None else y + bias)
 
-    def gated_linear(self, x: Tensor, weight: Tensor, out: Tensor, sums: Tensor, bias: Tensor | None = None) -> None:
+    def gated_linear(
+        self, x: Tensor, weight: Tensor | Quantized, out: Tensor, sums: Tensor, bias: Tensor | None = None
+    ) -> None:
         self.linear(x, weight, sums, bias)
         self.silu_mul(sums, out)
 
@@ -178,8 +181,8 @@ class ReferenceOps:
             if experts.shared:
                 weights.append((len(experts.down) - 1, router[t, -1].to(self.dtype).sigmoid()))
             for j, weight in weights:
-                gate, up = (experts.gate_up[j] @ row).chunk(2)
-                mixed[t] += weight * (experts.down[j] @ (gate * gate.sigmoid() * up))
+                gate, up = self._product(row, experts.gate_up[j]).chunk(2)
+                mixed[t] += weight * self._product(gate * gate.sigmoid() * up, experts.down[j])
         out.copy_(mixed)
 
     def gather_rows(self, x: Tensor, index: Tensor, out: Tensor) -> None:
@@ -188,6 +191,12 @@ class ReferenceOps:
 
     def sample(self, logits: Tensor, inputs: SampleInput) -> SampleOutput:
         return sample(logits, inputs)
+
+    def _product(self, x: Tensor, weight: Tensor | Quantized) -> Tensor:
+        """x [T, K] or [K] times the packed weight, transposed."""
+        if isinstance(weight, Tensor):
+            return x.to(self.dtype) @ weight.T
+        return product(x.view(-1, x.shape[-1]), weight, self.dtype).view(*x.shape[:-1], -1)
 
     def _rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight.to(self.dtype)

@@ -27,6 +27,9 @@ def sample(logits: torch.Tensor, inputs: SampleInput) -> SampleOutput:
     tokens = np.empty(rows, np.int32)
     for i in range(rows):
         x = raw[i].copy()
+        if inputs.bias_ids is not None:
+            ids = _check_ids("bias_ids", _segment(inputs.bias_ids, inputs.bias_start, i), vocab)
+            x[ids] += _segment(inputs.bias_values, inputs.bias_start, i)
         if inputs.penalties is not None:
             _penalise(x, i, inputs)
         if inputs.banned_ids is not None:

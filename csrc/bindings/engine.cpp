@@ -107,22 +107,23 @@ PYBIND11_MODULE(_engine, module) {
 
     py::class_<Scheduler>(module, "Scheduler", "Continuous batching over a paged KV cache with prefix reuse.")
         .def(py::init([](int32_t num_pages, int32_t page_size, int32_t max_slots, int32_t max_step_tokens,
-                         int32_t max_seq_len, bool prefix_cache, int32_t hash_bits) {
+                         int32_t max_seq_len, bool prefix_cache, int32_t lookup, int32_t hash_bits) {
                  return Scheduler({.num_pages = num_pages,
                                    .page_size = page_size,
                                    .max_slots = max_slots,
                                    .max_step_tokens = max_step_tokens,
                                    .max_seq_len = max_seq_len,
                                    .prefix_cache = prefix_cache,
+                                   .lookup = lookup,
                                    .hash_bits = hash_bits});
              }),
              py::kw_only(), py::arg("num_pages"), py::arg("page_size"), py::arg("max_slots"),
-             py::arg("max_step_tokens"), py::arg("max_seq_len"), py::arg("prefix_cache") = true,
+             py::arg("max_step_tokens"), py::arg("max_seq_len"), py::arg("prefix_cache") = true, py::arg("lookup") = 0,
              py::arg("_hash_bits") = 64)
         .def(
             "add",
             [](Scheduler& self, int64_t seq_id, const py::object& prompt, int32_t max_new_tokens,
-               int32_t min_new_tokens, int32_t expected_new_tokens, int32_t compute_from, int32_t family,
+               int32_t min_new_tokens, int32_t expected_new_tokens, int32_t compute_from, int32_t family, bool lookup,
                const py::object& stop_token_ids, const py::object& generated) {
                 const auto prompt_array = as_int32(prompt, "prompt");
                 const auto stop_array = as_int32(stop_token_ids, "stop_token_ids");
@@ -134,12 +135,14 @@ PYBIND11_MODULE(_engine, module) {
                           .expected_new_tokens = expected_new_tokens,
                           .compute_from = compute_from,
                           .family = family,
+                          .lookup = lookup,
                           .stop_token_ids = view(stop_array),
                           .generated = view(generated_array)});
             },
             py::arg("seq_id"), py::arg("prompt"), py::kw_only(), py::arg("max_new_tokens"),
             py::arg("min_new_tokens") = 0, py::arg("expected_new_tokens") = 0, py::arg("compute_from") = kComputeLast,
-            py::arg("family") = 0, py::arg("stop_token_ids") = py::tuple(), py::arg("generated") = py::tuple())
+            py::arg("family") = 0, py::arg("lookup") = true, py::arg("stop_token_ids") = py::tuple(),
+            py::arg("generated") = py::tuple())
         .def("schedule", [](Scheduler& self) { return std::const_pointer_cast<Step>(self.schedule()); })
         .def(
             "update",
@@ -162,5 +165,7 @@ PYBIND11_MODULE(_engine, module) {
         .def_property_readonly("pages_free", [](const Scheduler& self) { return self.pool().num_free(); })
         .def_property_readonly("preemptions", &Scheduler::preemptions)
         .def_property_readonly("cached_prompt_tokens", &Scheduler::cached_prompt_tokens)
+        .def_property_readonly("drafted_tokens", &Scheduler::drafted_tokens)
+        .def_property_readonly("accepted_tokens", &Scheduler::accepted_tokens)
         .def("check_integrity", &Scheduler::check_integrity);
 }

@@ -6,6 +6,7 @@
 #include "cpu/attention.h"
 #include "cpu/backend.h"
 #include "cpu/gemm.h"
+#include "cpu/shared_memory.h"
 
 namespace py = pybind11;
 using namespace batchinfer;
@@ -99,9 +100,31 @@ void bind_linear(py::module_& m, py::class_<Cpu>& cls) {
         .def_property_readonly("depth", &PackedWeight::depth)
         .def_property_readonly("gated", &PackedWeight::gated)
         .def_property_readonly("bytes", &PackedWeight::bytes);
-    def_op(cls, "pack_weight", [](Cpu& cpu, uintptr_t weight, int dtype, int64_t outputs, int64_t depth, bool gated) {
-        return std::make_unique<PackedWeight>(*cpu.kernels.gemm, Dtype(dtype), at<void>(weight), outputs, depth, gated,
-                                              cpu.pool);
+    py::class_<SharedMemory, std::shared_ptr<SharedMemory>>(m, "SharedMemory", py::buffer_protocol())
+        .def_buffer([](SharedMemory& memory) {
+            // Never said to be read-only, of which torch would warn.
+            return py::buffer_info(reinterpret_cast<uint8_t*>(memory.data()), memory.bytes());
+        });
+    def_op(cls, "map_shared", [](Cpu&, int fd, size_t bytes, bool writable) {
+        return std::make_shared<SharedMemory>(fd, bytes, writable);
+    });
+    def_op(cls, "populate", [](Cpu& cpu, SharedMemory& memory, size_t end) { memory.populate(end, cpu.pool); });
+    // A weight that is packed in `memory` from byte `offset` on, or (with null) is to be packed in new memory.
+    const auto weight_in = [](Cpu& cpu, int format, int64_t outputs, int64_t depth, bool gated,
+                              const std::shared_ptr<SharedMemory>& memory, size_t offset) {
+        return std::make_unique<PackedWeight>(*cpu.kernels.gemm[format], outputs, depth, gated,
+                                              memory ? SharedMemory::part(memory, offset) : nullptr);
+    };
+    def_op(cls, "packed_weight", weight_in);
+    def_op(cls, "pack_weight",
+           [weight_in](Cpu& cpu, uintptr_t values, uintptr_t scales, uintptr_t minima, int format, int64_t outputs,
+                       int64_t depth, bool gated, const std::shared_ptr<SharedMemory>& memory, size_t offset) {
+               auto packed = weight_in(cpu, format, outputs, depth, gated, memory, offset);
+               packed->pack({at<void>(values), at<void>(scales), at<void>(minima)}, cpu.pool);
+               return packed;
+           });
+    def_op(cls, "packed_bytes", [](Cpu& cpu, int format, int64_t outputs, int64_t depth, bool gated) {
+        return PackedWeight::bytes_of(*cpu.kernels.gemm[format], outputs, depth, gated);
     });
     def_op(cls, "linear",
            [](Cpu& cpu, uintptr_t x, int x_dtype, const PackedWeight& weight, uintptr_t bias, uintptr_t out,
@@ -159,7 +182,8 @@ void bind_sample(py::class_<Cpu>& cls) {
            [](Cpu& cpu, uintptr_t logits, int64_t rows, int64_t vocab, uintptr_t temperature, uintptr_t top_k,
               uintptr_t top_p, uintptr_t min_p, uintptr_t seed, uintptr_t position, uintptr_t repetition,
               uintptr_t presence, uintptr_t frequency, uintptr_t history_ids, uintptr_t history_start,
-              uintptr_t history_prompt, int64_t history_size, uintptr_t banned_ids, uintptr_t banned_start,
+              uintptr_t history_prompt, int64_t history_size, uintptr_t bias_ids, uintptr_t bias_start,
+              uintptr_t bias_values, int64_t bias_size, uintptr_t banned_ids, uintptr_t banned_start,
               int64_t banned_size, uintptr_t allowed, uintptr_t tokens, uintptr_t num_logprobs, uintptr_t chosen,
               uintptr_t top_ids, uintptr_t top, int64_t top_width) {
                sample(cpu, {at<float>(logits),
@@ -178,6 +202,10 @@ void bind_sample(py::class_<Cpu>& cls) {
                             at<int32_t>(history_start),
                             at<int32_t>(history_prompt),
                             history_size,
+                            at<int32_t>(bias_ids),
+                            at<int32_t>(bias_start),
+                            at<float>(bias_values),
+                            bias_size,
                             at<int32_t>(banned_ids),
                             at<int32_t>(banned_start),
                             banned_size,

@@ -1,4 +1,5 @@
-// Python module batchinfer._process: what to do where a library ends the process or does not come back. Types for editors: _process.pyi.
+// Python module batchinfer._process: what to do where a library ends the process, or does not come back. Types for
+// editors: _process.pyi.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,6 +1,7 @@
 #include "cpu/gemm.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "cpu/huge_pages.h"
@@ -27,26 +28,39 @@ int64_t ceil_div(int64_t a, int64_t b) {
 
 }  // namespace
 
-PackedWeight::PackedWeight(const GemmKernel& kernel, Dtype dtype, const void* weight, int64_t outputs, int64_t depth,
-                           bool gated, ThreadPool& pool)
+PackedWeight::PackedWeight(const GemmKernel& kernel, int64_t outputs, int64_t depth, bool gated,
+                           std::shared_ptr<std::byte> memory)
     : kernel_(kernel),
-      dtype_(dtype),
       outputs_(gated ? outputs / 2 : outputs),
       depth_(depth),
       gated_(gated),
       panel_outputs_(gated ? kernel.panel_columns / 2 : kernel.panel_columns),
       panels_(ceil_div(outputs_, panel_outputs_)),
-      panel_bytes_(kernel.panel_bytes(dtype, depth)),
-      data_(huge_pages(panels_ * panel_bytes_)) {
-    const auto row = [&](int64_t i) { return static_cast<const std::byte*>(weight) + i * depth * size_of(dtype); };
+      panel_bytes_(kernel.panel_bytes(depth)),
+      data_(memory ? std::move(memory) : huge_pages(bytes())) {}
+
+size_t PackedWeight::bytes_of(const GemmKernel& kernel, int64_t outputs, int64_t depth, bool gated) {
+    // A gated panel has half as many outputs, and as many weights.
+    const int64_t columns = gated ? kernel.panel_columns / 2 : kernel.panel_columns;
+    return ceil_div(gated ? outputs / 2 : outputs, columns) * kernel.panel_bytes(depth);
+}
+
+void PackedWeight::pack(const WeightRow& rows, ThreadPool& pool) {
+    const size_t value_bytes = depth_ * kernel_.value_bytes;
+    const int64_t block = kernel_.scale_block;
+    const size_t scale_bytes = block > 0 ? depth_ / block * sizeof(uint16_t) : block == kRowScale ? sizeof(float) : 0;
+    const auto row = [&](int64_t i) -> WeightRow {
+        const auto at = [&](const void* p, size_t stride) { return static_cast<const std::byte*>(p) + i * stride; };
+        return {at(rows.values, value_bytes), at(rows.scales, scale_bytes), at(rows.minima, scale_bytes)};
+    };
     pool.parallel_for(panels_, [&](int64_t begin, int64_t end, int) {
-        std::vector<const void*> columns(kernel.panel_columns);
+        std::vector<WeightRow> columns(kernel_.panel_columns);
         for (int64_t i = begin; i < end; ++i) {
-            for (int64_t c = 0; c < kernel.panel_columns; ++c) {
+            for (int64_t c = 0; c < kernel_.panel_columns; ++c) {
                 const int64_t output = i * panel_outputs_ + c % panel_outputs_;
-                columns[c] = output < outputs_ ? row(output + c / panel_outputs_ * outputs_) : nullptr;
+                columns[c] = output < outputs_ ? row(output + c / panel_outputs_ * outputs_) : WeightRow{};
             }
-            kernel.pack_panel(dtype, columns.data(), depth, data_.get() + i * panel_bytes_);
+            kernel_.pack_panel(columns.data(), depth_, data_.get() + i * panel_bytes_);
         }
     });
 }
@@ -61,14 +75,14 @@ void PackedWeight::multiply(Dtype x_dtype, const void* x, int64_t rows, const fl
     const int64_t block_rows = ceil_div(tiles, row_blocks) * tile_rows;
     // Panels of a task: what fits into L2, less where that would leave threads without work.
     const int64_t fair = panels_ * row_blocks / (kTasksPerThread * pool.size());
-    const int64_t slice_bytes = kernel_.panel_bytes(dtype_, std::min(depth_, kDepthSlice));
+    const int64_t slice_bytes = kernel_.panel_bytes(std::min(depth_, kDepthSlice));
     const int64_t least = std::min(kMinTaskPanels, ceil_div(panels_, pool.size()));
     const int64_t task_panels = std::max(least, std::min(fair, kTaskWeightBytes / slice_bytes));
     const int64_t column_blocks = ceil_div(panels_, task_panels);
     const int64_t tasks = ceil_div(rows, block_rows) * column_blocks;
-    const int64_t packed_bytes = block_rows * kernel_.packed_row_bytes(dtype_, depth_);
+    const int64_t packed_bytes = block_rows * kernel_.packed_row_bytes(depth_);
     const int64_t sums_bytes =
-        gated_ && depth_ > kDepthSlice ? block_rows * task_panels * kernel_.panel_columns * sizeof(float) : 0;
+        gated_ && depth_ > kernel_.depth_slice ? block_rows * task_panels * kernel_.panel_columns * sizeof(float) : 0;
 
     TaskShares shares(tasks, pool.size());
     pool.run([&](int thread, int) {
@@ -81,7 +95,7 @@ void PackedWeight::multiply(Dtype x_dtype, const void* x, int64_t rows, const fl
                 return {static_cast<const std::byte*>(p) + (first_row * width + column) * size_of(dtype), dtype, width};
             };
             if (block != packed_block) {
-                kernel_.pack_rows(dtype_, at(x, x_dtype, depth_, 0), count, depth_, packed);
+                kernel_.pack_rows(at(x, x_dtype, depth_, 0), count, depth_, packed);
                 packed_block = block;
             }
             const int64_t first_panel = task % column_blocks * task_panels, column = first_panel * panel_outputs_;
@@ -96,7 +110,7 @@ void PackedWeight::multiply(Dtype x_dtype, const void* x, int64_t rows, const fl
                           reinterpret_cast<const char*>(panel(std::min(next + task_panels, panels_)))};
             }
             const auto multiply = gated_ ? kernel_.multiply_gated : kernel_.multiply;
-            multiply(dtype_, packed, count, depth_, panel(first_panel), to, coming);
+            multiply(packed, count, depth_, panel(first_panel), to, coming);
         }
     });
 }

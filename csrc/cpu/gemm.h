@@ -12,10 +12,18 @@ namespace batchinfer {
 
 class PackedWeight {
   public:
-    // `weight` [outputs, depth], contiguous. `gated`: its first half are the gates of the second. Packed on `pool`, so
-    // that its threads touch the pages first. `kernel` must outlive the weight (kernel tables are static).
-    PackedWeight(const GemmKernel& kernel, Dtype dtype, const void* weight, int64_t outputs, int64_t depth, bool gated,
-                 ThreadPool& pool);
+    // Of a weight [outputs, depth]. `gated`: its first half are the gates of the second. `memory` holds bytes() of what
+    // pack() has packed for the same kernel, or is to hold it; null: new memory. `kernel` must outlive the weight
+    // (kernel tables are static).
+    PackedWeight(const GemmKernel& kernel, int64_t outputs, int64_t depth, bool gated,
+                 std::shared_ptr<std::byte> memory = nullptr);
+
+    // What bytes() will be.
+    static size_t bytes_of(const GemmKernel& kernel, int64_t outputs, int64_t depth, bool gated);
+
+    // Packs the weight whose first row is `rows`; the others follow it. On `pool`, so that its threads touch the pages
+    // first.
+    void pack(const WeightRow& rows, ThreadPool& pool);
 
     int64_t outputs() const { return outputs_; }  // columns of what multiply() gives
     int64_t depth() const { return depth_; }
@@ -31,7 +39,6 @@ class PackedWeight {
     const std::byte* panel(int64_t index) const { return data_.get() + index * panel_bytes_; }
 
     const GemmKernel& kernel_;
-    Dtype dtype_;
     int64_t outputs_, depth_;
     bool gated_;
     int64_t panel_outputs_, panels_;

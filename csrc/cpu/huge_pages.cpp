@@ -11,7 +11,6 @@
 namespace batchinfer {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
 // Small beside any model; a chunk takes memory only as it is touched.
 constexpr size_t kChunk = 64 * kHugePage;
 

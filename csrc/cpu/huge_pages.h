@@ -6,6 +6,8 @@
 
 namespace batchinfer {
 
+inline constexpr size_t kHugePage = size_t{2} << 20;
+
 // At least `bytes`, aligned to 64, not yet touched; freed with the last pointer into its chunk. Allocations lie one
 // after the other in chunks that ask for huge pages: a panel of weights spans ten small ones, and on a virtual machine
 // each of them costs a walk through two page tables. Throws std::bad_alloc.

@@ -9,6 +9,9 @@ namespace batchinfer {
 namespace avx512bf16 {
 extern const KernelTable table;
 }
+namespace avx512vnni {
+extern const KernelTable table;
+}
 namespace avx512 {
 extern const KernelTable table;
 }
@@ -39,9 +42,17 @@ namespace {
 #endif
 }
 
+[[maybe_unused]] bool cpu_has_avx512vnni() {
+#if defined(__x86_64__)
+    return cpu_has_avx512() && __builtin_cpu_supports("avx512vnni");
+#else
+    return false;
+#endif
+}
+
 [[maybe_unused]] bool cpu_has_avx512bf16() {
 #if defined(__x86_64__)
-    return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16");
+    return cpu_has_avx512vnni() && __builtin_cpu_supports("avx512bf16");
 #else
     return false;
 #endif
@@ -56,6 +67,9 @@ const std::vector<Isa>& isas() {
     static const std::vector<Isa> best_first = {
 #ifdef BATCHINFER_HAVE_avx512bf16
         {&avx512bf16::table, cpu_has_avx512bf16},
+#endif
+#ifdef BATCHINFER_HAVE_avx512vnni
+        {&avx512vnni::table, cpu_has_avx512vnni},
 #endif
 #ifdef BATCHINFER_HAVE_avx512
         {&avx512::table, cpu_has_avx512},

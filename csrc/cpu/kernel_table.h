@@ -51,8 +51,8 @@ struct KernelTable {
     void (*activate)(const ActivateArgs&, int64_t begin, int64_t end);
     void (*gather_rows)(const GatherRowsArgs&, int64_t begin, int64_t end);
 
-    const GemmKernel* gemm;            // kernels/gemm.cpp
-    const AttentionKernel* attention;  // kernels/attention.cpp
+    const GemmKernel* gemm[kWeightFormats];  // kernels/gemm.cpp, kernels/gemm_codes.cpp
+    const AttentionKernel* attention;        // kernels/attention.cpp
 
     // kernels/sample.cpp. NaN counts as -inf. Bit for bit the same on all instruction sets.
     //

@@ -24,10 +24,15 @@ class RowSampler {
         const double log_sum = a_.num_logprobs ? report_alternatives(row, logits) : 0.0;
         const bool wants_logprob = a_.num_logprobs && a_.num_logprobs[row] >= 0;
         float* changed = logits;
-        if (wants_logprob &&
-            (a_.repetition || a_.banned_ids || a_.allowed)) {  // the chosen token's raw logit is read at the end
+        if (wants_logprob && (a_.bias_ids || a_.repetition || a_.banned_ids ||
+                              a_.allowed)) {  // the chosen token's raw logit is read at the end
             copy_.assign(logits, logits + a_.vocab);
             changed = copy_.data();
+        }
+        if (a_.bias_ids) {
+            for (int32_t i = a_.bias_start[row]; i < a_.bias_start[row + 1]; ++i) {
+                changed[a_.bias_ids[i]] += a_.bias_values[i];
+            }
         }
         if (a_.repetition) penalise(row, changed);
         if (a_.banned_ids) {
@@ -170,6 +175,7 @@ void check_segments(const char* name, const int32_t* ids, const int32_t* start, 
 
 void sample(Cpu& cpu, const SampleArgs& a) {
     if (a.history_ids) check_segments("history", a.history_ids, a.history_start, a.rows, a.history_size, a.vocab);
+    if (a.bias_ids) check_segments("bias", a.bias_ids, a.bias_start, a.rows, a.bias_size, a.vocab);
     if (a.banned_ids) check_segments("banned", a.banned_ids, a.banned_start, a.rows, a.banned_size, a.vocab);
     cpu.pool.parallel_for(a.rows, [&](int64_t begin, int64_t end, int) {
         RowSampler sampler(cpu.kernels, a);

@@ -65,8 +65,9 @@ void Scheduler::check_integrity() const {
     }
     size_t in_flight = 0;
     const auto check_pending = [&](const Sequence& sequence) {
-        require(std::ranges::count(pending, &sequence) == sequence.in_flight, sequence, "wrong count in flight");
-        in_flight += sequence.in_flight;
+        const auto steps = std::ranges::count(pending, &sequence);
+        require(steps * (1 + sequence.drafted) == sequence.in_flight, sequence, "wrong count in flight");
+        in_flight += steps;
     };
     for (const auto& [id, sequence] : open_)
         check_pending(*sequence);
@@ -91,7 +92,8 @@ void Scheduler::check_integrity() const {
         require(sequence->state == SequenceState::kRunning, *sequence, "has a slot without running");
         require(sequence->computed < sequence->length(), *sequence, "running with nothing to compute");
         require(sequence->num_pages == pages_for(sequence->computed), *sequence, "wrong number of pages");
-        require(sequence->sampled() < sequence->max_new_tokens, *sequence, "running beyond max_new_tokens");
+        require(sequence->sampled() - sequence->drafted < sequence->max_new_tokens, *sequence,
+                "running beyond max_new_tokens");
         require(sequence->decoding == (sequence->computed == sequence->length() - 1 && sequence->decoding), *sequence,
                 "decoding with more than one token to compute");
         require(sequence->decoding || sequence == running.back(), *sequence,

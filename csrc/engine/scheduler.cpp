@@ -16,6 +16,7 @@ void SchedulerConfig::check() const {
     require(max_seq_len >= 2, "max_seq_len", max_seq_len, "at least 2: one prompt token and one generated");
     require(max_step_tokens >= max_slots, "max_step_tokens", max_step_tokens,
             "at least max_slots=" + std::to_string(max_slots) + ", so that every slot gets its token in every step");
+    require(lookup >= 0 && lookup <= 64, "lookup", lookup, "from 0 to 64");
     require(hash_bits >= 0 && hash_bits <= 64, "hash_bits", hash_bits, "from 0 to 64");
 }
 
@@ -91,6 +92,7 @@ void Scheduler::add(const NewSequence& request) {
     sequence->min_new_tokens = request.min_new_tokens;
     sequence->compute_from = request.compute_from;
     sequence->root = PrefixTree::root(request.family);
+    sequence->lookup = request.lookup && config_.lookup > 0;
     sequence->expected_new_tokens =
         request.expected_new_tokens == 0 ? max_new : std::min(request.expected_new_tokens, max_new);
     if (stop_token_ids_ == nullptr || !std::ranges::equal(*stop_token_ids_, request.stop_token_ids)) {
@@ -104,6 +106,7 @@ void Scheduler::add(const NewSequence& request) {
 
 std::shared_ptr<const Step> Scheduler::schedule() {
     if (num_ahead_ == kMaxStepsAhead) throw std::logic_error("schedule(): two steps wait for their update()");
+    if (num_ahead_ > 0 && config_.lookup > 0) throw std::logic_error("schedule(): a draft waits for its update()");
     close_gaps();
     if (running_.empty() && waiting_.empty()) return nullptr;
     begin_step();
@@ -124,7 +127,9 @@ void Scheduler::close_gaps() {
 void Scheduler::begin_step() {
     std::shared_ptr<Step>& step = steps_[forecast_.now() % kMaxStepsAhead];
     if (step.use_count() != 1) {  // none yet, or the caller still reads it
-        step = std::make_shared<Step>(config_.max_step_tokens, config_.max_slots, table_);
+        const int64_t samples = static_cast<int64_t>(config_.max_slots) * (1 + config_.lookup);
+        step = std::make_shared<Step>(config_.max_step_tokens, config_.max_slots,
+                                      std::min<int64_t>(samples, config_.max_step_tokens), table_);
     }
     step->clear(forecast_.now());
     step_ = step.get();
@@ -140,11 +145,19 @@ void Scheduler::schedule_decodes() {
         if (forecast_.now() > sequence.life.last) extend(sequence);
         publish(sequence, /*adopt=*/true);
         if (sequence.computed == sequence.num_pages * config_.page_size && !take_page(sequence)) break;
-        const int32_t token = sequence.in_flight > 0 ? Step::kUnknownToken : sequence.last_token;
-        const int32_t offset = sequence.computed - (sequence.num_pages - 1) * config_.page_size;
-        step_->add_token(sequence.id, sequence.slot, sequence.computed, token,
-                         static_cast<int64_t>(sequence.last_page) * config_.page_size + offset);
-        ++sequence.computed;
+        if (sequence.lookup) draft(sequence);
+        if (sequence.drafted > 0) {
+            chunk_.assign(1, sequence.last_token);
+            chunk_.insert(chunk_.end(), sequence.draft.begin(), sequence.draft.end());
+            step_->add_tokens(sequence.id, sequence.slot, sequence.computed, chunk_, table_->row(sequence.slot),
+                              config_.page_size);
+        } else {
+            const int32_t token = sequence.in_flight > 0 ? Step::kUnknownToken : sequence.last_token;
+            const int32_t offset = sequence.computed - (sequence.num_pages - 1) * config_.page_size;
+            step_->add_token(sequence.id, sequence.slot, sequence.computed, token,
+                             static_cast<int64_t>(sequence.last_page) * config_.page_size + offset);
+        }
+        sequence.computed += 1 + sequence.drafted;
         sample(sequence);
     }
     step_->num_decode = step_->num_seqs;
@@ -243,10 +256,11 @@ void Scheduler::prefill(Sequence& sequence) {
 }
 
 void Scheduler::sample(Sequence& sequence) {
-    step_->add_sample(sequence.id, sequence.slot, sequence.sampled());
+    for (int32_t i = 0; i <= sequence.drafted; ++i)
+        step_->add_sample(sequence.id, sequence.slot, sequence.sampled() + i, sequence.drafted - i);
     sampled_[forecast_.now() % kMaxStepsAhead].push_back(&sequence);
-    ++sequence.in_flight;
-    if (sequence.sampled() == sequence.max_new_tokens) draining_.push_back(&sequence);
+    sequence.in_flight += 1 + sequence.drafted;
+    if (sequence.drafted == 0 && sequence.sampled() == sequence.max_new_tokens) draining_.push_back(&sequence);
 }
 
 bool Scheduler::take_page(Sequence& sequence) {
@@ -337,29 +351,37 @@ void Scheduler::release(Sequence& sequence) {
 
 std::vector<Finished> Scheduler::update(std::span<const int32_t> tokens) {
     if (num_ahead_ == 0) throw std::logic_error("update(): every step has been updated");
-    const auto& sequences = sampled_[(forecast_.now() - num_ahead_) % kMaxStepsAhead];
-    if (tokens.size() != sequences.size()) {
+    const int64_t step = (forecast_.now() - num_ahead_) % kMaxStepsAhead;
+    const auto& sequences = sampled_[step];
+    if (std::ssize(tokens) != steps_[step]->num_samples) {
         throw std::invalid_argument("update(): " + std::to_string(tokens.size()) + " tokens for a step that samples " +
-                                    std::to_string(sequences.size()));
+                                    std::to_string(steps_[step]->num_samples));
     }
     if (!std::ranges::all_of(tokens, [](int32_t id) { return id >= 0; })) {
         throw std::invalid_argument("update(): a token is negative");
     }
     --num_ahead_;
     std::vector<Finished> finished;
-    for (size_t i = 0; i < tokens.size(); ++i) {
+    const int32_t* sampled = tokens.data();
+    for (size_t i = 0; i < sequences.size(); ++i) {
         Sequence& sequence = *sequences[i];
         if (i + kPrefetch < sequences.size()) sequences[i + kPrefetch]->prefetch();
-        --sequence.in_flight;
+        const int32_t* token = sampled;
+        sampled += 1 + sequence.drafted;
+        sequence.in_flight -= 1 + sequence.drafted;
         if (sequence.state == SequenceState::kFinished) {
             if (sequence.in_flight == 0) leaving_.erase(&sequence);
             continue;
         }
-        const bool may_stop = sequence.generated() >= sequence.min_new_tokens;
-        sequence.tokens.push_back(tokens[i]);
-        sequence.last_token = tokens[i];
-        const auto& stop_ids = *sequence.stop_token_ids;
-        const bool stops = may_stop && std::ranges::find(stop_ids, tokens[i]) != stop_ids.end();
+        bool stops = append(sequence, *token);
+        if (sequence.drafted > 0) {
+            drafted_tokens_ += sequence.drafted;
+            for (int32_t j = 0; j < sequence.drafted && !stops && token[j] == sequence.draft[j]; ++j) {
+                stops = append(sequence, token[j + 1]);
+                ++accepted_tokens_;
+            }
+            settle_draft(sequence);
+        }
         if (!stops && sequence.generated() < sequence.max_new_tokens) continue;
         finished.push_back({
             .seq_id = sequence.id,
@@ -369,6 +391,15 @@ std::vector<Finished> Scheduler::update(std::span<const int32_t> tokens) {
         close(sequence);
     }
     return finished;
+}
+
+/// Whether the sampled token stops the sequence.
+bool Scheduler::append(Sequence& sequence, int32_t token) {
+    const bool may_stop = sequence.generated() >= sequence.min_new_tokens;
+    sequence.tokens.push_back(token);
+    sequence.last_token = token;
+    const auto& stop_ids = *sequence.stop_token_ids;
+    return may_stop && std::ranges::find(stop_ids, token) != stop_ids.end();
 }
 
 bool Scheduler::finish(int64_t seq_id) {

@@ -25,6 +25,7 @@ struct SchedulerConfig {
     int32_t max_step_tokens = 0;  // at least max_slots, so that every running sequence decodes in every step
     int32_t max_seq_len = 0;      // prompt and generated tokens of one sequence
     bool prefix_cache = true;
+    int32_t lookup = 0;      // most draft tokens of a sequence in a step; 0: no drafts
     int32_t hash_bits = 64;  // fewer only in tests: see PrefixTree
 
     /// Throws std::invalid_argument naming the field and what it may be.
@@ -41,6 +42,7 @@ struct NewSequence {
     int32_t expected_new_tokens = 0;      // 0: max_new_tokens
     int32_t compute_from = kComputeLast;  // prompt positions from here on are computed, whatever the cache has
     int32_t family = 0;                   // the cache's pages are shared within one family only: 0, 1, 2 ...
+    bool lookup = true;                   // it may get drafts
     std::span<const int32_t> stop_token_ids = {};
     std::span<const int32_t> generated = {};  // of an earlier life: it goes on from there, and they count as its own
 };
@@ -73,6 +75,12 @@ struct Finished {
 /// step, which update() ignores. A sequence preempted with a token unknown keeps that token: update() appends it before
 /// the sequence can be admitted again, as no step that preempts admits.
 ///
+/// Drafts (`lookup`): behind its newest token a decoding sequence computes some that are guessed (lookup.h), and
+/// samples after each of them. update() takes the sampled tokens for as long as they are the guessed ones, and one
+/// more: what the sequence would have got token by token, as long as what is sampled depends on the tokens before
+/// alone. The rest is taken back, pages included. A draft takes room and pages that nobody else needs in the step, and
+/// no step is ahead.
+///
 /// Deterministic: the same calls give the same steps. Not thread-safe.
 class Scheduler {
   public:
@@ -85,7 +93,7 @@ class Scheduler {
     /// the id is open already, an argument is out of range, or the sequence could not run even alone.
     void add(const NewSequence& request);
     /// The next step, or nullptr if nothing can run now. The Step stays unchanged while the caller keeps the pointer.
-    /// Throws std::logic_error if two steps wait for their update().
+    /// Throws std::logic_error if two steps wait for their update(); with drafts, one.
     std::shared_ptr<const Step> schedule();
     /// The tokens sampled by the oldest step without update, in the order of its sample_* arrays (also if there are
     /// none). Returns the sequences that this finishes, in the same order. Throws std::invalid_argument, changing
@@ -104,6 +112,9 @@ class Scheduler {
     int64_t preemptions() const { return preemptions_; }
     /// Prompt tokens of admitted sequences that were found in the cache; a preempted sequence counts once.
     int64_t cached_prompt_tokens() const { return cached_prompt_tokens_; }
+    /// Draft tokens computed, and those of them that were right.
+    int64_t drafted_tokens() const { return drafted_tokens_; }
+    int64_t accepted_tokens() const { return accepted_tokens_; }
     const PagePool& pool() const { return pool_; }
     const SchedulerConfig& config() const { return config_; }
 
@@ -127,7 +138,10 @@ class Scheduler {
     void match_prefix(const Sequence& sequence);
     Lifetime predict(const Sequence& sequence, int64_t prefill_steps) const;
     void extend(Sequence& sequence);
+    void draft(Sequence& sequence);
+    void settle_draft(Sequence& sequence);
 
+    bool append(Sequence& sequence, int32_t token);
     void release(Sequence& sequence);
     void close(Sequence& sequence);
     int32_t pages_for(int32_t tokens) const { return (tokens + config_.page_size - 1) / config_.page_size; }
@@ -157,11 +171,14 @@ class Scheduler {
     bool preempted_ = false;
     int64_t retry_at_ = 0;  // the first in the queue did not fit: not asked again before that step or a release
     std::vector<PageId> prefix_;
+    std::vector<int32_t> chunk_;
     std::vector<PageId> dropped_;
     std::vector<Sequence*> draining_;
 
     int64_t preemptions_ = 0;
     int64_t cached_prompt_tokens_ = 0;
+    int64_t drafted_tokens_ = 0;
+    int64_t accepted_tokens_ = 0;
 };
 
 }  // namespace batchinfer

@@ -29,7 +29,8 @@ struct alignas(64) Sequence {
     int32_t max_new_tokens = 0;
     int32_t min_new_tokens = 0;
     int32_t last_token = 0;  // tokens.back()
-    int32_t in_flight = 0;   // sampled by scheduled steps, not known yet
+    int32_t in_flight = 0;   // sampled by scheduled steps, not known yet; those after a draft among them
+    int32_t drafted = 0;     // draft tokens of the step in flight
     int32_t computed = 0;
     int32_t num_pages = 0;       // valid entries in the slot's row of the page table
     PageId last_page = kNoPage;  // the last of them
@@ -37,6 +38,7 @@ struct alignas(64) Sequence {
     int32_t slot = -1;
     SequenceState state = SequenceState::kWaiting;
     bool decoding = false;  // all tokens known when it got its slot are computed
+    bool lookup = false;    // it may get drafts
     bool counted = false;   // its prompt has been counted in the statistics of prefix reuse
     std::shared_ptr<const std::vector<int32_t>> stop_token_ids;  // mostly one list for all sequences
     Lifetime life;                                               // as counted in the forecast; only while running
@@ -44,8 +46,9 @@ struct alignas(64) Sequence {
     int64_t arrival = 0;
     int32_t expected_new_tokens = 0;
     int32_t compute_from = 0;
-    PageId root = kNoPage;  // of its family in the prefix tree
-    size_t position = 0;    // in the scheduler's list of running sequences
+    PageId root = kNoPage;       // of its family in the prefix tree
+    std::vector<int32_t> draft;  // of the step in flight, guessed to come after the known tokens
+    size_t position = 0;         // in the scheduler's list of running sequences
 
     /// Asks for the lines that every step touches, some sequences ahead of their use. Without, update() of 2,000
     /// sequences takes a third longer.

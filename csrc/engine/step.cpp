@@ -4,7 +4,7 @@
 
 namespace batchinfer {
 
-Step::Step(int32_t max_tokens, int32_t max_sequences, std::shared_ptr<const PageTable> table)
+Step::Step(int32_t max_tokens, int32_t max_sequences, int32_t max_samples, std::shared_ptr<const PageTable> table)
     : token_ids(max_tokens),
       positions(max_tokens),
       kv_index(max_tokens),
@@ -12,10 +12,10 @@ Step::Step(int32_t max_tokens, int32_t max_sequences, std::shared_ptr<const Page
       kv_len(max_sequences),
       seq_slot(max_sequences),
       seq_ids(max_sequences),
-      sample_row(max_sequences),
-      sample_slot(max_sequences),
-      sample_seq(max_sequences),
-      sample_count(max_sequences),
+      sample_row(max_samples),
+      sample_slot(max_samples),
+      sample_seq(max_samples),
+      sample_count(max_samples),
       page_table(std::move(table)) {}
 
 void Step::clear(int64_t new_index) {

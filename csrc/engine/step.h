@@ -34,7 +34,7 @@ struct Step {
     int32_t num_tokens = 0;
     int32_t num_seqs = 0;
     int32_t num_samples = 0;
-    int32_t num_decode = 0;  // leading sequences past their prompt; one token each
+    int32_t num_decode = 0;  // leading sequences past their prompt; one token each, and its draft
 
     std::vector<int32_t> token_ids;  // [T]; kUnknownToken: what the slot sampled in the step before
     std::vector<int32_t> positions;  // [T]
@@ -45,10 +45,11 @@ struct Step {
     std::vector<int32_t> seq_slot;  // [S]
     std::vector<int64_t> seq_ids;   // [S]
 
+    // A sequence with d draft tokens behind its newest one has 1 + d rows, one after the other.
     std::vector<int32_t> sample_row;    // [N]; token of the step whose logits are sampled
     std::vector<int32_t> sample_slot;   // [N]
     std::vector<int64_t> sample_seq;    // [N]
-    std::vector<int32_t> sample_count;  // [N]; tokens that the sequence generated before this one
+    std::vector<int32_t> sample_count;  // [N]; tokens that the sequence generated before this one, draft included
 
     // These grow as needed.
     std::vector<int32_t> new_slots;  // slots given out in this step, and to which sequences
@@ -57,7 +58,7 @@ struct Step {
 
     std::shared_ptr<const PageTable> page_table;
 
-    Step(int32_t max_tokens, int32_t max_sequences, std::shared_ptr<const PageTable> page_table);
+    Step(int32_t max_tokens, int32_t max_sequences, int32_t max_samples, std::shared_ptr<const PageTable> page_table);
 
     void clear(int64_t new_index);
     /// Appends one token of a sequence, at `position`, whose K/V goes to token `kv` of the cache.
@@ -71,9 +72,9 @@ struct Step {
     /// Appends tokens at positions first .. first + ids.size() - 1 of a sequence; `pages`: its row of the page table.
     void add_tokens(int64_t seq_id, int32_t slot, int32_t first, std::span<const int32_t> ids, const PageId* pages,
                     int32_t page_size);
-    /// The last token added is sampled from.
-    void add_sample(int64_t seq_id, int32_t slot, int32_t tokens_before) {
-        sample_row[num_samples] = num_tokens - 1;
+    /// The token before the last `after` ones added is sampled from.
+    void add_sample(int64_t seq_id, int32_t slot, int32_t tokens_before, int32_t after = 0) {
+        sample_row[num_samples] = num_tokens - 1 - after;
         sample_slot[num_samples] = slot;
         sample_seq[num_samples] = seq_id;
         sample_count[num_samples] = tokens_before;

@@ -3,7 +3,7 @@
 // Three kernels. Sequences with one token in the step go to attention_decode.cu, cut into (split of the KV range, kv
 // head) items; the others to attention_prefill.cu, cut into (tile of query rows, kv head) items. A row is one query
 // head of one token, and the heads of a kv head stand together, token by token, so that they share its keys. Other
-// dtypes, head widths and older GPUs take attention_generic.cu.
+// dtypes, head widths and GPUs without matrix units that mma.cuh knows take attention_generic.cu.
 //
 // Both lists are running sums over the sequences, made by one small kernel a step and read by a persistent grid that
 // draws item numbers from a counter. So the launch never depends on the data, and a captured step can be replayed with
@@ -26,8 +26,6 @@ namespace batchinfer::gpu {
 
 inline constexpr int kDecodeRows = 16;    // rows of a decode item: one matrix-unit tile
 inline constexpr int kPrefillRows = 128;  // rows of a prefill item
-inline constexpr float kLog2e = 1.44269504088896f;
-inline constexpr float kLn2 = 0.693147180559945f;
 
 // Positions; a shorter shared beginning is left to the L2 cache: with 288 positions shared by 16 the additional parts
 // made a step of 1,024 sequences 2 % slower, with 2,048 shared by all a step takes a third less.
@@ -41,33 +39,6 @@ __host__ __device__ __forceinline__ int sequences_per_tile(int group) {
     }
     return count;
 }
-
-// A sequence's part of the step, with every number clamped into its tensor.
-struct Sequence {
-    int token;   // first row in the step
-    int tokens;  // rows
-    int length;  // keys, this step's included
-    const int32_t* page_row;
-};
-
-__device__ __forceinline__ Sequence sequence_of(const AttentionPlan& p, int s, int step_tokens) {
-    Sequence q;
-    q.token = min(max(p.q_start[s], 0), step_tokens);
-    q.tokens = min(max(p.q_start[s + 1], q.token), step_tokens) - q.token;
-    // Keys up to the first query's own are always there: a shorter kv_len would leave rows without any key.
-    q.length = min(max(p.kv_len[s], q.tokens), p.slot_pages * p.page_size);
-    q.page_row = p.page_table + clamp_index(p.slot[s], p.slots) * int64_t{p.slot_pages};
-    return q;
-}
-
-// The first position that a token at `position` sees.
-__device__ __forceinline__ int window_start(const AttentionPlan& p, int position) {
-    return p.window ? max(position - p.window + 1, 0) : 0;
-}
-
-// Before a row has seen a key. Finite, as a window may hide whole tiles from a row, and -inf - -inf is no number; far
-// below any score.
-inline constexpr float kNoScore = -1e30f;
 
 // From q.k to the score in base 2: cap_all(), then a product with `factor`.
 template <bool kExtended>
@@ -104,20 +75,19 @@ struct Pages {
     // The caches as [rows, head_width]; 80 GB of rows of 64 bytes still count in 31 bits.
     __device__ __forceinline__ int cache_row(int position) const {
         const int page = min(max(__ldg(row + (position >> log_page)), 0), pages - 1);
-        return (page * kv_heads + kv_head << log_page) + (position & ((1 << log_page) - 1));
+        return ((page * kv_heads + kv_head) << log_page) + (position & ((1 << log_page) - 1));
     }
     __device__ __forceinline__ int64_t offset(int position) const { return int64_t{cache_row(position)} * head_width; }
 };
 
-// Largest s with start[s] <= item, for item < start[count]; all lanes of a warp together, 33-fold a step.
+// Largest s with start[s] <= item, for item < start[count]; all lanes of a warp together, kWarp + 1 parts a step.
 __device__ __forceinline__ int find_sequence(const int32_t* start, int count, int item) {
     const int lane = threadIdx.x % kWarp;
     int low = 0, high = count;  // start[low] <= item < start[high]
     while (high - low > 1) {
         const int stride = (high - low + kWarp) / (kWarp + 1);
         const int probe = min(low + (lane + 1) * stride, high);
-        const unsigned below = __ballot_sync(kAllLanes, start[probe] <= item);  // a run of ones from lane 0
-        const int steps = __popc(below);
+        const int steps = count_lanes(start[probe] <= item);  // a run of lanes from the first
         high = min(low + (steps + 1) * stride, high);
         low += steps * stride;
     }
@@ -174,8 +144,9 @@ int persistent_blocks(Kernel kernel, int threads, int shared_bytes) {
     int device = 0, multiprocessors = 0, per_multiprocessor = 0;
     check(gpuGetDevice(&device), "attention");
     check(gpuMultiprocessors(&multiprocessors, device), "attention");
-    check(gpuAllowSharedMemory(kernel, shared_bytes), "attention");
-    check(gpuBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, shared_bytes), "attention");
+    const auto* handle = reinterpret_cast<const void*>(kernel);
+    check(gpuAllowSharedMemory(handle, shared_bytes), "attention");
+    check(gpuBlocksPerMultiprocessor(&per_multiprocessor, handle, threads, shared_bytes), "attention");
     if (per_multiprocessor == 0) throw std::runtime_error("attention: the kernel does not fit on this device");
     return multiprocessors * per_multiprocessor;
 }

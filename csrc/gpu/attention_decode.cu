@@ -1,32 +1,33 @@
 // Attention of sequences with one token in the step: bound by reading the KV cache once.
 //
-// A block of four warps takes one (split, kv head). The up to 16 query heads of the kv head are the rows of one
+// A block of 128 threads takes one (split, kv head). The up to 16 query heads of the kv head are the rows of one
 // matrix-unit tile, so keys and values are read once for all of them; with 4 heads three quarters of the products are
 // wasted, which by the unit's rate is a fifth of the time that the bytes take, or serve three more sequences with the
-// same beginning (attention.cuh). Each warp walks every fourth chunk of 16
-// positions with its own asynchronous copies, running maximum and sums: no block barrier in the loop. Bytes in flight
-// are what counts: 3.0 TB/s with about 1 us of latency wants 23 KB a multiprocessor; 2 blocks x 4 warps x (kStages - 1)
-// chunks of 8 KB (width 128) keep 128 KB in flight. A sequence longer than the split leaves normalised partial results;
-// the block that finishes last adds them up in order.
+// same beginning (attention.cuh). The warps take chunks of 16 positions in turn, each with its own asynchronous copies,
+// running maximum and sums: no block barrier in the loop. Bytes in flight are what counts: 3.0 TB/s with about 1 us of
+// latency wants 23 KB a multiprocessor of an H100; 2 blocks x 4 warps x (kStages - 1) chunks of 8 KB (width 128) keep
+// 128 KB in flight. AMD's GPUs have no such copies: a warp there waits for each of its chunks. A sequence longer than
+// the split leaves normalised partial results; the block that finishes last adds them up in order.
 #include "gpu/attention.cuh"
 
 namespace batchinfer::gpu {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarp;
+constexpr int kThreads = 128;
 constexpr int kChunk = 16;  // positions; pages hold a whole number of them
 
 template <int E>
-constexpr int kStages = E == 128 ? 3 : 4;
+constexpr int kStages = kAsyncCopies ? (E == 128 ? 3 : 4) : 1;
 template <int E>
 constexpr int kBlocks = E == 128 ? 2 : 3;  // per multiprocessor
 template <int E>
 constexpr int kStageBytes = 2 * kChunk * E * 2;
 template <int E>
-constexpr int kSharedBytes = kWarps * kStages<E> * kStageBytes<E>;
+constexpr int kSharedBytes = kThreads / 32 * kStages<E> * kStageBytes<E>;  // of targets with 32 lanes, the most
 
 #if BATCHINFER_MMA
+
+constexpr int kWarps = kThreads / kWarp;
 
 // What one item is about.
 struct Item {
@@ -70,18 +71,17 @@ __device__ __forceinline__ int64_t row_offset(const AttentionPlan& p, int row) {
     return int64_t{row / group} * p.heads + row % group;
 }
 
-// The 16 x E query tile as A fragments, straight from global memory; missing rows are zero.
+// The 16 x E query tile, straight from global memory; missing rows are zero.
 template <class T, int E>
-__device__ __forceinline__ void load_queries(const AttentionPlan& p, const T* q, int rows,
-                                             uint32_t (&fragment)[E / 16][4]) {
-    const int lane = threadIdx.x % kWarp, row = lane / 4, column = lane % 4 * 2;
-    const T* at[2] = {q + row_offset(p, row) * E + column, q + row_offset(p, row + 8) * E + column};
+__device__ __forceinline__ void load_queries(const AttentionPlan& p, const T* q, int rows, Operand (&query)[E / 16]) {
+    const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int k = 0; k < E / 16; ++k) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const bool wanted = row + i % 2 * 8 < rows;
-            fragment[k][i] = wanted ? *reinterpret_cast<const uint32_t*>(at[i % 2] + k * 16 + i / 2 * 8) : 0;
+        for (int i = 0; i < Operand::kWords; ++i) {
+            const int row = Operand::left_row(lane, i);
+            const T* at = q + row_offset(p, row) * E + k * 16 + Operand::left_column(lane, i);
+            query[k].word[i] = row < rows ? *reinterpret_cast<const uint32_t*>(at) : 0;
         }
     }
 }
@@ -89,112 +89,107 @@ __device__ __forceinline__ void load_queries(const AttentionPlan& p, const T* q,
 // Starts copying one chunk of keys and values. Rows at or after `end` become zeros, as no memory may hold a NaN there.
 // A row's 16-byte pieces are permuted by its number, so that the 8 rows of a tile load fall into different banks.
 template <class T, int E>
-__device__ __forceinline__ void copy_chunk(uint32_t to, const T* k, const T* v, int64_t offset, int left) {
-    constexpr int kPieces = E / 8;
+__device__ __forceinline__ void copy_chunk(SharedAddress to, const T* k, const T* v, int64_t offset, int left) {
+    constexpr int kPieces = E / 8, kCopies = kChunk * kPieces / kWarp;
+    [[maybe_unused]] constexpr int kAtOnce = kAsyncCopies ? kCopies : 4;  // others go through registers
     const int lane = threadIdx.x % kWarp;
-#pragma unroll
-    for (int i = 0; i < kChunk * kPieces / kWarp; ++i) {
+#pragma unroll kAtOnce
+    for (int i = 0; i < kCopies; ++i) {
         const int piece = (lane + i * kWarp) % kPieces, row = (lane + i * kWarp) / kPieces;
-        const uint32_t target = to + row * E * 2 + (piece ^ row % 8) * 16;
+        const SharedAddress target = to + row * E * 2 + (piece ^ row % 8) * 16;
         const int64_t source = offset + row * E + piece * 8;
         copy_async(target, k + source, row < left);
         copy_async(target + kChunk * E * 2, v + source, row < left);
     }
 }
 
-// Online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867) over the chunks of one warp, base 2. Row h of a lane is
-// row lane / 4 + 8 h of the tile; sum is per lane until the end.
+// Online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867) over the chunks of one warp, base 2. `sum` is per lane
+// until the end.
 template <class T, int E>
 struct RowState {
-    float out[E / 8][4], maximum[2], sum[2];
+    Tile out[E / 16];
+    float maximum[Tile::kRows], sum[Tile::kRows];
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (int n = 0; n < E / 8; ++n) {
-            out[n][0] = out[n][1] = out[n][2] = out[n][3] = 0;
+        for (int n = 0; n < E / 16; ++n) {
+            out[n] = {};
         }
-        maximum[0] = maximum[1] = -INFINITY;
-        sum[0] = sum[1] = 0;
+#pragma unroll
+        for (int r = 0; r < Tile::kRows; ++r) {
+            maximum[r] = -INFINITY, sum[r] = 0;
+        }
     }
 
     // `left` positions are before the item's end, the first `hidden` of them before the window.
     template <bool kExtended>
-    __device__ __forceinline__ void add_chunk(uint32_t shared, const uint32_t (&query)[E / 16][4], int left, int hidden,
-                                              const ScoreMap<kExtended>& map) {
+    __device__ __forceinline__ void add_chunk(SharedAddress shared, const Operand (&query)[E / 16], int left,
+                                              int hidden, const ScoreMap<kExtended>& map) {
         const float scale = map.factor;
-        const int lane = threadIdx.x % kWarp;
-        float score[2][4] = {};
-        const int key_row = lane % 8 + lane / 16 * 8, key_half = lane / 8 % 2;
+        const int first = Tile::column(threadIdx.x % kWarp, 0);
+        Tile score = {};
 #pragma unroll
         for (int k = 0; k < E / 16; ++k) {
-            uint32_t tiles[4];
-            load_tiles(tiles, shared + key_row * E * 2 + ((2 * k + key_half) ^ key_row % 8) * 16);
-            multiply_add<T>(score[0], query[k], tiles[0], tiles[1]);
-            multiply_add<T>(score[1], query[k], tiles[2], tiles[3]);
+            Operand key;
+            load_right(key,
+                       [&](int row, int piece) { return shared + row * E * 2 + ((2 * k + piece) ^ row % 8) * 16; });
+            multiply_add<T>(score, query[k], key);
         }
         if constexpr (kExtended) {
+            map.cap_all(score.x);
 #pragma unroll
-            for (int n = 0; n < 2; ++n) {
-                map.cap_all(score[n]);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    if (n * 8 + lane % 4 * 2 + i % 2 < hidden) score[n][i] = -INFINITY;
-                }
+            for (int i = 0; i < Tile::kNumbers; ++i) {
+                if (Tile::column(0, i) < hidden - first) score.x[i] = -INFINITY;
             }
         }
         if (left < kChunk) {
 #pragma unroll
-            for (int n = 0; n < 2; ++n) {
+            for (int i = 0; i < Tile::kNumbers; ++i) {
+                if (Tile::column(0, i) >= left - first) score.x[i] = -INFINITY;
+            }
+        }
+        float shrink[Tile::kRows];
+        bool shrinks = false;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    if (n * 8 + lane % 4 * 2 + i % 2 >= left) score[n][i] = -INFINITY;
+        for (int r = 0; r < Tile::kRows; ++r) {
+            float top = across_row(highest(score, r), [](float x, float y) { return fmaxf(x, y); });
+            top = fmaxf(maximum[r], top * scale);
+            shrink[r] = exp2_fast(maximum[r] - top);  // 0 for the first chunk, which always has a key
+            shrinks |= shrink[r] != 1;
+            maximum[r] = top;
+            sum[r] *= shrink[r];
+#pragma unroll
+            for (int i = 0; i < Tile::kNumbers; ++i) {
+                if (Tile::row_of(i) != r) continue;
+                score.x[i] = exp2_fast(score.x[i] * scale - top);
+                sum[r] += score.x[i];
+            }
+        }
+        if (any_lane(shrinks)) {
+#pragma unroll
+            for (int n = 0; n < E / 16; ++n) {
+#pragma unroll
+                for (int i = 0; i < Tile::kNumbers; ++i) {
+                    out[n].x[i] *= shrink[Tile::row_of(i)];
                 }
             }
         }
-        float shrink[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float top = fmaxf(fmaxf(score[0][2 * h], score[0][2 * h + 1]), fmaxf(score[1][2 * h], score[1][2 * h + 1]));
-            top = fmaxf(top, shuffle_xor(top, 1));
-            top = fmaxf(top, shuffle_xor(top, 2));
-            top = fmaxf(maximum[h], top * scale);
-            shrink[h] = exp2_fast(maximum[h] - top);  // 0 for the first chunk, which always has a key
-            maximum[h] = top;
-            sum[h] *= shrink[h];
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-#pragma unroll
-                for (int i = 2 * h; i < 2 * h + 2; ++i) {
-                    score[n][i] = exp2_fast(score[n][i] * scale - top);
-                    sum[h] += score[n][i];
-                }
-            }
-        }
-        if (__any_sync(kAllLanes, shrink[0] != 1 || shrink[1] != 1)) {
-#pragma unroll
-            for (int n = 0; n < E / 8; ++n) {
-                out[n][0] *= shrink[0], out[n][1] *= shrink[0];
-                out[n][2] *= shrink[1], out[n][3] *= shrink[1];
-            }
-        }
-        const uint32_t weights[4] = {pack2<T>(score[0][0], score[0][1]), pack2<T>(score[0][2], score[0][3]),
-                                     pack2<T>(score[1][0], score[1][1]), pack2<T>(score[1][2], score[1][3])};
-        const int value_row = lane % 16, value_half = lane / 16;
-        const uint32_t values = shared + (kChunk + value_row) * E * 2;
+        const Operand weights = rounded<T>(score);
 #pragma unroll
         for (int n = 0; n < E / 16; ++n) {
-            uint32_t tiles[4];
-            load_tiles_transposed(tiles, values + ((2 * n + value_half) ^ value_row % 8) * 16);
-            multiply_add<T>(out[2 * n], weights, tiles[0], tiles[1]);
-            multiply_add<T>(out[2 * n + 1], weights, tiles[2], tiles[3]);
+            Operand value;
+            load_right_transposed(value, [&](int row, int piece) {
+                return shared + (kChunk + row) * E * 2 + ((2 * n + piece) ^ row % 8) * 16;
+            });
+            multiply_add<T>(out[n], weights, value);
         }
     }
 };
 
 // A warp's share of the item: chunks warp, warp + kWarps, ... of the range.
 template <bool kExtended, class T, int E>
-__device__ __forceinline__ void walk(RowState<T, E>& state, const uint32_t (&query)[E / 16][4], const Pages& pages,
-                                     const T* k, const T* v, const Item& item, uint32_t shared, int window_begin,
+__device__ __forceinline__ void walk(RowState<T, E>& state, const Operand (&query)[E / 16], const Pages& pages,
+                                     const T* k, const T* v, const Item& item, SharedAddress shared, int window_begin,
                                      const ScoreMap<kExtended>& map) {
     const int warp = threadIdx.x / kWarp;
     const int chunks = (item.end - item.begin + kChunk - 1) / kChunk;
@@ -212,9 +207,15 @@ __device__ __forceinline__ void walk(RowState<T, E>& state, const uint32_t (&que
         start(i);
     }
     for (int i = 0; i < mine; ++i) {
-        copy_wait<kStages<E> - 2>();
-        __syncwarp();  // chunk i is there for all lanes, and all have left chunk i - 1, whose place is filled now
-        start(i + kStages<E> - 1);
+        if constexpr (kAsyncCopies) {
+            copy_wait<kStages<E> - 2>();
+            sync_warp();  // chunk i is there for all lanes, and all have left chunk i - 1, whose place is filled now
+            start(i + kStages<E> - 1);
+        } else {
+            sync_warp();
+            start(i);
+            sync_warp();
+        }
         state.template add_chunk<kExtended>(shared + i % kStages<E> * kStageBytes<E>, query, item.end - position(i),
                                             window_begin - position(i), map);
     }
@@ -251,7 +252,7 @@ __device__ __forceinline__ void store4(T* to, const float4& x) {
 }
 
 template <class T, int E, bool kExtended>
-__global__ void __launch_bounds__(kThreads, kBlocks<E>) decode_kernel(AttentionArgs a) {
+__global__ void BATCHINFER_LAUNCH_BOUNDS(kThreads, kBlocks<E>) decode_kernel(AttentionArgs a) {
     BATCHINFER_DYNAMIC_SHARED(shared, 128);
     __shared__ int mailbox;
     __shared__ bool last;
@@ -259,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<E>) decode_kernel(AttentionA
     const AttentionPlan& p = a.plan;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int group = p.heads / p.kv_heads;
-    const uint32_t stages = shared_address(shared) + warp * kStages<E> * kStageBytes<E>;
+    const SharedAddress stages = shared_address(shared) + warp * kStages<E> * kStageBytes<E>;
     float* warp_out = reinterpret_cast<float*>(shared);  // [kWarps][kDecodeRows][E], once the chunks are done
 
     Queue queue(p.queues, p.decode_start[p.sequences], &mailbox);
@@ -272,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<E>) decode_kernel(AttentionA
         const int rows = rows_each * item.members;
         const int64_t out_row = int64_t{q.token} * p.heads + head;
 
-        uint32_t query[E / 16][4];
+        Operand query[E / 16];
         load_queries<T, E>(p, static_cast<const T*>(a.q) + out_row * E, rows, query);
         RowState<T, E> state;
         state.clear();
@@ -283,18 +284,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<E>) decode_kernel(AttentionA
         queue.draw();
         __syncthreads();  // all warps have left their chunks
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int row = lane / 4 + 8 * h;
-            float sum = state.sum[h];
-            sum += shuffle_xor(sum, 1);
-            sum += shuffle_xor(sum, 2);
+        for (int r = 0; r < Tile::kRows; ++r) {
+            const int row = Tile::row(lane, r);
+            const float sum = across_row(state.sum[r], [](float a, float b) { return a + b; });
             const float inverse = sum > 0 ? 1 / sum : 0;  // a warp may have had no chunk
-            if (lane % 4 == 0) warp_lse[warp][row] = sum > 0 ? state.maximum[h] + log2f(sum) : -INFINITY;
+            if (Tile::leads(lane)) warp_lse[warp][row] = sum > 0 ? state.maximum[r] + log2f(sum) : -INFINITY;
             if (row < rows) {
+                float* to = warp_out + (warp * kDecodeRows + row) * E;
 #pragma unroll
-                for (int n = 0; n < E / 8; ++n) {
-                    const float2 pair = {state.out[n][2 * h] * inverse, state.out[n][2 * h + 1] * inverse};
-                    *reinterpret_cast<float2*>(warp_out + (warp * kDecodeRows + row) * E + n * 8 + lane % 4 * 2) = pair;
+                for (int n = 0; n < E / 16; ++n) {
+                    store_row<float>(state.out[n], r, inverse, [&](int column) { return to + n * 16 + column; });
                 }
             }
         }

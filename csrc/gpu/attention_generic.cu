@@ -1,4 +1,5 @@
-// Attention for what the matrix-unit kernels do not do: float32, head widths other than 64 and 128, GPUs before 8.0.
+// Attention for what the matrix-unit kernels do not do: float32, head widths other than 64 and 128, NVIDIA's GPUs
+// before 8.0, AMD's other than CDNA 2 and 3 and RDNA 3.
 //
 // A block takes one query head of one token. Eight lanes share a key, two neighbouring elements of it an access, so any
 // even number of 16-element pieces fits; 16 keys are in work at once, each group of lanes with its own running maximum,
@@ -54,9 +55,10 @@ __global__ void __launch_bounds__(kThreads) generic_kernel(AttentionArgs a) {
         float score = 0;
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
-            if (i >= pairs) break;
-            const float2 key = load_pair(static_cast<const T*>(a.k_cache) + offset + 2 * (lane + kLanes * i));
-            score += query[i].x * key.x + query[i].y * key.y;
+            if (i < pairs) {  // a break in such a loop would keep clang from unrolling it, and `out` from registers
+                const float2 key = load_pair(static_cast<const T*>(a.k_cache) + offset + 2 * (lane + kLanes * i));
+                score += query[i].x * key.x + query[i].y * key.y;
+            }
         }
         for (int mask = kLanes / 2; mask > 0; mask /= 2) {
             score += shuffle_xor(score, mask);
@@ -69,16 +71,16 @@ __global__ void __launch_bounds__(kThreads) generic_kernel(AttentionArgs a) {
         sum = sum * shrink + weight;
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
-            if (i >= pairs) break;
-            const float2 value = load_pair(static_cast<const T*>(a.v_cache) + offset + 2 * (lane + kLanes * i));
-            out[i].x = out[i].x * shrink + weight * value.x;
-            out[i].y = out[i].y * shrink + weight * value.y;
+            if (i < pairs) {
+                const float2 value = load_pair(static_cast<const T*>(a.v_cache) + offset + 2 * (lane + kLanes * i));
+                out[i].x = out[i].x * shrink + weight * value.x;
+                out[i].y = out[i].y * shrink + weight * value.y;
+            }
         }
     }
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-        if (i >= pairs) break;
-        *reinterpret_cast<float2*>(&part_out[group][2 * (lane + kLanes * i)]) = out[i];
+        if (i < pairs) *reinterpret_cast<float2*>(&part_out[group][2 * (lane + kLanes * i)]) = out[i];
     }
     if (lane == 0) part_max[group] = maximum, part_sum[group] = sum;
     __syncthreads();

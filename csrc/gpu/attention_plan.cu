@@ -99,24 +99,18 @@ constexpr bool kWithSm90a = true;
 constexpr bool kWithSm90a = false;
 #endif
 
-int compute_major() {
-    int device = 0, major = 0;
+MatrixUnit matrix_unit() {
+    int device = 0;
+    MatrixUnit unit = MatrixUnit::none;
     check(gpuGetDevice(&device), "attention");
-    check(gpuComputeMajor(&major, device), "attention");
-    return major;
+    check(gpuMatrixUnit(&unit, device), "attention");
+    return unit;
 }
 
 }  // namespace
 
 void plan_attention(const AttentionPlan& p, Stream stream) {
-    if (p.page_size < 16 || (p.page_size & (p.page_size - 1)) || p.heads % p.kv_heads || p.head_width % 16 ||
-        p.head_width > 256) {
-        throw std::invalid_argument("attention: pages of " + std::to_string(p.page_size) + " tokens, " +
-                                    std::to_string(p.heads) + " heads on " + std::to_string(p.kv_heads) +
-                                    " kv heads of width " + std::to_string(p.head_width) +
-                                    "; wanted: pages of a power of two from 16, heads a multiple of kv heads, width a "
-                                    "multiple of 16 up to 256");
-    }
+    check_shape(p);
     gpuLaunch(plan_kernel, 1, kThreads, 0, native(stream), p);
     check_launch("plan_attention");
 }
@@ -124,12 +118,12 @@ void plan_attention(const AttentionPlan& p, Stream stream) {
 void attention(const AttentionArgs& a, Stream stream) {
     if (a.tokens == 0 || a.plan.sequences == 0) return;
     const bool matrix_shape = a.dtype != GpuDtype::float32 && (a.plan.head_width == 64 || a.plan.head_width == 128);
-    static const int major = compute_major();
-    if (matrix_shape && major >= 8) {
+    static const MatrixUnit unit = matrix_unit();
+    if (matrix_shape && unit != MatrixUnit::none) {
         attention_decode(a, stream);
         // 3 us if the list is empty, which mostly only the device knows.
         if (a.plan.decode_only) return;
-        kWithSm90a&& major == 9 ? attention_prefill_sm90(a, stream) : attention_prefill(a, stream);
+        kWithSm90a&& unit == MatrixUnit::warpgroup ? attention_prefill_sm90(a, stream) : attention_prefill(a, stream);
     } else {
         attention_generic(a, stream);
     }

@@ -1,21 +1,22 @@
 // Attention of sequences with several tokens in the step: bound by the matrix unit. The loop of FlashAttention-2
 // (Dao 2023, arXiv:2307.08691) over paged keys.
 //
-// A block of four warps takes 128 rows of one kv head against tiles of 64 positions; a warp holds 32 rows, so that each
-// key and value fragment read from shared memory feeds two products. With 16 rows a warp, shared memory would be the
-// bound: 144 KB a tile of 64 x 64 are 1,125 cycles at 128 bytes a cycle, its products 750. 32 rows of width 128 take
-// 128 registers for the output and 64 for the scores, so the queries stay in shared memory. Two buffers of keys and
-// values and one barrier a tile; 96 KB a block, so that two blocks a multiprocessor cover each other's softmax. On an
-// H100 this reaches 347 TFLOP/s (8,192 tokens, causal, width 128), half of what these matrix instructions can do there.
-// Within a sequence the last tiles, which see the most keys, come first in the work list.
+// A block takes 128 rows of one kv head against tiles of 64 positions; a warp holds 32 of them, so that each key and
+// value fragment read from shared memory feeds two products. With 16 rows a warp, shared memory would be the bound: 144
+// KB a tile of 64 x 64 are 1,125 cycles at 128 bytes a cycle, its products 750. 32 rows of width 128 take 128 registers
+// for the output and 64 for the scores, so the queries stay in shared memory. Two buffers of keys and values and one
+// barrier a tile; 96 KB a block, so that two blocks a multiprocessor cover each other's softmax. On an H100 this
+// reaches 347 TFLOP/s (8,192 tokens, causal, width 128), half of what these matrix instructions can do there. Within a
+// sequence the last tiles, which see the most keys, come first in the work list. For AMD's GPUs the figures are others,
+// as below, and nothing was measured.
 #include "gpu/attention.cuh"
 
 namespace batchinfer::gpu {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarp;
-constexpr int kKeys = 64;  // positions of a tile
+// AMD's GPUs have 64 KB of shared memory: smaller tiles, and one block a multiprocessor, so of more warps.
+constexpr int kThreads = kAsyncCopies ? 128 : 256;
+constexpr int kKeys = kAsyncCopies ? 64 : 16;  // positions of a tile
 
 template <int E>
 constexpr int kTileBytes = kKeys * E * 2;  // of keys, or of values
@@ -26,12 +27,13 @@ constexpr int kSharedBytes = kQueryBytes<E> + 4 * kTileBytes<E>;
 
 #if BATCHINFER_MMA
 
+constexpr int kWarps = kThreads / kWarp;
 constexpr int kMTiles = kPrefillRows / kWarps / 16;  // matrix-unit tiles of a warp's rows
 constexpr float kSlack = 8;
 
 // Address of 16-byte piece `piece` of row `row`, permuted against bank conflicts; E * 2 bytes a row.
 template <int E>
-__device__ __forceinline__ uint32_t place(int row, int piece) {
+__device__ __forceinline__ int place(int row, int piece) {
     return row * E * 2 + (piece ^ row % 8) * 16;
 }
 
@@ -52,7 +54,7 @@ struct Rows {
 };
 
 template <class T, int E>
-__device__ __forceinline__ void copy_queries(uint32_t to, const T* q, const Rows& rows) {
+__device__ __forceinline__ void copy_queries(SharedAddress to, const T* q, const Rows& rows) {
     constexpr int kPieces = E / 8;
 #pragma unroll 4
     for (int i = threadIdx.x; i < kPrefillRows * kPieces; i += kThreads) {
@@ -64,10 +66,11 @@ __device__ __forceinline__ void copy_queries(uint32_t to, const T* q, const Rows
 
 // Keys and values of positions begin .. begin + kKeys; zeros at or after `length`.
 template <class T, int E>
-__device__ __forceinline__ void copy_tile(uint32_t to, const T* k, const T* v, const Pages& pages, int begin,
+__device__ __forceinline__ void copy_tile(SharedAddress to, const T* k, const T* v, const Pages& pages, int begin,
                                           int length) {
-    constexpr int kPieces = E / 8, kRowsAtOnce = kThreads / kPieces;  // 8 or 16: a page holds whole runs of 16
+    constexpr int kPieces = E / 8, kRowsAtOnce = kThreads / kPieces;  // a page holds whole runs of 16
     const int piece = threadIdx.x % kPieces, row = threadIdx.x / kPieces;
+    if (kRowsAtOnce > 16 && row >= 16) return;
 #pragma unroll
     for (int run = 0; run < kKeys; run += 16) {
         const int64_t source = pages.offset(min(begin + run, length - 1) & ~15) + row * E + piece * 8;
@@ -80,42 +83,47 @@ __device__ __forceinline__ void copy_tile(uint32_t to, const T* k, const T* v, c
     }
 }
 
-// Running softmax of a warp's 32 rows. Row (m, h) of a lane: 16 m + 8 h + lane / 4 of the warp.
+// Running softmax of a warp's rows. Row (m, r) of a lane: 16 m + Tile::row(lane, r) of the warp.
 template <class T, int E, bool kExtended>
 struct WarpRows {
-    float out[kMTiles][E / 8][4], maximum[kMTiles][2], sum[kMTiles][2];
+    Tile out[kMTiles][E / 16];
+    float maximum[kMTiles][Tile::kRows], sum[kMTiles][Tile::kRows];
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
-            maximum[m][0] = maximum[m][1] = kExtended ? kNoScore : -INFINITY;
-            sum[m][0] = sum[m][1] = 0;
 #pragma unroll
-            for (int n = 0; n < E / 8; ++n) {
-                out[m][n][0] = out[m][n][1] = out[m][n][2] = out[m][n][3] = 0;
+            for (int r = 0; r < Tile::kRows; ++r) {
+                maximum[m][r] = kExtended ? kNoScore : -INFINITY;
+                sum[m][r] = 0;
+            }
+#pragma unroll
+            for (int n = 0; n < E / 16; ++n) {
+                out[m][n] = {};
             }
         }
     }
 
-    __device__ __forceinline__ void add_tile(uint32_t queries, uint32_t keys, int begin, const Rows& rows,
+    __device__ __forceinline__ void add_tile(SharedAddress queries, SharedAddress keys, int begin, const Rows& rows,
                                              const AttentionPlan& p, const ScoreMap<kExtended>& map) {
-        const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-        float score[kMTiles][kKeys / 8][4] = {};
+        const int warp = threadIdx.x / kWarp;
+        Tile score[kMTiles][kKeys / 16] = {};
 #pragma unroll
         for (int k = 0; k < E / 16; ++k) {
-            uint32_t query[kMTiles][4];
+            Operand query[kMTiles];
 #pragma unroll
             for (int m = 0; m < kMTiles; ++m) {
-                load_tiles(query[m], queries + place<E>((warp * kMTiles + m) * 16 + lane % 16, 2 * k + lane / 16));
+                load_left(query[m], [&](int row, int piece) {
+                    return queries + place<E>((warp * kMTiles + m) * 16 + row, 2 * k + piece);
+                });
             }
 #pragma unroll
             for (int n = 0; n < kKeys / 16; ++n) {
-                uint32_t key[4];
-                load_tiles(key, keys + place<E>(n * 16 + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+                Operand key;
+                load_right(key, [&](int row, int piece) { return keys + place<E>(n * 16 + row, 2 * k + piece); });
 #pragma unroll
                 for (int m = 0; m < kMTiles; ++m) {
-                    multiply_add<T>(score[m][2 * n], query[m], key[0], key[1]);
-                    multiply_add<T>(score[m][2 * n + 1], query[m], key[2], key[3]);
+                    multiply_add<T>(score[m][n], query[m], key);
                 }
             }
         }
@@ -123,68 +131,70 @@ struct WarpRows {
 #pragma unroll
             for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
-                for (int n = 0; n < kKeys / 8; ++n) {
-                    map.cap_all(score[m][n]);
+                for (int n = 0; n < kKeys / 16; ++n) {
+                    map.cap_all(score[m][n].x);
                 }
             }
             if (begin < window_start(p, rows.limit(kPrefillRows - 1))) mask_window(score, begin, rows, p);
         }
         if (begin + kKeys > rows.limit(0) + 1) mask(score, begin, rows);
         soften(score, map.factor);
-        const uint32_t values = keys + kTileBytes<E>;
+        const SharedAddress values = keys + kTileBytes<E>;
 #pragma unroll
         for (int k = 0; k < kKeys / 16; ++k) {
-            uint32_t weight[kMTiles][4];
+            Operand weight[kMTiles];
 #pragma unroll
             for (int m = 0; m < kMTiles; ++m) {
-                const auto& left = score[m][2 * k];
-                const auto& right = score[m][2 * k + 1];
-                weight[m][0] = pack2<T>(left[0], left[1]), weight[m][1] = pack2<T>(left[2], left[3]);
-                weight[m][2] = pack2<T>(right[0], right[1]), weight[m][3] = pack2<T>(right[2], right[3]);
+                weight[m] = rounded<T>(score[m][k]);
             }
 #pragma unroll
             for (int n = 0; n < E / 16; ++n) {
-                uint32_t value[4];
-                load_tiles_transposed(value, values + place<E>(k * 16 + lane % 16, 2 * n + lane / 16));
+                Operand value;
+                load_right_transposed(
+                    value, [&](int row, int piece) { return values + place<E>(k * 16 + row, 2 * n + piece); });
 #pragma unroll
                 for (int m = 0; m < kMTiles; ++m) {
-                    multiply_add<T>(out[m][2 * n], weight[m], value[0], value[1]);
-                    multiply_add<T>(out[m][2 * n + 1], weight[m], value[2], value[3]);
+                    multiply_add<T>(out[m][n], weight[m], value);
                 }
             }
         }
     }
 
   private:
-    __device__ __forceinline__ void mask(float (&score)[kMTiles][kKeys / 8][4], int begin, const Rows& rows) {
-        const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kMTiles * 16 + lane / 4;
+    __device__ __forceinline__ void mask(Tile (&score)[kMTiles][kKeys / 16], int begin, const Rows& rows) {
+        const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kMTiles * 16;
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const int visible = rows.limit(first + m * 16 + h * 8) - begin - lane % 4 * 2;
-#pragma unroll
-                for (int n = 0; n < kKeys / 8; ++n) {
-                    if (n * 8 > visible) score[m][n][2 * h] = -INFINITY;
-                    if (n * 8 + 1 > visible) score[m][n][2 * h + 1] = -INFINITY;
-                }
+            for (int r = 0; r < Tile::kRows; ++r) {
+                const int visible = rows.limit(first + m * 16 + Tile::row(lane, r)) - begin - Tile::column(lane, 0);
+                hide(score[m], r, [&](int column) { return column > visible; });
             }
         }
     }
 
-    __device__ __forceinline__ void mask_window(float (&score)[kMTiles][kKeys / 8][4], int begin, const Rows& rows,
+    __device__ __forceinline__ void mask_window(Tile (&score)[kMTiles][kKeys / 16], int begin, const Rows& rows,
                                                 const AttentionPlan& p) {
-        const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kMTiles * 16 + lane / 4;
+        const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kMTiles * 16;
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const int hidden = window_start(p, rows.limit(first + m * 16 + h * 8)) - begin - lane % 4 * 2;
+            for (int r = 0; r < Tile::kRows; ++r) {
+                const int hidden =
+                    window_start(p, rows.limit(first + m * 16 + Tile::row(lane, r))) - begin - Tile::column(lane, 0);
+                hide(score[m], r, [&](int column) { return column < hidden; });
+            }
+        }
+    }
+
+    // Of the lane's row r; hidden() is asked for columns as the first lane has them.
+    template <class Hidden>
+    __device__ __forceinline__ static void hide(Tile (&score)[kKeys / 16], int r, Hidden hidden) {
 #pragma unroll
-                for (int n = 0; n < kKeys / 8; ++n) {
-                    if (n * 8 < hidden) score[m][n][2 * h] = -INFINITY;
-                    if (n * 8 + 1 < hidden) score[m][n][2 * h + 1] = -INFINITY;
-                }
+        for (int n = 0; n < kKeys / 16; ++n) {
+#pragma unroll
+            for (int i = 0; i < Tile::kNumbers; ++i) {
+                if (Tile::row_of(i) == r && hidden(n * 16 + Tile::column(0, i))) score[n].x[i] = -INFINITY;
             }
         }
     }
@@ -193,35 +203,38 @@ struct WarpRows {
     // kSlack: weights up to 2**kSlack are as exact, and the output is rescaled a few times instead of at every tile.
     // Tiles come in ascending order and, without a window, every row sees position 0: the maximum is finite from the
     // first tile on.
-    __device__ __forceinline__ void soften(float (&score)[kMTiles][kKeys / 8][4], float scale) {
-        float top[kMTiles][2];
+    __device__ __forceinline__ void soften(Tile (&score)[kMTiles][kKeys / 16], float scale) {
+        float top[kMTiles][Tile::kRows];
         bool exceeded = false;
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                float highest = -INFINITY;
+            for (int r = 0; r < Tile::kRows; ++r) {
+                float most = -INFINITY;
 #pragma unroll
-                for (int n = 0; n < kKeys / 8; ++n) {
-                    highest = fmaxf(highest, fmaxf(score[m][n][2 * h], score[m][n][2 * h + 1]));
+                for (int n = 0; n < kKeys / 16; ++n) {
+                    most = fmaxf(most, highest(score[m][n], r));
                 }
-                highest = fmaxf(highest, shuffle_xor(highest, 1));
-                highest = fmaxf(highest, shuffle_xor(highest, 2));
-                top[m][h] = fmaxf(maximum[m][h], highest * scale);
-                exceeded |= top[m][h] > maximum[m][h] + kSlack;
+                most = across_row(most, [](float a, float b) { return fmaxf(a, b); });
+                top[m][r] = fmaxf(maximum[m][r], most * scale);
+                exceeded |= top[m][r] > maximum[m][r] + kSlack;
             }
         }
-        if (__any_sync(kAllLanes, exceeded)) {
+        if (any_lane(exceeded)) {
 #pragma unroll
             for (int m = 0; m < kMTiles; ++m) {
+                float shrink[Tile::kRows];
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const float shrink = exp2_fast(maximum[m][h] - top[m][h]);
-                    maximum[m][h] = top[m][h];
-                    sum[m][h] *= shrink;
+                for (int r = 0; r < Tile::kRows; ++r) {
+                    shrink[r] = exp2_fast(maximum[m][r] - top[m][r]);
+                    maximum[m][r] = top[m][r];
+                    sum[m][r] *= shrink[r];
+                }
 #pragma unroll
-                    for (int n = 0; n < E / 8; ++n) {
-                        out[m][n][2 * h] *= shrink, out[m][n][2 * h + 1] *= shrink;
+                for (int n = 0; n < E / 16; ++n) {
+#pragma unroll
+                    for (int i = 0; i < Tile::kNumbers; ++i) {
+                        out[m][n].x[i] *= shrink[Tile::row_of(i)];
                     }
                 }
             }
@@ -229,11 +242,12 @@ struct WarpRows {
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
-            for (int n = 0; n < kKeys / 8; ++n) {
+            for (int n = 0; n < kKeys / 16; ++n) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    score[m][n][i] = exp2_fast(score[m][n][i] * scale - maximum[m][i / 2]);
-                    sum[m][i / 2] += score[m][n][i];
+                for (int i = 0; i < Tile::kNumbers; ++i) {
+                    const int r = Tile::row_of(i);
+                    score[m][n].x[i] = exp2_fast(score[m][n].x[i] * scale - maximum[m][r]);
+                    sum[m][r] += score[m][n].x[i];
                 }
             }
         }
@@ -245,25 +259,26 @@ template <class T, int E, bool kExtended>
 __device__ __forceinline__ void store_rows(WarpRows<T, E, kExtended>& state, unsigned char* queries,
                                            const AttentionArgs& a, const Rows& rows) {
     const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kMTiles * 16;
-    __syncwarp();  // after the last products, whose lanes read each other's rows
+    sync_warp();  // after the last products, whose lanes read each other's rows
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float sum = state.sum[m][h];
-            sum += shuffle_xor(sum, 1);
-            sum += shuffle_xor(sum, 2);
+        for (int r = 0; r < Tile::kRows; ++r) {
+            const float sum = across_row(state.sum[m][r], [](float x, float y) { return x + y; });
             const float inverse = 1 / sum;
-            const int row = first + m * 16 + h * 8 + lane / 4;
-            if (lane % 4 == 0 && row < rows.count) a.lse[rows.global(row)] = (state.maximum[m][h] + log2f(sum)) * kLn2;
+            const int row = first + m * 16 + Tile::row(lane, r);
+            if (Tile::leads(lane) && row < rows.count) {
+                a.lse[rows.global(row)] = (state.maximum[m][r] + log2f(sum)) * kLn2;
+            }
 #pragma unroll
-            for (int n = 0; n < E / 8; ++n) {
-                *reinterpret_cast<uint32_t*>(queries + place<E>(row, n) + lane % 4 * 4) =
-                    pack2<T>(state.out[m][n][2 * h] * inverse, state.out[m][n][2 * h + 1] * inverse);
+            for (int n = 0; n < E / 16; ++n) {
+                store_row<T>(state.out[m][n], r, inverse, [&](int column) {
+                    return reinterpret_cast<T*>(queries + place<E>(row, 2 * n + column / 8)) + column % 8;
+                });
             }
         }
     }
-    __syncwarp();
+    sync_warp();
     constexpr int kPieces = E / 8;
 #pragma unroll 4
     for (int i = lane; i < kMTiles * 16 * kPieces; i += kWarp) {
@@ -276,12 +291,12 @@ __device__ __forceinline__ void store_rows(WarpRows<T, E, kExtended>& state, uns
 }
 
 template <class T, int E, bool kExtended>
-__global__ void __launch_bounds__(kThreads, 2) prefill_kernel(AttentionArgs a) {
+__global__ void BATCHINFER_LAUNCH_BOUNDS(kThreads, 2) prefill_kernel(AttentionArgs a) {
     BATCHINFER_DYNAMIC_SHARED(shared, 128);
     __shared__ int mailbox;
     const AttentionPlan& p = a.plan;
     const int group = p.heads / p.kv_heads;
-    const uint32_t queries = shared_address(shared), tiles = queries + kQueryBytes<E>;
+    const SharedAddress queries = shared_address(shared), tiles = queries + kQueryBytes<E>;
     const T* k_cache = static_cast<const T*>(a.k_cache);
     const T* v_cache = static_cast<const T*>(a.v_cache);
 

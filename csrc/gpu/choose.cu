@@ -9,23 +9,6 @@
 namespace batchinfer::gpu {
 namespace {
 
-// One row's scaled logits x <= 0, as the filters see them; the most likely token has 0.
-struct Row {
-    const float* logits;
-    int vocab;
-    float highest, inverse;  // of the temperature
-
-    __device__ __forceinline__ float x(int i) const {
-        const float logit = logits[i];
-        return isnan(logit) ? -INFINITY : exact::mul(exact::sub(logit, highest), inverse);
-    }
-    // Grows as x falls; -inf has 0x7f800000.
-    __device__ __forceinline__ static uint32_t key(float x) { return __float_as_uint(fabsf(x)); }
-};
-
-constexpr uint32_t kLastKey = 0x7f800000u;
-constexpr float kNoMass = -25.f;  // e**x rounds to 0 in units of 2**-34 below
-
 // The largest key whose token is kept: less than `target` weight lies strictly above it. Weight is the number of
 // tokens, or their probability; then `target` is a share of that of all tokens with keys up to `last`. Equal keys stay
 // together.
@@ -56,8 +39,9 @@ __device__ uint32_t last_kept(const Row& row, double target, uint32_t last, Hist
         base = histogram.before;
         const int shift = max(0, 21 - __clz(high - low));  // (high - low) >> shift < 2**11 = kBins
         __syncthreads();                                   // all have read the histogram
-        fill(
-            [=](float, uint32_t key) { return key >= low && key <= high ? static_cast<int>(key - low >> shift) : -1; });
+        fill([=](float, uint32_t key) {
+            return key >= low && key <= high ? static_cast<int>((key - low) >> shift) : -1;
+        });
         histogram.find<kMass>(base, target);
         low += static_cast<uint32_t>(histogram.bin) << shift;
         high = min(high, low + ((1u << shift) - 1));
@@ -69,11 +53,8 @@ __device__ uint32_t last_kept(const Row& row, double target, uint32_t last, Hist
 // The maximum of x + noise over the kept tokens. `best_id` is the most likely one, which every filter keeps.
 __device__ int draw(const Row& row, uint64_t seed, uint32_t position, uint32_t last, float min_p, int best_id,
                     uint64_t* scratch) {
-    const auto word_of = [](uint4 words, int w) {
-        return w == 0 ? words.x : w == 1 ? words.y : w == 2 ? words.z : words.w;
-    };
-    const uint4 its_words = philox(best_id / 64 * 16 + best_id % 16, position, seed);
-    float best = exact::add(row.x(best_id), exact::gumbel(exact::uniform(word_of(its_words, best_id / 16 % 4))));
+    const Words its_words = philox(best_id / 64 * 16 + best_id % 16, position, seed);
+    float best = exact::add(row.x(best_id), exact::gumbel(exact::uniform(its_words.word(best_id / 16 % 4))));
     uint64_t winner = ranked(best, best_id);
     const int counters = (row.vocab + 63) / 64 * 16;
     for (int c = threadIdx.x; c < (counters + kWarp - 1) / kWarp * kWarp; c += kSampleThreads) {  // whole warps
@@ -84,11 +65,11 @@ __device__ int draw(const Row& row, uint64_t seed, uint32_t position, uint32_t l
             const int id = first + 16 * w;
             x[w] = id < row.vocab ? row.x(id) : -INFINITY;
         }
-        const uint4 words = philox(c, position, seed);
+        const Words words = philox(c, position, seed);
         bool found = false;
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-            const float v = exact::uniform(word_of(words, w));
+            const float v = exact::uniform(words.word(w));
             const float bound = x[w] - 0.69314718f * __log2f(v) + 1e-3f;
             if (bound < best || Row::key(x[w]) > last || x[w] == -INFINITY) continue;
             if (min_p > 0 && exact::exp(x[w]) < min_p) continue;
@@ -97,7 +78,7 @@ __device__ int draw(const Row& row, uint64_t seed, uint32_t position, uint32_t l
             best = fmaxf(best, score);
             found = true;
         }
-        if (__any_sync(kAllLanes, found)) {
+        if (any_lane(found)) {
             for (int mask = kWarp / 2; mask > 0; mask /= 2) {
                 best = fmaxf(best, shuffle_xor(best, mask));
             }
@@ -106,7 +87,7 @@ __device__ int draw(const Row& row, uint64_t seed, uint32_t position, uint32_t l
     return id_of(block_reduce(winner, scratch, larger));
 }
 
-__global__ void __launch_bounds__(kSampleThreads, 2) choose_kernel(SampleArgs a) {
+__global__ void BATCHINFER_LAUNCH_BOUNDS(kSampleThreads, 2) choose_kernel(SampleArgs a) {
     __shared__ Histogram histogram;
     const int64_t r = blockIdx.x;
     Row row{a.logits + r * a.vocab, static_cast<int>(a.vocab), 0, 0};

@@ -1,19 +1,18 @@
-// What every kernel file needs: loads and stores of eight elements, block sums, dtype dispatch, launch checks.
+// What every kernel file needs: loads and stores of eight elements, block sums, launch checks.
 #pragma once
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
-#include "batchinfer/bf16.h"
+#include "gpu/dispatch.h"
 #include "gpu/ops.h"
 #include "gpu/vendor.h"
 
-namespace batchinfer::gpu {
+#define BATCHINFER_ON_DEVICE __device__ __forceinline__
+#include "gpu/portable.h"
 
-struct f16 {
-    uint16_t bits;
-};
+namespace batchinfer::gpu {
 
 __device__ __forceinline__ float to_float(float x) {
     return x;
@@ -22,7 +21,7 @@ __device__ __forceinline__ float to_float(bf16 x) {
     return __uint_as_float(uint32_t{x.bits} << 16);
 }
 __device__ __forceinline__ float to_float(f16 x) {
-    return __half2float(__ushort_as_half(x.bits));
+    return f16_value(x.bits);
 }
 
 template <class T>
@@ -33,11 +32,11 @@ __device__ __forceinline__ float from_float<float>(float x) {
 }
 template <>
 __device__ __forceinline__ bf16 from_float<bf16>(float x) {
-    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+    return {bf16_bits(x)};
 }
 template <>
 __device__ __forceinline__ f16 from_float<f16>(float x) {
-    return {__half_as_ushort(__float2half_rn(x))};
+    return {f16_bits(x)};
 }
 
 // Two neighbours in one 32-bit word, the first in the low half.
@@ -45,13 +44,11 @@ template <class T>
 __device__ __forceinline__ uint32_t pack2(float low, float high);
 template <>
 __device__ __forceinline__ uint32_t pack2<bf16>(float low, float high) {
-    gpuNativeBf16x2 both = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<uint32_t&>(both);
+    return bf16_pair(low, high);
 }
 template <>
 __device__ __forceinline__ uint32_t pack2<f16>(float low, float high) {
-    __half2 both = __floats2half2_rn(low, high);
-    return reinterpret_cast<uint32_t&>(both);
+    return f16_pair(low, high);
 }
 template <class T>
 __device__ __forceinline__ float2 unpack2(uint32_t word) {
@@ -92,10 +89,6 @@ __device__ __forceinline__ void store(T* to, const float (&x)[N]) {
     }
 }
 
-__device__ __forceinline__ int64_t clamp_index(int64_t i, int64_t count) {
-    return i < 0 ? 0 : i < count ? i : count - 1;
-}
-
 // The combination of all threads' values, in every thread. `scratch` has one place per warp and may be used again after
 // the call. The order is fixed: warps by butterfly, then the warps in order.
 template <class T, class Op>
@@ -113,24 +106,6 @@ __device__ __forceinline__ T block_reduce(T value, T* scratch, Op op) {
     return value;
 }
 
-// Calls f with a value of the element type.
-template <class F>
-void with_dtype(GpuDtype dtype, F&& f) {
-    switch (dtype) {
-        case GpuDtype::float32:
-            return f(float{});
-        case GpuDtype::bfloat16:
-            return f(bf16{});
-        case GpuDtype::float16:
-            return f(f16{});
-    }
-    throw std::invalid_argument("unknown dtype number " + std::to_string(static_cast<int>(dtype)));
-}
-
-inline size_t size_of(GpuDtype dtype) {
-    return dtype == GpuDtype::float32 ? 4 : 2;
-}
-
 inline gpuStream_t native(Stream stream) {
     return static_cast<gpuStream_t>(stream);
 }
@@ -141,10 +116,6 @@ inline void check(gpuError_t error, const char* what) {
 
 inline void check_launch(const char* op) {
     check(gpuGetLastError(), op);
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
 }
 
 }  // namespace batchinfer::gpu

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kCandidates = 2048;
 
-__global__ void __launch_bounds__(kSampleThreads, 2) logprobs_kernel(SampleArgs a, const float* raw) {
+__global__ void BATCHINFER_LAUNCH_BOUNDS(kSampleThreads, 2) logprobs_kernel(SampleArgs a, const float* raw) {
     __shared__ Histogram histogram;
     __shared__ uint64_t candidate[kCandidates];
     __shared__ int candidates;

@@ -1,5 +1,6 @@
-// The ops of the GPU backend: arguments and launchers. Every pointer is a device pointer, nothing here waits for the
-// device, and no launch geometry depends on device data, so that a whole step can be captured in a graph.
+// The ops of the GPU backends (csrc/gpu, csrc/sycl): arguments and launchers. Every pointer is a device pointer,
+// nothing here waits for the device, and no launch geometry depends on device data, so that a whole step can be
+// captured in a graph.
 //
 // Contracts and notation: batchinfer/ops/__init__.py. Activations have the engine's dtype here. An index outside its
 // table cannot be raised without waiting: it is clamped, or its write is dropped, so that no byte outside the tensors
@@ -12,7 +13,7 @@
 
 namespace batchinfer::gpu {
 
-using Stream = void*;  // cudaStream_t
+using Stream = void*;  // cudaStream_t, or sycl::queue*, in order
 
 enum class GpuDtype : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 

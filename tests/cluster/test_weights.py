@@ -281,4 +281,5 @@ def test_what_is_said_of_a_load() -> None:
     loaded = Loaded(bytes=270_000_000, seconds=0.5, read=270_000_000, digest="")
     assert str(loaded) == "weights 0.27 GB in 0.5 s (0.54 GB/s)"
     assert str(Loaded(270_000_000, 0.5, 0, "", readers=1, ranks=8)).endswith(", read once for 8 ranks")
+    assert str(Loaded(270_000_000, 0.5, 0, "", 1, packers=2, ranks=8)).endswith("for 8 ranks, packed 2 times")
     assert str(Loaded(270_000_000, 0.5, 0, "", readers=3, ranks=800)).endswith(", read 3 times for 800 ranks")

@@ -9,7 +9,7 @@
 #include "cpu/gemm.h"
 
 namespace batchinfer::emulated {
-extern const GemmKernel gemm_kernel;  // kernels/gemm.cpp, compiled for this test
+extern const GemmKernel gemm_float32, gemm_bfloat16;  // kernels/gemm.cpp, compiled for this test
 }
 
 using namespace batchinfer;
@@ -48,7 +48,9 @@ struct Problem {
     }
 
     std::vector<float> multiply(Dtype dtype, const float* x, int64_t rows, ThreadPool& pool) const {
-        const PackedWeight packed(emulated::gemm_kernel, dtype, data(dtype), outputs, depth, false, pool);
+        const GemmKernel& kernel = dtype == Dtype::float32 ? emulated::gemm_float32 : emulated::gemm_bfloat16;
+        PackedWeight packed(kernel, outputs, depth, false);
+        packed.pack({data(dtype), nullptr, nullptr}, pool);
         std::vector<float> out(rows * outputs, std::nanf(""));
         packed.multiply(Dtype::float32, x, rows, bias.data(), Dtype::float32, out.data(), pool);
         return out;

@@ -73,13 +73,17 @@ class Device {
         return sampled;
     }
 
-    /// Sequence i of the step attends to the first kv_len[i] tokens of `expected`, and to nothing else.
+    /// Sequence i of the step, up to its draft, attends to the first tokens of `expected`, and to nothing else.
     void check_context(const Step& step, int32_t i, const std::vector<int32_t>& expected) const {
         uint64_t history = 0;
-        for (int32_t position = 0; position < step.kv_len[i]; ++position) {
+        for (int32_t position = 0; position < step.kv_len[i] - drafted(step, i); ++position) {
             history = extend(history, expected[position]);
             CHECK(kv_[kv_index(step, i, position)] == history);
         }
+    }
+
+    static int32_t drafted(const Step& step, int32_t i) {
+        return i < step.num_decode ? step.q_start[i + 1] - step.q_start[i] - 1 : 0;
     }
 
   private:
@@ -96,7 +100,12 @@ class Device {
     std::vector<int32_t> last_token_;
 };
 
-int64_t random_jobs(uint32_t seed, int32_t steps_ahead) {
+struct Outcome {
+    int64_t preemptions = 0;
+    int64_t accepted = 0;
+};
+
+Outcome random_jobs(uint32_t seed, int32_t steps_ahead, int32_t lookup) {
     std::mt19937 random(seed);
     const auto in = [&](int32_t low, int32_t high) { return low + static_cast<int32_t>(random() % (high - low + 1)); };
     SchedulerConfig config{.page_size = in(1, 5), .max_slots = in(1, 8), .max_seq_len = in(8, 40)};
@@ -104,6 +113,7 @@ int64_t random_jobs(uint32_t seed, int32_t steps_ahead) {
     config.max_step_tokens = config.max_slots + in(0, 20);
     config.prefix_cache = in(0, 3) != 0;
     config.hash_bits = std::vector{0, 2, 64}[in(0, 2)];
+    config.lookup = lookup;
     Scheduler scheduler(config);
     Device device(config);
 
@@ -138,7 +148,8 @@ int64_t random_jobs(uint32_t seed, int32_t steps_ahead) {
             for (int32_t i = 0; i < step->num_seqs; ++i) {
                 const auto& expected = jobs.at(step->seq_ids[i]).tokens;
                 // One token past a stop token may be computed when running ahead; nobody reads it.
-                if (step->kv_len[i] <= std::ssize(expected)) device.check_context(*step, i, expected);
+                if (step->kv_len[i] - Device::drafted(*step, i) <= std::ssize(expected))
+                    device.check_context(*step, i, expected);
             }
         }
         if (std::ssize(sampled) > (step == nullptr ? 0 : steps_ahead)) {
@@ -154,7 +165,7 @@ int64_t random_jobs(uint32_t seed, int32_t steps_ahead) {
     }
     CHECK(finished == jobs.size());
     CHECK(scheduler.pool().num_used() == 0);
-    return scheduler.preemptions();
+    return {scheduler.preemptions(), scheduler.accepted_tokens()};
 }
 
 void refuses_what_it_cannot_run() {
@@ -187,11 +198,17 @@ void refuses_what_it_cannot_run() {
 }  // namespace
 
 int main() {
-    int64_t preemptions = 0;
-    for (uint32_t seed = 0; seed < 60; ++seed) {
-        for (const int32_t steps_ahead : {0, 1})
-            preemptions += random_jobs(seed, steps_ahead);
+    struct Mode {
+        int32_t steps_ahead, lookup;
+    };
+    for (const Mode mode : {Mode{0, 0}, Mode{1, 0}, Mode{0, 5}}) {
+        Outcome sum;
+        for (uint32_t seed = 0; seed < 60; ++seed) {
+            const Outcome outcome = random_jobs(seed, mode.steps_ahead, mode.lookup);
+            sum.preemptions += outcome.preemptions;
+            sum.accepted += outcome.accepted;
+        }
+        CHECK(sum.preemptions > 20 && (sum.accepted > 500) == (mode.lookup > 0));
     }
-    CHECK(preemptions > 50);
     refuses_what_it_cannot_run();
 }

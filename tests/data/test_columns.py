@@ -27,6 +27,7 @@ def files(tmp_path: Path) -> list[InputFile]:
         "heat": pa.array([0.5]),
         "flag": pa.array([True]),
         "ends": pa.array([["x"]]),
+        "push": pa.array([[(1, 2.0)]], pa.map_(pa.int64(), pa.float32())),
     }
     return list_inputs(str(write(tmp_path / "lang=de" / "a.parquet", columns).parent.parent))
 
@@ -50,6 +51,8 @@ def refusal(files: list[InputFile], code: int = ExitCode.USAGE, **config: Any) -
         {"columns": ["lang", "id"]},
         {"sampling_columns": {"temperature": "heat", "max_tokens": "id", "ignore_eos": "flag", "stop": "ends"}},
         {"sampling_columns": {"stop": "prompt", "stop_token_ids": "ids", "n": "heat"}},
+        {"sampling_columns": {"logit_bias": "push", "allowed_token_ids": "ids", "bad_words": "ends"}},
+        {"sampling_columns": {"include_stop": "flag", "skip_special_tokens": "flag", "best_of": "id"}},
     ],
 )
 def test_what_fits(files: list[InputFile], config: dict[str, Any]):
@@ -62,7 +65,7 @@ def test_what_fits(files: list[InputFile], config: dict[str, Any]):
     [
         ({"prompt_column": "promt"}, "there is no column 'promt' in"),
         ({"prompt_column": "promt"}, "Did you mean 'prompt'?"),
-        ({"prompt_column": "zzz"}, "Its columns: id, prompt, chat, ids, heat, flag, ends, lang"),
+        ({"prompt_column": "zzz"}, "Its columns: id, prompt, chat, ids, heat, flag, ends, push, lang"),
         ({"messages_column": "messages"}, "input.messages_column: there is no column 'messages'"),
         ({"columns": ["id", "nope"]}, "input.columns: there is no column 'nope'"),
         ({"template": "{{ question }}"}, "input.template: there is no column 'question'"),
@@ -77,6 +80,7 @@ def test_what_fits(files: list[InputFile], config: dict[str, Any]):
         ({"sampling_columns": {"temperature": "prompt"}}, "it must be an integer or floating-point number"),
         ({"sampling_columns": {"temperature": "flag"}}, "column 'flag'"),
         ({"sampling_columns": {"ignore_eos": "id"}}, "it must be boolean"),
+        ({"sampling_columns": {"logit_bias": "ids"}}, "it must be map<integer, number>"),
         ({"sampling_columns": {"stop": "id"}}, "it must be string, or a list of strings"),
     ],
 )

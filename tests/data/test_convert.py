@@ -92,6 +92,16 @@ def test_openai_text_completions(tmp_path: Path) -> None:
     assert made.settings[:2] == ["input.prompt_column=prompt", "'input.columns=[custom_id]'"]
 
 
+def test_biases_and_what_vllm_adds(tmp_path: Path) -> None:
+    body = {"logit_bias": {"11": -5, "7": 1.5}, "best_of": 3, "skip_special_tokens": False}
+    made = convert(lines(tmp_path / "in.jsonl", request("a", **body), request("b")), str(tmp_path / "out.parquet"))
+    first, second = pq.read_table(made.path).to_pylist()
+    assert first["sampling_logit_bias"] == [(11, -5.0), (7, 1.5)]
+    assert (first["sampling_best_of"], first["sampling_skip_special_tokens"]) == (3, False)
+    assert second["sampling_logit_bias"] is second["sampling_best_of"] is None
+    assert "logit_bias: sampling_logit_bias" in made.settings[-1]
+
+
 @pytest.mark.parametrize(
     ("second", "says"),
     [
@@ -101,7 +111,8 @@ def test_openai_text_completions(tmp_path: Path) -> None:
         (request("b", max_tokens=True), "body.max_tokens=True must be int"),
         (request("b", messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "a part that is not text"),
         (request("b", messages=["hi"]), "a message is not an object"),
-        (request("b", logit_bias={"5": 1}), "body.logit_bias="),
+        (request("b", logit_bias={"x": 1}), "body.logit_bias={'x': 1} must map token ids to numbers"),
+        (request("b", logit_bias=[5]), "body.logit_bias=[5] must be dict"),
         (request("b") | {"url": "/v1/embeddings"}, "url='/v1/embeddings' is not supported"),
         (request("b") | {"url": "/v1/completions"}, "differs from that of the first line"),
         ({"prompt": "x"}, "no custom_id and body"),

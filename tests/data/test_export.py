@@ -63,6 +63,14 @@ def test_several_samples_of_a_text_completion() -> None:
     assert body["usage"]["completion_tokens"] == 3
 
 
+def test_thoughts_go_beside_the_answer() -> None:
+    line = result_line(ROW | {"reasoning": "hm"}, 3, FACTS)
+    (choice,) = line["response"]["body"]["choices"]
+    assert choice["message"] == {"role": "assistant", "content": ROW["generated_text"], "reasoning": "hm"}
+    (plain,) = result_line(ROW | {"reasoning": None}, 3, FACTS)["response"]["body"]["choices"]
+    assert "reasoning" not in plain["message"]
+
+
 def test_an_error_row() -> None:
     row = ROW | {"status": "error", "error_code": "EMPTY_PROMPT", "error": "no tokens", "generated_text": None}
     line = result_line(row, 0, FACTS)

@@ -25,7 +25,9 @@ def sample(*tokens: int, reason: str = "stop", logprobs: int | None = None) -> S
     if logprobs is None:
         return Sample(ids, "text é" if reason else "", reason)
     grid = np.arange(len(ids) * logprobs).reshape(len(ids), logprobs)
-    return Sample(ids, "t", reason, Logprobs(-ids.astype(np.float32), grid.astype(np.int32), -grid.astype(np.float32)))
+    return Sample(
+        ids, "t", reason, Logprobs(-ids.astype(np.float32), grid.astype(np.int32), -grid.astype(np.float32)), "r"
+    )
 
 
 def completion(offset: int, *samples: Sample) -> Completion:
@@ -34,13 +36,15 @@ def completion(offset: int, *samples: Sample) -> Completion:
 
 def same(one: Completion, other: Completion) -> bool:
     def plain(c: Completion) -> object:
-        def of(s: Sample) -> object:
-            lp = s.logprobs
-            arrays = None if lp is None else (lp.chosen.tolist(), lp.top_ids.tolist(), lp.top.tolist(), lp.top.shape)
-            vector = None if s.vector is None else (s.vector.tolist(), s.vector.dtype)
-            return s.token_ids.tolist(), s.token_ids.dtype, s.text, s.finish_reason, arrays, vector
+        def arrays(lp: Logprobs | None) -> object:
+            return None if lp is None else (lp.chosen.tolist(), lp.top_ids.tolist(), lp.top.tolist(), lp.top.shape)
 
-        return c.id, c.prompt_tokens, c.error, [of(s) for s in c.samples]
+        def of(s: Sample) -> object:
+            vector = None if s.vector is None else (s.vector.tolist(), s.vector.dtype)
+            texts = s.text, s.finish_reason, s.reasoning
+            return s.token_ids.tolist(), s.token_ids.dtype, texts, arrays(s.logprobs), vector
+
+        return c.id, c.prompt_tokens, c.error, [of(s) for s in c.samples], arrays(c.prompt_logprobs)
 
     return plain(one) == plain(other)
 
@@ -50,6 +54,8 @@ RECORDS = [
     completion(3, sample(4, reason=""), sample(5, 6, reason="length")),
     completion(5, Sample(np.zeros(0, np.int32), "", "pooled", vector=np.array([0.25, -1e-30], np.float32))),
     completion(49, sample(7, 8, logprobs=3), sample(9, logprobs=0), sample(logprobs=0, reason="")),
+    replace(completion(20, sample(1)), prompt_logprobs=sample(5, 6, 7, logprobs=2).logprobs),
+    replace(completion(21, sample(1)), prompt_logprobs=sample(logprobs=0).logprobs),
 ]
 
 
@@ -82,7 +88,7 @@ def test_there_and_back(journal: Journal, tmp_path: Path) -> None:
     got = recalled(tmp_path)
     assert list(got) == [record.id for record in RECORDS]
     assert all(same(got[record.id], record) for record in RECORDS)
-    assert [got[record.id].finished for record in RECORDS] == [True, False, True, False]
+    assert [got[record.id].finished for record in RECORDS] == [True, False, True, False, True, True]
 
 
 def test_only_what_is_new_and_needed_is_taken(journal: Journal) -> None:
@@ -199,8 +205,10 @@ def test_files_that_went_away_or_are_links_are_passed_over(journal: Journal, tmp
 def test_rows_go_on_from_their_records() -> None:
     prompt = np.array([1], np.int32)
 
-    def request(offset: int, n: int = 1, max_tokens: int = 8) -> Request:
-        return Request(CHUNK.row_id(offset), prompt, SamplingParams(n=n, max_tokens=max_tokens), seed=5)
+    def request(offset: int, n: int = 1, max_tokens: int = 8, best_of: int = 0) -> Request:
+        return Request(
+            CHUNK.row_id(offset), prompt, SamplingParams(n=n, best_of=best_of, max_tokens=max_tokens), seed=5
+        )
 
     bad = Completion(CHUNK.row_id(4), 0, error=RowError(ErrorCode.NULL_PROMPT, "null"))
     rows = [request(0), request(1, n=2), request(2), request(3), bad, request(5, n=2), request(6, max_tokens=2)]
@@ -212,6 +220,9 @@ def test_rows_go_on_from_their_records() -> None:
         rows[5].id: completion(5, sample(1)),
         rows[6].id: completion(6, sample(1, 2, reason="")),
     }
+    best = [request(7, n=1, best_of=2), request(8, n=1, best_of=2)]
+    begun = {best[0].id: completion(7, sample(1)), best[1].id: completion(8, sample(1, reason=""), sample(2))}
+    assert resume(best, begun) == [begun[best[0].id], replace(best[1], so_far=begun[best[1].id].samples)]
     got = resume(rows, known)
     assert got[0] is known[rows[0].id]
     assert got[1] == replace(rows[1], so_far=known[rows[1].id].samples)

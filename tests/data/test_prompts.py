@@ -50,6 +50,23 @@ def test_a_request():
     assert tokenizer.calls == [(2, True)]
 
 
+@pytest.mark.feature("sampling", "truncate_prompt_tokens: a prompt's last tokens, per job or row")
+def test_a_prompt_is_cut_to_its_last_tokens():
+    config = InputConfig(prompt_column="x", sampling_columns={"truncate_prompt_tokens": "k"})
+    column, keep = pa.array(["abcdef", "abcdef", "abc", "x" * 2000, ""]), pa.array([2, None, 5, 7, 1])
+    entries = build(column, config, k=keep)
+    assert [text_of(entry) for entry in entries[:4]] == ["ef", "abcdef", "abc", "x" * 7]
+    assert error_of(entries[4])[0] is ErrorCode.EMPTY_PROMPT
+
+
+def test_requests_are_told_whether_thoughts_are_apart():
+    for reasoning in (False, True):
+        builder = PromptBuilder(InputConfig(), SamplingParams(), ByteTokenizer(), 100, 0, reasoning=reasoning)
+        (entry,) = builder.build(pa.table({"prompt": ["a"]}), Chunk(index=0, file=0, start=0, rows=1))
+        assert isinstance(entry, Request)
+        assert entry.reasoning is reasoning
+
+
 def test_seeds_never_change():
     assert row_seed(0, 0) == 0x865E30C8382242B3  # by another program: printf ... | sha256sum
     assert row_seed(2**63 - 1, 2**64 - 1) == 0xBCA83F62B0BE9824

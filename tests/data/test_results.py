@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,9 @@ def test_logprobs_of_one_sample():
 @pytest.mark.parametrize("logprobs", [False, True])
 @pytest.mark.parametrize("token_ids", [False, True])
 def test_the_schema_follows_from_the_configuration_alone(many: bool, logprobs: bool, token_ids: bool):
-    options = ResultOptions(token_ids=token_ids, logprobs=logprobs, many=many)
+    options = ResultOptions(
+        token_ids=token_ids, logprobs=logprobs, prompt_logprobs=logprobs, reasoning=logprobs, many=many
+    )
     schema = result_schema(SOURCE.schema, options)
     good, bad = answers()
     for completions in ([good, bad], [bad, bad], [good, good]):
@@ -90,6 +93,20 @@ def test_the_schema_follows_from_the_configuration_alone(many: bool, logprobs: b
         assert (name in schema.names) == there
         if there:
             assert schema.field(name).type == (pa.list_(kind) if many else kind)
+    assert ("reasoning" in schema.names) == ("prompt_logprobs" in schema.names) == logprobs
+    if logprobs:
+        assert schema.field("prompt_logprobs").type == LOGPROBS  # of the row, however many samples it has
+
+
+def test_thoughts_and_the_logprobs_of_a_prompt():
+    good, bad = answers(samples=2)
+    samples = (replace(good.samples[0], reasoning="hm"), good.samples[1])
+    good = replace(good, samples=samples, prompt_logprobs=samples[0].logprobs)
+    options = ResultOptions(prompt_logprobs=True, reasoning=True, many=True)
+    rows = result_table(SOURCE, [good, bad], options).to_pylist()
+    assert [row["reasoning"] for row in rows] == [["hm", None], None]
+    assert rows[0]["prompt_logprobs"]["top_ids"] == [[0, 1], [98, 99], [97, 98]]
+    assert rows[1]["prompt_logprobs"] is None
 
 
 def test_options_of_a_configuration():
@@ -100,6 +117,9 @@ def test_options_of_a_configuration():
     assert options({"columns": ["a", "b", "a"]}, {"n": 2}) == ResultOptions(("a", "b"), "p_", many=True)
     assert options({"sampling_columns": {"n": "x"}}, {}) == ResultOptions(prefix="p_", many=True)
     assert options({}, {"logprobs": 0}) == ResultOptions(prefix="p_", logprobs=True)
+    assert options({}, {"prompt_logprobs": 0}) == ResultOptions(prefix="p_", prompt_logprobs=True)
+    assert options({"sampling_columns": {"prompt_logprobs": "x"}}, {}).prompt_logprobs
+    assert ResultOptions.of(InputConfig(), OutputConfig(reasoning="auto"), SamplingParams()).reasoning
     assert options({"sampling_columns": {"logprobs": "x"}}, {}) == ResultOptions(prefix="p_", logprobs=True)
 
 

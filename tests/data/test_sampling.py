@@ -12,6 +12,7 @@ from data.fakes import INVALID, invalid_text
 from batchinfer.data.sampling import row_samplings
 from batchinfer.types import ErrorCode, RowError, SamplingParams
 
+BIASES = pa.map_(pa.int32(), pa.int64())
 DEFAULT = SamplingParams(max_tokens=7, stop=("end",))
 
 
@@ -28,6 +29,14 @@ DEFAULT = SamplingParams(max_tokens=7, stop=("end",))
         ("stop", pa.array([["a", "b"], [], None]), [("a", "b"), (), ("end",)]),
         ("stop", pa.array([b"a"]), [("a",)]),
         ("stop_token_ids", pa.array([[1, 2], None]), [(1, 2), ()]),
+        ("allowed_token_ids", pa.array([[3], None]), [(3,), ()]),
+        ("bad_words", pa.array([["x", "y z"], None]), [("x", "y z"), ()]),
+        ("logit_bias", pa.array([[(5, 2), (7, -1)], None], BIASES), [{5: 2.0, 7: -1.0}, {}]),
+        ("include_stop", pa.array([True, None]), [True, False]),
+        ("skip_special_tokens", pa.array([False, None]), [False, True]),
+        ("best_of", pa.array([3.0, None]), [3, 0]),
+        ("prompt_logprobs", pa.array([0, None]), [0, None]),
+        ("truncate_prompt_tokens", pa.array([5, None]), [5, 0]),
     ],
 )
 def test_values(field: str, column: pa.Array, expected: list[Any]):
@@ -54,6 +63,10 @@ def test_values(field: str, column: pa.Array, expected: list[Any]):
         ("stop", invalid_text([INVALID]), "stop cannot be read: byte 0"),
         ("stop", pa.array([INVALID]), "byte 0 is not UTF-8"),
         ("stop_token_ids", pa.array([[1, None]]), "stop_token_ids=[1, None]"),
+        ("logit_bias", pa.array([[(5, None)]], BIASES), "logit_bias=[(5, None)] is not allowed: the map holds a null"),
+        ("logit_bias", pa.array([[(5, 101)]], BIASES), "logit_bias[5]=101.0 is not allowed"),
+        ("best_of", pa.array([-1]), "best_of=-1"),
+        ("bad_words", pa.array([["a", "\n"]]), "bad_words holds a text without a word"),
     ],
 )
 def test_refusals(field: str, column: pa.Array, expected: str):

@@ -55,6 +55,16 @@ UNFIT = {
         "driver does not answer, though 4 lie on the PCI bus",
         "apptainer run --nv",
     ),
+    "a build for Intel's GPUs": (
+        change(
+            GPU_NODE,
+            build={"device": "xpu", "toolkit": "2024.2.1", "architectures": ("spir64",)},
+            gpus={**NO_GPUS, "installed": {"xpu": 4}, "driver": "yes", "usable": 4},
+            torch={"device": "xpu", "architectures": ()},
+        ),
+        "no step loop of the engine yet",
+        "engine.device=cpu",
+    ),
     "no GPU in the cgroup": (
         change(GPU_NODE, gpus={"visible": (), "usable": 0}),
         "the driver shows none to this process",

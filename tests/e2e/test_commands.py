@@ -190,3 +190,37 @@ def test_constrained_texts(settings: list[str], tmp_path: Path) -> None:
     assert done.returncode == 64
     assert "sampling.regex can't be used" in done.stderr
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.feature("commands", "drafts by prompt lookup: the rows of a job without them")
+def test_drafts_change_no_row(settings: list[str], whole: list[dict[str, Any]], tmp_path: Path) -> None:
+    done = call(tmp_path, "run", *settings, "output.path=out", "engine.lookup=4")
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "out") == whole
+    assert "tokens a sample and step" in done.stderr
+
+
+@pytest.mark.feature("sampling", "logit_bias, best_of, prompt_logprobs and more, per job and from columns")
+def test_settings_of_the_job_and_of_rows(settings: list[str], tmp_path: Path) -> None:
+    source = Path(next(s for s in settings if s.startswith("input.path=")).partition("=")[2])
+    table = pq.read_table(source)
+    pushed = [[(28, 100.0)] if i % 3 == 0 else None for i in range(ROWS)]
+    table = table.append_column("push", pa.array(pushed, pa.map_(pa.int32(), pa.float32())))
+    table = table.append_column("keep", pa.array([4 if i % 2 else None for i in range(ROWS)], pa.int32()))
+    pq.write_table(table, tmp_path / "rows.parquet")
+    rest = [s for s in settings if not s.startswith("input.path=")]
+    columns = "input.sampling_columns={logit_bias: push, truncate_prompt_tokens: keep}"
+    more = ["sampling.best_of=3", "sampling.prompt_logprobs=2", "output.reasoning=auto"]
+    done = call(tmp_path, "run", *rest, "input.path=rows.parquet", "output.path=out", columns, *more)
+    assert done.returncode == 0, done.stderr
+    for i, row in enumerate(rows(tmp_path / "out")):
+        if row["status"] == "error":
+            continue
+        assert row["reasoning"] is None  # the model has no marks for thoughts
+        assert (row["prompt_tokens"] == 4) == bool(i % 2)
+        assert len(row["prompt_logprobs"]["chosen"]) == row["prompt_tokens"] - 1
+        assert all(len(top) == 2 for top in row["prompt_logprobs"]["top"])
+        assert (set(row["token_ids"]) == {28}) == (i % 3 == 0)
+    bad = call(tmp_path, "run", *settings, "output.path=bad", "sampling.logit_bias={28: 101}")
+    assert bad.returncode == 64
+    assert "sampling.logit_bias[28]=101.0 is not allowed: a bias must lie in [-100, 100]" in bad.stderr

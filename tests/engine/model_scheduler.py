@@ -67,6 +67,8 @@ class Harness:
     done: dict[int, list[int]] = field(default_factory=dict)
     pending: deque[tuple[Step, list[int]]] = field(default_factory=deque)
     prefill_tokens: list[tuple[int, int]] = field(default_factory=list)  # (sequence, tokens) of prompt parts computed
+    drafted: int = 0
+    accepted: int = 0
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(**self.config)
@@ -181,10 +183,10 @@ class Harness:
 
         self.check_slots(step)
         ids = step.seq_ids.tolist()
-        samples = {}
+        samples: dict[int, list[tuple[int, int, int]]] = {}
         for n, seq_id in enumerate(step.sample_seq.tolist()):
-            samples[seq_id] = (int(step.sample_row[n]), int(step.sample_slot[n]), int(step.sample_count[n]))
-        assert len(samples) == step.num_samples
+            row = (int(step.sample_row[n]), int(step.sample_slot[n]), int(step.sample_count[n]))
+            samples.setdefault(seq_id, []).append(row)
         for i, seq_id in enumerate(ids):
             first, end = int(step.q_start[i]), int(step.q_start[i + 1])
             length, slot = int(step.kv_len[i]), int(step.seq_slot[i])
@@ -195,15 +197,22 @@ class Harness:
             assert job.slot == slot, "a running sequence changed its slot"
             decodes = job.prefilled
             assert (i < step.num_decode) == decodes
-            assert not decodes or end - first == 1
+            drafted = end - first - 1 if decodes else 0
+            assert drafted <= config.get("lookup", 0)
             known = len(job.prompt) + job.sampled
-            for position in range(length):
+            for position in range(length - drafted):
                 assert self.entry(slot, position) == job.history[: position + 1], "attends to foreign tokens"
-            job.prefilled = length == known
+            job.prefilled = length - drafted == known
             assert (seq_id in samples) == job.prefilled
             if job.prefilled:
-                assert samples[seq_id] == (end - 1, slot, job.sampled)
-                job.sampled += 1
+                places = [(end - 1 - drafted + k, slot, job.sampled + k) for k in range(drafted + 1)]
+                assert samples[seq_id] == places
+                draft = step.token_ids[end - drafted : end].tolist()
+                wanted = job.expected[job.sampled : job.sampled + drafted]
+                right = next((k for k in range(drafted) if draft[k : k + 1] != wanted[k : k + 1]), drafted)
+                job.sampled += 1 + right
+                self.drafted += drafted
+                self.accepted += right
             if not decodes:
                 self.prefill_tokens.append((seq_id, end - first))
         self.check_order(step)

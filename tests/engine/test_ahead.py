@@ -52,7 +52,7 @@ class LaggingRunner(HostRunner):
             self._done.append(StepOutput(SampleOutput(torch.zeros(step.num_samples, dtype=torch.int32)), states=states))
             return
         scored = rows.scored()
-        score = ScoreInput(*map(torch.from_numpy, scored)) if scored else None
+        score = ScoreInput(torch.from_numpy(scored[0]), torch.from_numpy(scored[1]), scored[2]) if scored else None
         logits, scores = self._decoder.forward(
             replace(given, attention=attention, score=score, adapters=adapters), self._cache
         )

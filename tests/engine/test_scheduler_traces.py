@@ -55,9 +55,9 @@ def sequences(draw: st.DrawFn, max_seq_len: int) -> dict[str, Any]:
 class Traces(RuleBasedStateMachine):
     """add, step and finish in any order; at the end everything that is open must run to its end."""
 
-    @initialize(config=configs(), steps_ahead=st.integers(0, 1))
-    def start(self, config: dict[str, Any], steps_ahead: int) -> None:
-        self.harness = Harness(config, steps_ahead)
+    @initialize(config=configs(), steps_ahead=st.integers(0, 1), lookup=st.sampled_from([0, 0, 1, 3, 8]))
+    def start(self, config: dict[str, Any], steps_ahead: int, lookup: int) -> None:
+        self.harness = Harness(config | {"lookup": lookup}, 0 if lookup else steps_ahead)
         self.next_id = 0
 
     @rule(data=st.data(), copies=st.sampled_from([1, 1, 1, 4]))
@@ -176,3 +176,29 @@ def test_model_would_notice_foreign_tokens() -> None:
     harness.kv[harness.where(0, 1)] = (2, 2)
     with pytest.raises(AssertionError, match="foreign"):
         harness.advance()
+
+
+@settings(max_examples=60, deadline=None)
+@given(workload=workloads(), lookup=st.sampled_from([1, 2, 5, 64]))
+def test_drafts_save_steps_and_change_no_token(
+    workload: tuple[dict[str, Any], list[dict[str, Any]]], lookup: int
+) -> None:
+    """The harness knows the tokens; alone in the engine, each draft token that was right is a step less."""
+    config, given_sequences = workload
+    for seq_id, sequence in enumerate(given_sequences):
+        plain, drafting = Harness(config), Harness(config | {"lookup": lookup})
+        steps = []
+        for harness in (plain, drafting):
+            harness.add(seq_id, **sequence)
+            steps.append(0)
+            while harness.scheduler.num_open:
+                harness.advance()
+                steps[-1] += 1
+        scheduler = drafting.scheduler
+        assert steps[0] - steps[1] == drafting.accepted
+        assert (scheduler.drafted_tokens, scheduler.accepted_tokens) == (drafting.drafted, drafting.accepted)
+        assert scheduler.preemptions == 0
+    together = Harness(config | {"lookup": lookup})
+    for seq_id, sequence in enumerate(given_sequences):
+        together.add(seq_id, **sequence)
+    together.drain()

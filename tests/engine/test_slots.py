@@ -88,3 +88,34 @@ def test_logprobs_of_a_row(wanted: int | None, expected: int) -> None:
     got = slots.gather(np.array([0, 1], np.int32), np.array([0, 0], np.int32), PLAIN)
     assert got.num_logprobs is not None
     assert got.num_logprobs.tolist() == [expected, 2]
+
+
+def test_masks_biases_and_bad_words_of_the_rows_that_have_them() -> None:
+    params = [
+        SamplingParams(),
+        SamplingParams(allowed_token_ids=(0, 31, 64), logit_bias={7: 1.5, 3: -2.0}),
+        SamplingParams(regex="a"),
+        SamplingParams(bad_words=("x",), min_tokens=2, logit_bias={9: 1.0}),
+    ]
+    slots = table(*params)
+    slots.assign(3, params[3], 0, np.array([5], np.int32), [np.array([8, 6], np.int32), np.array([4], np.int32)])
+    histories = {3: (NONE, np.array([8], np.int32))}
+    rows = np.array([0, 1, 2, 3], np.int32)
+    got = slots.gather(rows, np.array([0, 0, 0, 1], np.int32), Rows(histories, constrained=(2,)))
+    assert got.allowed is not None
+    assert got.bias_ids is not None
+    assert got.bias_start is not None
+    assert got.bias_values is not None
+    assert got.banned_ids is not None
+    assert got.banned_start is not None
+    assert got.allowed.tolist() == [[-1] * 3, [-(2**31) + 1, 0, 1], [2] * 3, [-1] * 3]
+    assert (got.bias_ids.tolist(), got.bias_start.tolist()) == ([7, 3, 9], [0, 0, 2, 2, 3])
+    assert got.bias_values.tolist() == [1.5, -2.0, 1.0]
+    assert (got.banned_ids.tolist(), got.banned_start.tolist()) == ([5, 4, 6], [0, 0, 0, 0, 3])
+
+
+def test_a_slot_forgets_what_its_last_sequence_had() -> None:
+    slots = table(SamplingParams(allowed_token_ids=(1,), logit_bias={2: 1.0}))
+    slots.assign(0, SamplingParams(), 1, NONE)
+    got = slots.gather(np.array([0], np.int32), np.array([0], np.int32), PLAIN)
+    assert got.allowed is got.bias_ids is got.bias_values is got.banned_ids is None

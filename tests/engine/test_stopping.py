@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchinfer.engine.stopping import completes_stop, cut_position, cut_text
+from batchinfer.engine.stopping import completes_stop, cut_text, find_stop
 
 PIECES = ["a", "b", "ab", "ba", "é", "\n", "bab"]
 
@@ -28,7 +28,10 @@ def test_stops_at_the_first_token_that_completes_a_stop_string(tokens: list[int]
     assert found == expected
     if found is not None:
         text = texts[found - 1]
-        assert cut_text(ids[:found], stop, decode) == text[: min(text.find(s) for s in stop if s in text)]
+        start = min(text.find(s) for s in stop if s in text)
+        assert cut_text(ids[:found], stop, decode) == text[:start]
+        kept = cut_text(ids[:found], stop, decode, keep=True)
+        assert any(kept == text[:start] + s for s in stop)
 
 
 def test_a_stop_string_let_through_by_min_tokens_does_not_cut() -> None:
@@ -47,5 +50,5 @@ def test_a_character_in_two_tokens_is_seen_when_it_is_whole() -> None:
 
 
 def test_the_earliest_of_several_stop_strings_cuts() -> None:
-    assert cut_position("xa", "xab", ("ab", "b")) == 1
-    assert cut_position("x", "xy", ("ab",)) is None
+    assert find_stop("xa", "xab", ("ab", "b")) == (1, 3)
+    assert find_stop("x", "xy", ("ab",)) is None

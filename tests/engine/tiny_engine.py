@@ -17,6 +17,7 @@ from batchinfer.engine.runner import HostRunner, Runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder
 from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.packing import pack
 from batchinfer.models.rope import RopeSpec
 from batchinfer.types import Completion, Pooling, PoolSpec, Request
 
@@ -54,8 +55,16 @@ class LetterTokenizer:
         backend.add_special_tokens(["<unknown>", "<end>"])
         return backend.to_str()
 
-    def decode_batch(self, ids: list[np.ndarray]) -> list[str]:
-        return ["".join(chr(33 + t) for t in row.tolist() if t != EOS) for row in ids]
+    def decode_batch(self, ids: list[np.ndarray], skip_special_tokens: bool = True) -> list[str]:
+        """With special tokens the end is chr(34), which no other token is."""
+        return ["".join(chr(33 + t) for t in row.tolist() if t != EOS or not skip_special_tokens) for row in ids]
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[np.ndarray]:
+        return [np.array([ord(c) - 33 for c in text if c != " "], np.int32) for text in texts]
+
+    def token_id(self, text: str) -> int | None:
+        """Square brackets stand for the marks around thoughts."""
+        return {"<think>": ord("[") - 33, "</think>": ord("]") - 33}.get(text)
 
 
 def make_decoder(pooling: Pooling | None = None) -> Decoder:
@@ -77,8 +86,8 @@ def make_decoder(pooling: Pooling | None = None) -> Decoder:
         }
     ops = op_list.load("cpu", 1)
     spec = SPEC if pooling is None else SPEC.with_head("hidden")
-    sizes = {"max_positions": 128, "max_step_tokens": 128, "max_samples": 32}
-    return Decoder(spec, iter(weights.items()), ops, torch.float32, **sizes, pooling=pooling)
+    sizes = {"max_positions": 128, "max_step_tokens": 128, "max_samples": 64}
+    return Decoder(spec, pack(spec, weights.items(), ops), ops, torch.float32, **sizes, pooling=pooling)
 
 
 RunnerMaker = Callable[[Decoder, int, int], Runner]

@@ -161,6 +161,20 @@ SETTINGS: dict[str, tuple[pa.DataType, list[Poison]]] = {
         ],
     ),
     "stop_token_ids": (pa.list_(pa.int64()), [("a null in it", [1, None], "BAD_SAMPLING"), ("none", [], OK)]),
+    "allowed_token_ids": (pa.list_(pa.int64()), [("a null in it", [None], "BAD_SAMPLING"), ("none", [], OK)]),
+    "bad_words": (pa.list_(pa.string()), [("blanks", ["a", "  "], "BAD_SAMPLING"), ("a word", ["a"], OK)]),
+    "logit_bias": (
+        pa.map_(pa.int64(), pa.float32()),
+        [
+            ("a null in it", [(1, None)], "BAD_SAMPLING"),
+            ("none", [], OK),
+            *((f"{v}", [(1, v)], "BAD_SAMPLING") for v in (math.nan, math.inf, 101.0)),
+        ],
+    ),
+    "best_of": (pa.int64(), [(f"{v}", v, "BAD_SAMPLING") for v in (-1, 1025, 2**40)] + [("three", 3, OK)]),
+    "beam_width": (pa.int64(), [(f"{v}", v, "BAD_SAMPLING") for v in (-1, 33, 2**40)] + [("none", 0, OK)]),
+    "prompt_logprobs": (pa.int64(), [(f"{v}", v, "BAD_SAMPLING") for v in (-1, 65)]),
+    "truncate_prompt_tokens": (pa.int64(), [(f"{v}", v, "BAD_SAMPLING") for v in (-1, 2**40)] + [("one", 1, OK)]),
     "n": (pa.int64(), [(f"{v}", v, "BAD_SAMPLING") for v in (0, -5, 1025, 2**40)] + [("three", 3, OK)]),
 }
 

@@ -84,6 +84,16 @@ SAMPLING = {
     "stop_token_ids": [[0], [5, 6]],
     "ignore_eos": [True],
     "logprobs": [0, 5],
+    "prompt_logprobs": [0],
+    "best_of": [2],
+    "beam_width": [2],
+    "length_penalty": [0.5],
+    "logit_bias": [{5: 1.5}],
+    "allowed_token_ids": [[5, 6]],
+    "bad_words": [["no"]],
+    "include_stop": [True],
+    "skip_special_tokens": [False],
+    "truncate_prompt_tokens": [3],
 }
 REFUSED: list[tuple[dict[str, Any], str]] = [
     *(({f"sampling.{name}": value}, f"sampling.{name}") for name, values in SAMPLING.items() for value in values),
@@ -113,6 +123,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"output.prefix": "model_"}, "output.prefix"),
     ({"output.prefix": "x"}, "output.prefix"),
     ({"output.token_ids": True}, "output.token_ids"),
+    ({"output.reasoning": "auto"}, "output.reasoning"),
     ({"engine.max_model_len": 100}, "engine.max_model_len"),
     ({"engine.max_model_len": 101}, "engine.max_model_len"),
 ]
@@ -270,6 +281,7 @@ def test_what_does_not_change_the_results_is_accepted(changes: dict[str, Any], h
         ({"engine.device": "reference"}, "engine.device"),
         ({"engine.device": "cpu"}, "engine.device"),
         ({"engine.ops": "native"}, "engine.ops"),
+        ({"engine.weights": "int8"}, "engine.weights"),
     ],
 )
 @pytest.mark.feature("job", "another device, dtype or version: noted in the parts, refused with job.strict_resume")

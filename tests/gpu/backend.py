@@ -1,5 +1,6 @@
-"""What the kernel tests run on: a GPU, or the emulator of tests/simt where BATCHINFER_GPU_EMULATOR names its extension.
-On a GPU, BATCHINFER_GPU_OPS=triton takes Triton's kernels instead of the extension's.
+"""What the kernel tests run on: a GPU, or what BATCHINFER_GPU_EMULATOR names: the extension of the emulator
+(tests/simt), or that of tests/sycl, whose kernels run on a CPU. On a GPU, BATCHINFER_GPU_OPS=triton takes
+Triton's kernels instead of the extension's.
 
 The emulator takes a million times as long, so tests ask :func:`sized` for what each can do.
 """
@@ -19,6 +20,8 @@ from batchinfer.ops.gpu import GpuOps, open_gpu
 
 T = TypeVar("T")
 EMULATOR = os.environ.get("BATCHINFER_GPU_EMULATOR", "")
+SIMT = bool(EMULATOR) and hasattr(ctypes.CDLL(EMULATOR), "simt_seed")
+SYCL = bool(EMULATOR) and not SIMT
 DEVICE = torch.device("cpu" if EMULATOR else "cuda")
 
 
@@ -50,8 +53,8 @@ def put(t: torch.Tensor) -> torch.Tensor:
 
 
 def draw_schedule(seed: int) -> None:
-    """In which order the emulator runs warps, and when copies happen, from here on. No effect on a GPU."""
-    if EMULATOR:
+    """In which order the emulator runs warps, and when copies happen, from here on. No effect elsewhere."""
+    if SIMT:
         ctypes.CDLL(EMULATOR).simt_seed(ctypes.c_uint64(seed))
 
 

@@ -1,11 +1,12 @@
-"""Kernel tests take the fixture ``gpu``, a GPU or the emulator; what only a GPU can show takes ``real_gpu``."""
+"""Kernel tests take the fixture ``gpu``, a GPU or the emulator; what only a GPU can show takes ``real_gpu``, and
+what the emulator is too slow for ``quick_gpu``."""
 
 from __future__ import annotations
 
 import zlib
 
 import pytest
-from gpu.backend import EMULATOR, draw_schedule, open_ops
+from gpu.backend import EMULATOR, SIMT, draw_schedule, open_ops
 
 from batchinfer.ops.device import DeviceOps
 
@@ -28,4 +29,11 @@ def gpu(ops: DeviceOps, request: pytest.FixtureRequest) -> DeviceOps:
 def real_gpu(ops: DeviceOps) -> DeviceOps:
     if EMULATOR:
         pytest.skip("needs a GPU, not the emulator")
+    return ops
+
+
+@pytest.fixture
+def quick_gpu(ops: DeviceOps) -> DeviceOps:
+    if SIMT:
+        pytest.skip("takes hours on the emulator")
     return ops

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from gpu.backend import EMULATOR
+from gpu.backend import EMULATOR, SIMT
 
-pytestmark = pytest.mark.skipif(not EMULATOR, reason="needs the emulator: make gpu-emulated")
+pytestmark = pytest.mark.skipif(not SIMT, reason="needs the emulator: make gpu-emulated")
 
 SCRIPT = """
 import importlib.machinery, importlib.util, sys

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from engine.tiny_engine import LetterTokenizer, run
+from gpu.backend import SYCL
 
 from batchinfer._engine import Scheduler
 from batchinfer.config import EngineConfig, ModelConfig
@@ -21,6 +22,7 @@ from batchinfer.engine.runner import make_runner
 from batchinfer.models.decoder import Decoder, StepInput
 from batchinfer.models.layout import layout
 from batchinfer.models.model_spec import ExpertSpec, ModelSpec
+from batchinfer.models.packing import pack
 from batchinfer.models.rope import RopeSpec
 from batchinfer.ops import AttentionInput, Ops
 from batchinfer.ops.reference import ReferenceOps
@@ -88,7 +90,7 @@ def weights_of(spec: ModelSpec) -> dict[str, torch.Tensor]:
 def make_decoder(spec: ModelSpec, ops: Ops, dtype: torch.dtype) -> Decoder:
     weights = {name: t.to(dtype) if t.ndim == 2 else t for name, t in weights_of(spec).items()}
     sizes = {"max_positions": min(512, spec.max_positions), "max_step_tokens": 512, "max_samples": 256}
-    return Decoder(spec, iter(weights.items()), ops, dtype, **sizes)
+    return Decoder(spec, pack(spec, weights.items(), ops), ops, dtype, **sizes)
 
 
 def make_engine(decoder: Decoder, pool: PoolSpec | None = None, adapters: int = 0, **options: Any) -> Engine:
@@ -144,12 +146,19 @@ def step_logits(decoder: Decoder) -> torch.Tensor:
     return torch.cat(rows)
 
 
+def skip_what_triton_serves(spec: ModelSpec) -> None:
+    narrow = spec.rope is not None and spec.rope.width % 16
+    if SYCL and (spec.experts or spec.qk_norm == "all" or narrow):
+        pytest.skip("Triton's kernels serve this, and want a GPU")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.feature("engine", "CUDA logits are those of the CPU in float32, to rounding")
-def test_logits(real_gpu, name: str, dtype: torch.dtype) -> None:
+def test_logits(quick_gpu, name: str, dtype: torch.dtype) -> None:
+    skip_what_triton_serves(SPECS[name])
     want = step_logits(make_decoder(SPECS[name], ReferenceOps(), torch.float32))
-    got = step_logits(make_decoder(SPECS[name], real_gpu, dtype))
+    got = step_logits(make_decoder(SPECS[name], quick_gpu, dtype))
     assert (got - want).norm() <= BOUND[dtype] * want.norm()  # false for NaN
 
 
@@ -173,13 +182,13 @@ def tokens(done: dict[int, Completion]) -> dict[int, list[list[int]]]:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.feature("engine", "CUDA gives the CPU's tokens, greedy and sampled, with graphs and a step ahead")
-def test_tokens_in_float32_are_the_cpus(real_gpu, case: str, options: dict[str, Any]) -> None:
+def test_tokens_in_float32_are_the_cpus(quick_gpu, case: str, options: dict[str, Any]) -> None:
     """Sums in another order move logits by 1e-6 of their size, which decides a token once in many thousands."""
     from batchinfer.ops.native import NativeOps
 
     requests = [Request(i, p, CASES[case], seed=i) for i, p in enumerate(prompts(30))]
     want = run(make_engine(make_decoder(LLAMA, NativeOps(), torch.float32), **options), requests)
-    engine = make_engine(make_decoder(LLAMA, real_gpu, torch.float32), **options)
+    engine = make_engine(make_decoder(LLAMA, quick_gpu, torch.float32), **options)
     got = run(engine, requests)
     same = [a == b for i in want for a, b in zip(tokens(want)[i], tokens(got)[i], strict=True)]
     assert sum(same) >= 0.9 * len(same), f"{len(same) - sum(same)} of {len(same)} samples differ"

@@ -13,6 +13,7 @@ from gpu.test_gpu_engine import LLAMA, VOCAB, make_engine, weights_of
 from batchinfer.models.decoder import Decoder
 from batchinfer.models.lora import Adapter, Factors
 from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.packing import pack
 from batchinfer.ops import Ops
 from batchinfer.ops.reference import ReferenceOps
 from batchinfer.types import Pooling, PoolSpec, Request, SamplingParams
@@ -44,7 +45,8 @@ def vectors(
     weights = {name: t.to(dtype) if t.ndim == 2 else t for name, t in weights_of(spec).items()}
     sizes = {"max_positions": 512, "max_step_tokens": 512, "max_samples": 256}
     adapters = adapters_of(ops, dtype) if adapted else []
-    decoder = Decoder(spec, iter(weights.items()), ops, dtype, **sizes, pooling=pooling, adapters=adapters)
+    packed = pack(spec, weights.items(), ops, adapted={name for adapter in adapters for name in adapter})
+    decoder = Decoder(spec, packed, ops, dtype, **sizes, pooling=pooling, adapters=adapters)
     pool = PoolSpec(pooling, spec.classes or spec.width, spec.head)
     engine = make_engine(decoder, pool, len(adapters), **options)
     rng = np.random.default_rng(6)

@@ -12,6 +12,7 @@ from models.tiny_models import BF16, TINY, TinyModel, assert_relative
 
 from batchinfer.models.decoder import Decoder, KVCache, StepInput
 from batchinfer.models.files import ModelError
+from batchinfer.models.packing import pack
 from batchinfer.models.spec import load_spec
 from batchinfer.models.weights import load_weights
 from batchinfer.ops import AttentionInput, Ops, gpu
@@ -78,7 +79,8 @@ def make(model: TinyModel, ops: Ops, dtype: torch.dtype) -> Decoder:
     spec = load_spec(str(model.folder))
     length = spec.resolve_length(model.ids.shape[1])
     weights = load_weights(str(model.folder), spec, dtype)
-    return Decoder(spec, weights, ops, dtype, max_positions=length, max_step_tokens=64, max_samples=4)
+    packed = pack(spec, weights, ops)
+    return Decoder(spec, packed, ops, dtype, max_positions=length, max_step_tokens=64, max_samples=4)
 
 
 @pytest.mark.feature("models", "each architecture gives transformers' logits in float32")

@@ -230,9 +230,11 @@ def test_the_notebook_names_its_adapters(tiny: Tiny, tmp_path: Path, monkeypatch
     options = {"device": "cpu", "dtype": "fp32", "threads": 1, "num_pages": 20}
     llm = door.LLM(str(model), adapters=adapters, **options)
     greedy = SamplingParams(max_tokens=8, ignore_eos=True)
-    texts = {name: llm.generate([prompts()[0]], greedy, name)[0].samples[0].token_ids for name in (None, "0", "1")}
+    texts = {
+        name: llm.generate([prompts()[0]], greedy, adapter=name)[0].samples[0].token_ids for name in (None, "0", "1")
+    }
     with pytest.raises(ValueError, match="'2' is not in list"):
-        llm.generate([prompts()[0]], greedy, "2")
+        llm.generate([prompts()[0]], greedy, adapter="2")
     llm.close()
     assert len({tuple(tokens) for tokens in texts.values()}) == 3
     vectors = door.LLM(str(model), task="embed", **options)

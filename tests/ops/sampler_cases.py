@@ -40,10 +40,12 @@ def logits_of(kind: str, rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
 
 
 def edited(vocab: int, longest: int) -> SampleInput:
-    """Eight rows with penalties over up to ``longest`` tokens, bans, masks and log-probabilities, each in its way."""
+    """Eight rows with biases, penalties over up to ``longest`` tokens, bans, masks and log-probabilities, each in its
+    way."""
     random = np.random.default_rng(2)
     sizes = np.array([0, 1, 10, longest, 50, 0, 700, 2])
     banned = np.array([0, 3, 0, 1, 200, 0, 2, 5])
+    biased = np.minimum([0, 1, 0, 40, 3, 0, 300, 2], vocab)
     rows = len(sizes)
 
     def ids(count: int) -> torch.Tensor:
@@ -60,6 +62,9 @@ def edited(vocab: int, longest: int) -> SampleInput:
         history_ids=ids(sizes.sum()),
         history_start=starts(sizes),
         history_prompt=torch.from_numpy((sizes // 3).astype(np.int32)),
+        bias_ids=torch.from_numpy(np.concatenate([random.permutation(vocab)[:n] for n in biased]).astype(np.int32)),
+        bias_start=starts(biased),
+        bias_values=torch.from_numpy(random.choice(np.float32([-100, -2.5, 0.1, 3, 100]), biased.sum())),
         allowed=torch.from_numpy(random.integers(-(2**31), 2**31, (rows, -(-vocab // 32))).astype(np.int32)),
         banned_ids=ids(banned.sum()),
         banned_start=starts(banned),
@@ -68,10 +73,11 @@ def edited(vocab: int, longest: int) -> SampleInput:
 
 
 def edits(vocab: int, longest: int) -> list[SampleInput]:
-    """:func:`edited`, without some of it, and with the log-probabilities alone."""
+    """:func:`edited`, without some of it, and with the biases or the log-probabilities alone."""
     whole = edited(vocab, longest)
     fewer = replace(whole, num_logprobs=None, banned_ids=None, banned_start=None)
-    return [whole, fewer, replace(plain(8), num_logprobs=whole.num_logprobs)]
+    biases = {name: getattr(whole, name) for name in ("bias_ids", "bias_start", "bias_values")}
+    return [whole, fewer, replace(plain(8), **biases), replace(plain(8), num_logprobs=whole.num_logprobs)]
 
 
 def assert_as_reference(got: SampleOutput, logits: torch.Tensor, inputs: SampleInput) -> None:

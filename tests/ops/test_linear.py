@@ -33,7 +33,7 @@ def problem(rows: int, outputs: int, depth: int, dtype: torch.dtype, seed: int =
 
 
 def linear(ops: NativeOps, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    out = torch.full((len(x), len(weight)), torch.nan)
+    out = torch.full((len(x), weight.shape[0]), torch.nan)
     ops.linear(x, ops.pack_weight(weight), out, bias)
     return out
 
@@ -41,8 +41,8 @@ def linear(ops: NativeOps, x: Tensor, weight: Tensor, bias: Tensor | None = None
 def gated_linear(
     ops: NativeOps, x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    out = torch.full((len(x), len(weight) // 2), torch.nan, dtype=dtype)
-    ops.gated_linear(x, ops.pack_weight(weight, gated=True), out, torch.empty(len(x), len(weight)), bias)
+    out = torch.full((len(x), weight.shape[0] // 2), torch.nan, dtype=dtype)
+    ops.gated_linear(x, ops.pack_weight(weight, gated=True), out, torch.empty(len(x), weight.shape[0]), bias)
     return out
 
 

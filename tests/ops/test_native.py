@@ -126,7 +126,7 @@ def test_a_missing_extension_names_the_rebuild_command(monkeypatch: pytest.Monke
         load("cpu")
 
 
-@pytest.mark.feature("CPU kernels", "generic, AVX2, AVX-512, AVX512-BF16, chosen at run time")
+@pytest.mark.feature("CPU kernels", "generic, AVX2, AVX-512, AVX512-VNNI, AVX512-BF16, chosen at run time")
 def test_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     usable = _ops.build_info["usable_isas"]
     assert set(usable) <= set(_ops.build_info["isas"])

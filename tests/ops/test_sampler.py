@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from batchinfer import _ops
 from batchinfer.ops import SampleInput, SampleOutput
 from batchinfer.ops import reference_sampler as spec
-from batchinfer.ops.device import forbid
+from batchinfer.ops.device import add_biases, forbid
 from batchinfer.ops.native import NativeOps
 from batchinfer.ops.reference import ReferenceOps
 
@@ -126,6 +126,11 @@ def sampling_cases(draw: st.DrawFn) -> tuple[torch.Tensor, SampleInput]:
     if draw(st.booleans()):
         more["penalties"] = (choice(1.0, 1.3, 0.8), choice(0.0, 0.5, -1.0), choice(0.0, 0.1, 1.5))
         more["history_ids"], more["history_start"], more["history_prompt"] = segments(40)
+    if draw(st.booleans()):
+        counts = torch.randint(min(vocab, 9) + 1, (rows,), generator=g)
+        ids = [torch.randperm(vocab, generator=g)[:n] for n in counts.tolist()]
+        more["bias_ids"], more["bias_start"] = torch.cat(ids).int(), torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
+        more["bias_values"] = torch.randn(int(counts.sum()), generator=g) * 10
     if draw(st.booleans()):
         more["banned_ids"], more["banned_start"], _ = segments(3)
     if draw(st.booleans()):
@@ -291,6 +296,32 @@ def test_penalties_and_bans(ops: ReferenceOps | NativeOps) -> None:
     torch.testing.assert_close(out.top[0], raw[[0, 4, 2, 3, 1]])
 
 
+@pytest.mark.feature("sampling", "logit_bias")
+@backends
+def test_biases_come_before_all_else_and_leave_the_logprobs(ops: ReferenceOps | NativeOps) -> None:
+    """Row 0: token 2 gets 0.5 + 5, and 1.1 behind a repetition penalty of 5. Row 1 has no bias. Row 2: of -inf nothing
+    else can be made."""
+    inf = torch.inf
+    logits = torch.tensor([[1.0, 0.9, 0.5], [1.0, 0.9, 0.5], [-inf, 0.0, 0.5]])
+    inputs = settings_for(
+        3,
+        temperature=0.0,
+        bias_ids=ints(2, 0),
+        bias_start=ints(0, 1, 1, 2),
+        bias_values=floats(5, 100),
+        penalties=(floats(5, 1, 1), floats(0, 0, 0), floats(0, 0, 0)),
+        history_ids=ints(2),
+        history_start=ints(0, 1, 1, 1),
+        history_prompt=ints(0, 0, 0),
+        num_logprobs=ints(1, 0, 0),
+    )
+    raw = torch.log_softmax(logits.double(), dim=1).float()
+    out = ops.sample(logits.clone(), inputs)
+    assert out.tokens.tolist() == [2, 0, 2]
+    torch.testing.assert_close(out.chosen, raw[[0, 1, 2], [2, 0, 2]])
+    assert out.top_ids.tolist() == [[0], [-1], [-1]]
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_penalised_logits_are_those_of_the_formula(isa: str) -> None:
     """Greedy sampling reveals a logit exactly: it wins against a rival just below and loses to one just above."""
@@ -323,10 +354,13 @@ def test_extremes(ops: ReferenceOps | NativeOps) -> None:
 def test_wrong_segments_are_named(isa: str) -> None:
     history = {"history_ids": ints(0, 7), "history_start": ints(0, 2), "history_prompt": ints(0)}
     penalties = {"penalties": (floats(1), floats(0), floats(0))}
+    biases = {"bias_ids": ints(7), "bias_start": ints(0, 1), "bias_values": floats(1)}
     bans = {"banned_ids": ints(1, 2), "banned_start": ints(0, 3)}
     for fields, message in (
         (history | penalties, r"history_ids\[1\]=7 is not in \[0, 7\)"),
         (history | penalties | {"history_start": ints(2, 1)}, r"history_start\[1\]=1 must rise from 0 to 2"),
+        (biases, r"bias_ids\[0\]=7 is not in \[0, 7\)"),
+        (biases | {"bias_values": floats(1, 2)}, r"bias_values has shape \(2,\)"),
         (bans, r"banned_start\[1\]=3 must rise from 0 to 2"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -343,3 +377,10 @@ def test_the_mask_as_a_gpu_applies_it(vocab: int) -> None:
     expected = np.where(bits, logits.numpy(), -np.inf)
     forbid(logits, allowed)
     assert np.array_equal(logits.numpy(), expected)
+
+
+def test_the_biases_as_a_gpu_adds_them() -> None:
+    """A row without any, and an id outside the vocabulary, which changes nothing."""
+    logits = torch.zeros(3, 4)
+    add_biases(logits, ints(3, 0, 9, -1, 3), ints(0, 2, 2, 5), floats(1, 2, 3, 4, 5))
+    assert logits.tolist() == [[2, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 5]]

@@ -42,6 +42,16 @@ def test_none_needs_no_compiler(tmp_path: Path) -> None:
     ("device", "said"),
     [
         ("cuda", "there is no CUDA compiler in CUDACXX, CUDA_HOME/bin or PATH"),
+        pytest.param(
+            "rocm",
+            "there is no ROCm (include/hip/hip_version.h) in ROCM_PATH or HIP_PATH, nor around a hipcc in PATH",
+            marks=pytest.mark.skipif(shutil.which("hipcc", path="/usr/bin:/bin") is not None, reason="hipcc is there"),
+        ),
+        pytest.param(
+            "xpu",
+            "there is no icpx in CXX, CMPLR_ROOT/bin, ONEAPI_ROOT/compiler/latest/bin or PATH",
+            marks=pytest.mark.skipif(shutil.which("icpx", path="/usr/bin:/bin") is not None, reason="icpx is there"),
+        ),
         ("gpu", "BATCHINFER_DEVICE=gpu is not one of: cpu;cuda;rocm;xpu;none"),
     ],
 )
@@ -55,3 +65,61 @@ def test_a_wrong_number_of_jobs_is_refused(tmp_path: Path) -> None:
     code, output = configure(tmp_path, BATCHINFER_DEVICE="cpu", MAX_JOBS="many")
     assert code != 0
     assert "MAX_JOBS=many is no number of compilers" in output
+
+
+def rocm(root: Path, major: int, minor: int) -> str:
+    """A folder with as much of ROCm as CMake looks at before it takes the compiler."""
+    header = root / "include/hip/hip_version.h"
+    header.parent.mkdir(parents=True)
+    header.write_text(f"#define HIP_VERSION_MAJOR {major}\n#define HIP_VERSION_MINOR {minor}\n")
+    return str(root)
+
+
+@pytest.mark.parametrize("variable", ["ROCM_PATH", "HIP_PATH", "PATH"])
+def test_an_old_rocm_is_refused(variable: str, tmp_path: Path) -> None:
+    root = rocm(tmp_path / "rocm-6.2.4", 6, 2)
+    hipcc = tmp_path / "rocm-6.2.4/bin/hipcc"
+    hipcc.parent.mkdir()
+    hipcc.write_text("")
+    hipcc.chmod(0o755)
+    value = f"{hipcc.parent}:/usr/bin:/bin" if variable == "PATH" else root
+    code, output = configure(tmp_path, BATCHINFER_DEVICE="rocm", **{variable: value})
+    assert code != 0
+    assert f"ROCm 6.2 in {root} is too old: 6.3 or newer is wanted" in output
+
+
+def test_rocm_without_its_compiler_is_refused(tmp_path: Path) -> None:
+    root = rocm(tmp_path / "rocm", 6, 3)
+    code, output = configure(tmp_path, BATCHINFER_DEVICE="rocm", ROCM_PATH=root)
+    assert code != 0
+    assert f"there is no amdclang++ or clang++ in {root}/llvm/bin;{root}/lib/llvm/bin;{root}/bin" in output
+
+
+def icpx(folder: Path, says: str) -> Path:
+    """As much of icpx as CMake asks before it takes the compiler."""
+    folder.mkdir(parents=True)
+    program = folder / "icpx"
+    program.write_text(f"#!/bin/sh\necho '{says}'\n")
+    program.chmod(0o755)
+    return program
+
+
+OLD = "Intel(R) oneAPI DPC++/C++ Compiler 2024.1.2 (2024.1.2.20240508)"
+
+
+@pytest.mark.parametrize("variable", ["CXX", "CMPLR_ROOT", "ONEAPI_ROOT", "PATH"])
+def test_an_old_icpx_is_refused(variable: str, tmp_path: Path) -> None:
+    place = {"CMPLR_ROOT": "bin", "ONEAPI_ROOT": "compiler/latest/bin"}.get(variable, ".")
+    program = icpx(tmp_path / "oneapi" / place, OLD)
+    value = {"CXX": str(program), "PATH": f"{program.parent}:/usr/bin:/bin"}.get(variable, str(tmp_path / "oneapi"))
+    code, output = configure(tmp_path, BATCHINFER_DEVICE="xpu", **{variable: value})
+    assert code != 0
+    assert "is of oneAPI 2024.1.2; wanted: 2024.2 or newer" in output
+    assert "oneapi" in output.partition("is of oneAPI")[0]
+
+
+def test_another_compiler_is_not_taken_for_icpx(tmp_path: Path) -> None:
+    program = icpx(tmp_path / "other", "g++ (Debian 12.2.0-14) 12.2.0")
+    code, output = configure(tmp_path, BATCHINFER_DEVICE="xpu", CXX=str(program))
+    assert code != 0
+    assert "is not Intel's icpx" in output

@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <utility>
 
-// Static shared variables lie in a section of their own (cuda_language.h); the linker marks its ends. But GCC before 14
+// Static shared variables lie in a section of their own (gpu_language.h); the linker marks its ends. But GCC before 14
 // leaves those of templates elsewhere (its bug 88061): they are zero at first, and keep what the last block wrote.
 extern "C" unsigned char __start_simt_shared[] __attribute__((weak, visibility("hidden")));
 extern "C" unsigned char __stop_simt_shared[] __attribute__((weak, visibility("hidden")));
@@ -20,7 +20,7 @@ namespace {
 // wgmma have 18 bits. Static variables keep their distance from the block object: they are in the same library.
 constexpr uint32_t kDynamicBase = 1024 + 128;
 constexpr uint32_t kStaticBase = 1u << 31;
-constexpr size_t kMostShared = 227 << 10;
+constexpr size_t kMostShared = SIMT_SHARED_KB << 10;
 
 // An mbarrier's 64 bits.
 struct Phase {
@@ -107,7 +107,7 @@ void Block::start_threads() {
         warps_[w].live = warps_[w].ready = kAll;
         warps_[w].arrived = 0;
     }
-    ready_ranks_ = warps == kWarps ? kAll : (1u << warps) - 1;
+    ready_ranks_ = static_cast<uint32_t>((uint64_t{1} << warps) - 1);
     live_ = thread_count_;
     barriers_.fill({});
     phase_waits_.clear(), late_.clear();
@@ -133,7 +133,7 @@ void Block::thread_entry() {
 
 void Block::end_thread() {
     Warp& w = warps_[warp()];
-    const uint32_t me = 1u << lane();
+    const LaneMask me = LaneMask{1} << lane();
     if (w.arrived) {
         fail("a thread has ended while lanes of its warp wait in " + std::string(w.site.operation) + " (" +
              w.site.file + ":" + std::to_string(w.site.line) + ")");
@@ -148,8 +148,8 @@ void Block::end_thread() {
 int Block::next_ready() {
     if (!ready_ranks_) return -1;
     const int w = warp_of_rank_[std::countr_zero(ready_ranks_)];
-    const uint32_t ready = warps_[w].ready;
-    return w * kLanes + (last_lane_first_ ? kLanes - 1 - std::countl_zero(ready) : std::countr_zero(ready));
+    const LaneMask ready = warps_[w].ready;
+    return w * kLanes + (last_lane_first_ ? 63 - std::countl_zero(ready) : std::countr_zero(ready));
 }
 
 void Block::go_on() {
@@ -165,14 +165,14 @@ void Block::go_on() {
 
 void Block::wait() {
     Warp& w = warps_[warp()];
-    w.ready &= ~(1u << lane());
+    w.ready &= ~(LaneMask{1} << lane());
     if (!w.ready) ready_ranks_ &= ~(1u << rank_of_warp_[warp()]);
     go_on();
 }
 
 void Block::make_ready(int t) {
     const int w = t / kLanes;
-    warps_[w].ready |= 1u << t % kLanes;
+    warps_[w].ready |= LaneMask{1} << t % kLanes;
     ready_ranks_ |= 1u << rank_of_warp_[w];
 }
 
@@ -185,7 +185,7 @@ bool Block::arrive_in_warp(const Site& site) {
              std::to_string(w.site.line) + ")");
     }
     thread().site = w.site = site;
-    w.arrived |= 1u << lane();
+    w.arrived |= LaneMask{1} << lane();
     return w.arrived == kAll;
 }
 
@@ -200,7 +200,7 @@ void Block::leave_in_warp() {
 void Block::barrier(int name, int expected, const Site& site) {
     NamedBarrier& b = barriers_[name];
     thread().site = site;
-    b.waiting[warp()] |= 1u << lane();
+    b.waiting[warp()] |= LaneMask{1} << lane();
     if (++b.arrived < expected) return wait();
     for (int w = 0; w < kWarps; ++w) {
         if (!b.waiting[w]) continue;

@@ -8,7 +8,7 @@
 //
 // What is an error here, reported as std::runtime_error by the launch, with the place in the source:
 //   - threads that wait for each other or for somebody who has ended;
-//   - lanes of a warp that meet in different operations, or without all 32 of them;
+//   - lanes of a warp that meet in different operations, or without all of them;
 //   - a shared-memory address outside the block's; an address that an access of its width may not have.
 // Other addresses are AddressSanitizer's business, as dynamic shared memory is allocated for each block, and indices of
 // static shared arrays UndefinedBehaviorSanitizer's. Shared memory is filled with 0xff (NaN, -1) before a block starts.
@@ -33,10 +33,12 @@ struct dim3 {
 
 namespace simt {
 
-inline constexpr int kLanes = 32;
-inline constexpr int kWarps = 32;    // of a block, at most
-inline constexpr int kPayload = 32;  // bytes that a lane may bring to an operation of its warp
-inline constexpr uint32_t kAll = 0xffffffffu;
+inline constexpr int kLanes = SIMT_LANES;     // of a warp: 32 or 64
+inline constexpr int kWarps = 1024 / kLanes;  // of a block, at most
+inline constexpr int kPayload = 64;           // bytes that a lane may bring to an operation of its warp
+
+using LaneMask = uint64_t;  // bit i: lane i
+inline constexpr LaneMask kAll = ~LaneMask{0} >> (64 - kLanes);
 
 // Where in the source a thread waits, and in what.
 struct Site {
@@ -71,7 +73,7 @@ struct Thread {
 };
 
 struct Warp {
-    uint32_t live = 0, ready = 0, arrived = 0;  // lanes; arrived: in the operation that the warp does together
+    LaneMask live = 0, ready = 0, arrived = 0;  // lanes; arrived: in the operation that the warp does together
     Site site;
     alignas(16) unsigned char in[kLanes * kPayload];
     alignas(16) unsigned char out[kLanes * kPayload];
@@ -129,7 +131,7 @@ class Block {
   private:
     struct NamedBarrier {
         int arrived = 0;
-        std::array<uint32_t, kWarps> waiting{};
+        std::array<LaneMask, kWarps> waiting{};
     };
     struct PhaseWait {
         int thread;

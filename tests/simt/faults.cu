@@ -43,17 +43,22 @@ __global__ void copied(const int* from, int* out, int fault) {
 __global__ void product(int* out, int fault) {
     BATCHINFER_DYNAMIC_SHARED(bytes, 128);
     const int lane = threadIdx.x;
-    auto* tile = reinterpret_cast<bf16*>(bytes);
+    auto* numbers = reinterpret_cast<bf16*>(bytes);
     for (int i = lane; i < 256; i += kWarp) {
-        tile[i] = from_float<bf16>(i / 16);
+        numbers[i] = from_float<bf16>(i / 16);
     }
-    __syncwarp();
-    uint32_t a[4];
-    load_tiles(a, shared_address(bytes) + (lane % 16 + (fault ? 1 : 0)) * 32 + lane / 16 * 16);
-    const uint32_t ones = pack2<bf16>(1, 1);
-    float c[4] = {};
-    multiply_add<bf16>(c, a, ones, ones);
-    if (lane % 4 == 0) out[lane / 4] = c[0], out[lane / 4 + 8] = c[2];
+    sync_warp();
+    Operand rows, ones;
+    const SharedAddress first = shared_address(bytes);
+    load_left(rows, [&](int row, int piece) { return first + (row + (fault ? 1 : 0)) * 32 + piece * 16; });
+    for (uint32_t& word : ones.word) {
+        word = pack2<bf16>(1, 1);
+    }
+    Tile sums = {};
+    multiply_add<bf16>(sums, rows, ones);
+    for (int i = 0; i < Tile::kNumbers; ++i) {
+        out[Tile::row(lane, Tile::row_of(i))] = sums.x[i];
+    }
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the CUDA kernels for the emulator, with AddressSanitizer and UndefinedBehaviorSanitizer, and runs the kernel
+# Builds the GPU kernels, as CUDA and as HIP, for the emulator, with AddressSanitizer and UndefinedBehaviorSanitizer, and runs the kernel
 # tests on it. Needs the .venv of `make test`, and GCC on x86-64; no GPU and no nvcc.
 #   tests/simt/run.sh [pytest's arguments]
 set -euo pipefail
@@ -13,14 +13,20 @@ build=build/emulated
 "$cmake" --build $build --parallel 2 --target gpu_emulator
 
 # The interpreter is not built with the sanitizer: its library comes first, and libstdc++ so that it finds exceptions.
-export BATCHINFER_GPU_EMULATOR=$PWD/$build/tests/simt/_gpu.so ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1
+export ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1
 preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so.6)"
-emulate() { # capability, tests
-  BATCHINFER_EMULATED_CAPABILITY=$1 LD_PRELOAD=$preload .venv/bin/pytest -p no:cacheprovider --capture=sys "${@:2}"
+emulate() { # extension, capability, tests
+  BATCHINFER_GPU_EMULATOR=$PWD/$build/tests/simt/$1.so BATCHINFER_EMULATED_CAPABILITY=$2 LD_PRELOAD=$preload \
+    .venv/bin/pytest -p no:cacheprovider --capture=sys "${@:3}"
 }
 
-# The attention of 8.0 beside the tests of 9.0. Reports of the sanitizers go to file descriptor 2: --capture=sys lets them.
+# The attention of 8.0, and HIP with warps of 64 lanes and of 32, beside the tests of 9.0. Reports of the sanitizers go to file
+# descriptor 2: --capture=sys lets them.
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
-emulate 8 tests/gpu/test_gpu_attention.py "$@" & older=$!
-emulate 9 tests/gpu "$@"
-wait "$older"
+(
+  emulate _gpu 8 tests/gpu/test_gpu_attention.py "$@"
+  emulate _gpu_hip64 9 tests/gpu --ignore=tests/gpu/test_emulator.py "$@"
+  emulate _gpu_hip32 9 tests/gpu/test_gpu_attention.py "$@"
+) & others=$!
+emulate _gpu 9 tests/gpu "$@"
+wait "$others"

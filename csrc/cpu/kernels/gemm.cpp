@@ -1,12 +1,11 @@
 #include "cpu/kernels/gemm.h"
 
+#include "cpu/kernels/gemm_output.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/tile.h"
 
 namespace batchinfer::BATCHINFER_ISA {
 namespace {
-
-constexpr int kPanel = 2 * Vec::W;
 
 #if BATCHINFER_BF16_DOT
 using HalfWeights = Bf16DotWeights;
@@ -30,33 +29,31 @@ int64_t steps(int64_t depth) {
     return (depth + kStepDepth<Format> - 1) / kStepDepth<Format>;
 }
 
-size_t panel_bytes(Dtype weight, int64_t depth) {
-    return kPanel * 4 * (weight == Dtype::float32 ? steps<F32Weights>(depth) : steps<HalfWeights>(depth));
+template <class Format>
+size_t panel_bytes(int64_t depth) {
+    return kPanel * 4 * steps<Format>(depth);
 }
 
 template <class T, class Word>
-void pack_panel_as(const void* const* columns, int64_t depth, Word* out) {
+void pack_panel(const WeightRow* columns, int64_t depth, void* panel) {
     constexpr int64_t per_word = sizeof(Word) / sizeof(T);
+    auto* out = static_cast<Word*>(panel);
     for (int64_t k = 0; k < depth; k += per_word) {
         for (int64_t n = 0; n < kPanel; ++n, ++out) {
             *out = 0;
-            if (columns[n])
-                __builtin_memcpy(out, static_cast<const T*>(columns[n]) + k, min(per_word, depth - k) * sizeof(T));
+            if (const auto* values = static_cast<const T*>(columns[n].values))
+                __builtin_memcpy(out, values + k, min(per_word, depth - k) * sizeof(T));
         }
     }
 }
 
-void pack_panel(Dtype dtype, const void* const* columns, int64_t depth, void* panel) {
-    if (dtype == Dtype::float32) {
-        pack_panel_as<float>(columns, depth, static_cast<float*>(panel));
-    } else {
-        pack_panel_as<uint16_t>(columns, depth, static_cast<uint32_t*>(panel));
-    }
-}
+// What a format reads of the activations: pairs of bf16 in a word, or floats.
+template <class Format>
+constexpr bool kReadsHalves = Format::kDepth == 2;
 
-size_t packed_row_bytes(Dtype weight, int64_t depth) {
-    const bool words = weight == Dtype::bfloat16 && HalfWeights::kDepth == 2;
-    return round_up(depth, kDepthBlock) * (words ? 2 : 4);
+template <class Format>
+size_t packed_row_bytes(int64_t depth) {
+    return round_up(depth, kDepthBlock) * (kReadsHalves<Format> ? 2 : 4);
 }
 
 // One row's part of a depth block: `Packed` is float or bf16. What a step reads beyond `depth` is zero.
@@ -82,11 +79,12 @@ void pack_rows_as(const Rows& x, int64_t rows, int64_t depth, Packed* out) {
     }
 }
 
-void pack_rows(Dtype weight, const Rows& x, int64_t rows, int64_t depth, void* packed) {
+template <class Format>
+void pack_rows(const Rows& x, int64_t rows, int64_t depth, void* packed) {
     const auto as = [&]<class Packed>(Packed* out) {
         x.dtype == Dtype::float32 ? pack_rows_as<float>(x, rows, depth, out) : pack_rows_as<bf16>(x, rows, depth, out);
     };
-    if (weight == Dtype::bfloat16 && HalfWeights::kDepth == 2) {
+    if constexpr (kReadsHalves<Format>) {
         as(static_cast<bf16*>(packed));
     } else {
         as(static_cast<float*>(packed));
@@ -176,18 +174,6 @@ struct Plain {
     }
 };
 
-template <class T>
-void gate_as(const float* sums, int64_t sums_stride, int rows, int64_t row, int64_t column, const GemmOutput& to) {
-    const int count = static_cast<int>(min(Vec::W, to.columns - column));
-    const Vec gate_bias = to.bias ? Vec::load(to.bias + column, count) : Vec::zero();
-    const Vec up_bias = to.bias ? Vec::load(to.bias_of_gated + column, count) : Vec::zero();
-    T* out = static_cast<T*>(const_cast<void*>(to.rows.data)) + row * to.rows.stride + column;
-    for (int r = 0; r < rows; ++r, sums += sums_stride, out += to.rows.stride) {
-        const Vec gated = silu(Vec::load(sums) + gate_bias) * (Vec::load(sums + Vec::W) + up_bias);
-        count == Vec::W ? gated.store(out) : gated.store(out, count);
-    }
-}
-
 struct Gated {
     static constexpr int64_t kColumns = Vec::W;
 
@@ -204,7 +190,6 @@ struct Gated {
             multiply_tile<Format, R, Panels>(pass, x, w, before, nullptr, after, coming);
             w += Panels * pass.panel_words;
             for (int p = 0; p < Panels && pass.last; ++p) {
-                const auto gate = to.rows.dtype == Dtype::float32 ? gate_as<float> : gate_as<bf16>;
                 gate(part + p * kPanel, Panels * kPanel, R, row, (panel + p) * Vec::W, to);
             }
         };
@@ -233,8 +218,8 @@ struct ByRows {
 };
 
 template <class Format, class Kind>
-void multiply_as(const void* packed_rows, int64_t rows, int64_t depth, const void* panels, const GemmOutput& out,
-                 Coming coming) {
+void multiply(const void* packed_rows, int64_t rows, int64_t depth, const void* panels, const GemmOutput& out,
+              Coming coming) {
     static constexpr ByRows<Format, Kind> by_rows;
     constexpr int64_t row = kDepthBlock / Format::kDepth;
     const auto* x = static_cast<const typename Format::Activation*>(packed_rows);
@@ -258,16 +243,24 @@ void multiply_as(const void* packed_rows, int64_t rows, int64_t depth, const voi
     }
 }
 
-template <class Kind>
-void multiply(Dtype weight, const void* packed_rows, int64_t rows, int64_t depth, const void* panels,
-              const GemmOutput& out, Coming coming) {
-    const auto as = weight == Dtype::float32 ? multiply_as<F32Weights, Kind> : multiply_as<HalfWeights, Kind>;
-    as(packed_rows, rows, depth, panels, out, coming);
+template <class Format, class T, class Word>
+constexpr GemmKernel kernel() {
+    return {kPanel,
+            kTileRows,
+            kDepthSlice,
+            sizeof(T),
+            kNoScales,
+            panel_bytes<Format>,
+            pack_panel<T, Word>,
+            packed_row_bytes<Format>,
+            pack_rows<Format>,
+            multiply<Format, Plain>,
+            multiply<Format, Gated>};
 }
 
 }  // namespace
 
-const GemmKernel gemm_kernel = {kPanel,           kTileRows, panel_bytes,     pack_panel,
-                                packed_row_bytes, pack_rows, multiply<Plain>, multiply<Gated>};
+const GemmKernel gemm_float32 = kernel<F32Weights, float, float>();
+const GemmKernel gemm_bfloat16 = kernel<HalfWeights, uint16_t, uint32_t>();
 
 }  // namespace batchinfer::BATCHINFER_ISA

@@ -46,24 +46,43 @@ struct Coming {
     const char* end;
 };
 
+// One output column's weights: float32 or bfloat16 [depth], or codes uint8 [depth] with scales.
+struct WeightRow {
+    const void* values;  // null: a column of zeros
+    const void* scales;
+    const void* minima;
+};
+
+// What stands beside the values of a row: nothing, a float32 for all of them, or a float16 scale and minimum for so
+// many.
+inline constexpr int64_t kNoScales = 0, kRowScale = -1;
+
+// The kernels for one format of weights.
 struct GemmKernel {
     int panel_columns;
-    int tile_rows;  // most rows that one pass over a panel serves
+    int tile_rows;        // most rows that one pass over a panel serves
+    int64_t depth_slice;  // kDepthSlice, or more than any depth where the sums don't wait in the output
+    size_t value_bytes;   // of a weight before it is packed
+    int64_t scale_block;  // kNoScales, kRowScale or a number of values
 
-    size_t (*panel_bytes)(Dtype weight, int64_t depth);
-    // columns [panel_columns]: the weights [depth] of each column, or null for one of zeros.
-    void (*pack_panel)(Dtype weight_dtype, const void* const* columns, int64_t depth, void* panel);
+    size_t (*panel_bytes)(int64_t depth);
+    // columns [panel_columns].
+    void (*pack_panel)(const WeightRow* columns, int64_t depth, void* panel);
 
-    size_t (*packed_row_bytes)(Dtype weight, int64_t depth);
-    void (*pack_rows)(Dtype weight, const Rows& x, int64_t rows, int64_t depth, void* packed);
+    size_t (*packed_row_bytes)(int64_t depth);
+    void (*pack_rows)(const Rows& x, int64_t rows, int64_t depth, void* packed);
 
     // Packed rows times consecutive packed panels, + bias. An element's sum is one chain along K, the same for whatever
     // rows and columns are computed beside it.
-    void (*multiply)(Dtype weight, const void* packed_rows, int64_t rows, int64_t depth, const void* panels,
-                     const GemmOutput& out, Coming coming);
+    void (*multiply)(const void* packed_rows, int64_t rows, int64_t depth, const void* panels, const GemmOutput& out,
+                     Coming coming);
     // The same for panels of a gated weight: silu(gate) * up.
-    void (*multiply_gated)(Dtype weight, const void* packed_rows, int64_t rows, int64_t depth, const void* panels,
+    void (*multiply_gated)(const void* packed_rows, int64_t rows, int64_t depth, const void* panels,
                            const GemmOutput& out, Coming coming);
 };
+
+// A format's number is that in batchinfer/ops/native.py; the first two are those of Dtype.
+enum class WeightFormat : int32_t { float32, bfloat16, int8, blocks8, blocks4, short_blocks8 };
+inline constexpr int kWeightFormats = 6;
 
 }  // namespace batchinfer

@@ -16,7 +16,8 @@ void silu_mul(const GateArgs&, int64_t begin, int64_t end);
 void gelu_mul(const GateArgs&, int64_t begin, int64_t end);
 void activate(const ActivateArgs&, int64_t begin, int64_t end);
 void gather_rows(const GatherRowsArgs&, int64_t begin, int64_t end);
-extern const GemmKernel gemm_kernel;
+extern const GemmKernel gemm_float32, gemm_bfloat16;
+extern const GemmKernel gemm_int8, gemm_blocks8, gemm_blocks4, gemm_short_blocks8;
 extern const AttentionKernel attention_kernel;
 
 float block_maxima(const float* x, int64_t n, float* maxima);

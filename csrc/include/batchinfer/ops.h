@@ -120,6 +120,12 @@ struct SampleArgs {
     const int32_t* history_prompt;
     int64_t history_size;
 
+    // Null if no row has biases. bias_start [rows + 1] cuts bias_ids and bias_values [bias_size]; a row has an id once.
+    const int32_t* bias_ids;
+    const int32_t* bias_start;
+    const float* bias_values;
+    int64_t bias_size;
+
     // Null if no token is banned. banned_start [rows + 1] cuts banned_ids [banned_size].
     const int32_t* banned_ids;
     const int32_t* banned_start;

@@ -1,4 +1,4 @@
-// csrc/gpu/mma.cuh for the emulator, by the fragment layouts of the PTX ISA (9.7.14.5, m16n8k16; ldmatrix; cp.async).
+// csrc/gpu/ptx.cuh for the emulator, by the fragment layouts of the PTX ISA (9.7.14.5, m16n8k16; ldmatrix; cp.async).
 #pragma once
 
 #include "gpu/device.cuh"
@@ -102,12 +102,6 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     for (int j = 0; j < 4; ++j) {
         c[j] += sums.c[j];
     }
-}
-
-// Flushes denormal results, as the special function unit does with .ftz.
-inline float exp2_fast(float x) {
-    const float y = exp2f(x);
-    return y < 0x1p-126f ? 0 : y;
 }
 
 }  // namespace batchinfer::gpu

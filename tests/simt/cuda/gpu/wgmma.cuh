@@ -87,13 +87,13 @@ inline void do_product(const simt::Product& p, size_t which) {
 template <int Left>
 void products_wait(SIMT_HERE) {
     simt::Thread& thread = simt::block().thread();
-    simt::vote("wgmma.wait_group", kAllLanes, true, file, line);  // all lanes have started theirs
+    simt::vote("wgmma.wait_group", true, file, line);  // all lanes have started theirs
     const size_t groups = thread.product_groups.size() > Left ? thread.product_groups.size() - Left : 0;
     const size_t count = groups ? thread.product_groups[groups - 1] : 0;
     for (size_t i = 0; i < count; ++i) {
         do_product(thread.products[i], i);
     }
-    simt::vote("wgmma.wait_group, done", kAllLanes, true, file, line);
+    simt::vote("wgmma.wait_group, done", true, file, line);
     thread.products.erase(thread.products.begin(), thread.products.begin() + count);
     thread.product_groups.erase(thread.product_groups.begin(), thread.product_groups.begin() + groups);
     for (size_t& end : thread.product_groups) {

@@ -1,0 +1,86 @@
+"""What of a model's weights is packed for the ops, and what stays a tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchinfer.models.files import ModelError
+from batchinfer.models.layout import TABLES, layout
+from batchinfer.models.model_spec import ModelSpec
+from batchinfer.ops import Ops
+from batchinfer.ops.quantized import Quantized, int8
+
+Weights = Iterable[tuple[str, Tensor | Quantized]]
+
+
+@dataclass(frozen=True)
+class Packable:
+    """A weight by its name in the layout. ``packed``: for ``linear``, or with ``gated`` for ``gated_linear``."""
+
+    name: str
+    tensor: Tensor | Quantized
+    packed: bool
+    gated: bool = False
+
+
+def packable(
+    spec: ModelSpec, weights: Weights, to_int8: bool = False, adapted: Collection[str] = ()
+) -> Iterator[Packable]:
+    """Each of what :func:`batchinfer.models.weights.load_weights` yields, and the LM head of a tied model, which is its
+    embedding packed. ``to_int8``: matrices that are not quantised yet become int8, all but the routers of mixtures.
+    ``adapted``: names of those that adapters add to; gates and values are then needed by themselves."""
+    head = False
+    for name, tensor in weights:
+        matrix = len(tensor.shape) == 2 and name not in TABLES
+        gated = spec.fused_gate and re.fullmatch(r"layers\.\d+\.gate_up", name) is not None and name not in adapted
+        short = matrix and to_int8 and isinstance(tensor, Tensor) and not name.endswith(".router")
+        yield Packable(name, int8(tensor) if short else tensor, matrix, gated)
+        head |= name == "lm_head"
+        if name == "embed" and not head and spec.tied_head:
+            yield Packable("lm_head", int8(tensor) if to_int8 else tensor, True)
+
+
+def pack(
+    spec: ModelSpec, weights: Weights, ops: Ops, to_int8: bool = False, adapted: Collection[str] = ()
+) -> dict[str, Any]:
+    """By name what the decoder works with. ``weights`` are used up tensor by tensor, after a look at what ``ops`` has:
+    ModelError where that is not enough for the model."""
+    _check_ops(spec, ops)
+    return {
+        one.name: ops.pack_weight(one.tensor, one.gated) if one.packed else one.tensor.to(ops.device)
+        for one in packable(spec, weights, to_int8, adapted)
+    }
+
+
+def bytes_of(packed: Mapping[str, Any]) -> int:
+    """Memory of what :func:`pack` has made, as far as it says so."""
+    return sum(getattr(one, "nbytes", 0) or getattr(one, "bytes", 0) for one in packed.values())
+
+
+def most_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """No backend's packing of the model's matrices, together with its tensors, is larger: padding fills up to 64
+    columns and rows, and 64 bytes between two of them."""
+    shapes = list(layout(spec).targets.values())
+    if spec.tied_head:
+        shapes.append((spec.vocab_size, spec.width))
+    padded = [(shape[0] + 64) * (shape[1] + 64 if len(shape) == 2 else 1) for shape in shapes]
+    return sum(padded) * max(dtype.itemsize, 4)
+
+
+def _check_ops(spec: ModelSpec, ops: Ops) -> None:
+    """Raises ModelError where the backend is not so far as to have all ops of the model."""
+    needs = {
+        "quantised weights": False,
+        "mix_experts": spec.experts is not None,
+        "norm of all heads": spec.qk_norm == "all",
+    }
+    lacking = sorted(op for op in ops.lacks if needs[op])
+    if lacking:
+        needed = f"{spec.architecture} needs {', '.join(lacking)}, which {type(ops).__name__} has only with Triton"
+        raise ModelError(f"{needed}: pip install triton, or set engine.device=cpu")

@@ -1,0 +1,403 @@
+// Matrix products of weights that are codes: activations become signed bytes too, and the sums are of integers.
+//
+// A weight is scale * code + minimum, a code unsigned. int8 has a scale per column and the minimum -128 scales; blocks
+// have both per 32 values of k (short ones 16). An activation is a signed byte times a scale, that of its row (int8) or
+// of its block; scale = largest magnitude / 127, and codes are rounded to nearest even. So a block adds
+//
+//     x_scale * (scale * sum(code * x_code) + minimum * sum(x_code)),
+//
+// in which the sums are exact. Results therefore differ between instruction sets by the rounding of fma alone.
+//
+// Panels: int8 is words of four k per column, then the scales [columns] float32. Of the others each block of 32 k has
+// its scales and minima [columns] float16, then the words; blocks4 keeps the codes of k + 4 in the upper halves of the
+// bytes of k.
+#include "cpu/kernels/code_dot.h"
+#include "cpu/kernels/gemm_output.h"
+#include "cpu/kernels/kernels.h"
+
+namespace batchinfer::BATCHINFER_ISA {
+namespace {
+
+constexpr int64_t kWordDepth = 4;  // values of k in a word
+constexpr int64_t kWordRow = kPanel * sizeof(uint32_t);
+constexpr int32_t kInt8Zero = 128;  // the code of 0
+
+int64_t round_up(int64_t n, int64_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
+int64_t min(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+// Registers: for int8 R x C sums; for blocks as many again, of the block in hand. Few rows take more panels at once.
+#if BATCHINFER_VEC_AVX512
+constexpr int kWholeRows = 12, kWholeWideRows = 5, kBlockRows = 6, kBlockWideRows = 2;
+#else
+constexpr int kWholeRows = 4, kWholeWideRows = 1, kBlockRows = 2, kBlockWideRows = 0;
+#endif
+
+// Activations of a task: codes in blocks of kDepthBlock values of k, row after row; behind them what belongs to a row.
+struct PackedRows {
+    const int8_t* codes;  // [blocks of k, rows, kDepthBlock]
+    const float* scale;   // [rows, scales]
+    const float* moment;  // blocks: [rows, scales] scale * sum of the codes. int8: the sums as int32, [rows]
+    int64_t rows, scales;
+
+    PackedRows(const void* packed, int64_t rows, int64_t depth, int64_t scales)
+        : codes(static_cast<const int8_t*>(packed)),
+          scale(reinterpret_cast<const float*>(codes + rows * round_up(depth, kDepthBlock))),
+          moment(scale + rows * scales),
+          rows(rows),
+          scales(scales) {}
+
+    const int8_t* at(int64_t row, int64_t k) const {
+        return codes + (k / kDepthBlock * rows + row) * kDepthBlock + k % kDepthBlock;
+    }
+};
+
+// `count` values as codes and the sum of these. 0 for a scale of 0.
+int32_t encode(const float* x, int64_t count, float inverse, int8_t* codes) {
+    constexpr float kShifter =
+        12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then is in the low bits
+    typedef int8_t Bytes __attribute__((vector_size(Vec::W)));
+    Vec sum = Vec::zero();
+    for (int64_t k = 0; k < count; k += Vec::W) {
+        const Vec shifted = Vec::load(x + k) * Vec::broadcast(inverse) + Vec::broadcast(kShifter);
+        const Ints code = bits_as<Ints>(shifted.v) - bits_as<Ints>(Vec::broadcast(kShifter).v);
+        const Bytes bytes = __builtin_convertvector(code, Bytes);
+        __builtin_memcpy(codes + k, &bytes, sizeof(bytes));
+        sum = sum + Vec{__builtin_convertvector(code, Floats)};  // at most 127 * depth: exact up to 2^24
+    }
+    return static_cast<int32_t>(reduce_sum(sum));
+}
+
+// The scale of `count` values; NaN if one of them is not finite.
+float scale_of(const float* x, int64_t count) {
+    Vec largest = Vec::zero(), poison = Vec::zero();
+    for (int64_t k = 0; k < count; k += Vec::W) {
+        const Vec v = Vec::load(x + k);
+        largest = max(max(v, Vec::zero() - v), largest);
+        poison = poison + (v - v);
+    }
+    return reduce_max(largest) / 127.0f + reduce_sum(poison);
+}
+
+float inverse_of(float scale) {  // of a subnormal one it could be infinite
+    return scale >= 0x1p-126f && scale < __builtin_inff() ? 1.0f / scale : 0.0f;
+}
+
+// `block` values of a row at `k`, zeros behind the last, as float32. `to` has room for kDepthBlock.
+template <class T>
+const float* values_at(const Rows& x, int64_t row, int64_t k, int64_t depth, float* to) {
+    const T* from = static_cast<const T*>(x.data) + row * x.stride + k;
+    const int64_t count = min(kDepthBlock, depth - k);
+    for (int64_t i = 0; i < kDepthBlock; i += Vec::W) {
+        const int64_t left = count - i;
+        const Vec v = left >= Vec::W ? Vec::load(from + i)
+                      : left > 0     ? Vec::load(from + i, static_cast<int>(left))
+                                     : Vec::zero();
+        v.store(to + i);
+    }
+    return to;
+}
+
+const float* values_of(const Rows& x, int64_t row, int64_t k, int64_t depth, float* to) {
+    return x.dtype == Dtype::float32 ? values_at<float>(x, row, k, depth, to) : values_at<bf16>(x, row, k, depth, to);
+}
+
+// Sums of a tile as it leaves them: [R, P * kPanel].
+template <int R, int P>
+void store(const Vec (&sum)[R][2 * P], float* part) {
+    for (int r = 0; r < R; ++r) {
+        for (int c = 0; c < 2 * P; ++c)
+            sum[r][c].store(part + (r * 2 * P + c) * Vec::W);
+    }
+}
+
+// One word row of each panel times R rows.
+template <int R, int P>
+inline void add_words(Ints (&sum)[R][2 * P], const uint8_t* const* words, int64_t offset, int shift, uint32_t mask,
+                      const int8_t* x) {
+    Codes u[2 * P];
+#pragma GCC unroll 8
+    for (int c = 0; c < 2 * P; ++c) {
+        Words w = load_codes(words[c / 2] + offset + c % 2 * Vec::W * sizeof(uint32_t));
+        u[c] = spread(mask == ~0u ? w : (w >> shift) & mask);
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+        uint32_t four;
+        __builtin_memcpy(&four, x + r * kDepthBlock, sizeof(four));
+        const Signed a = broadcast_codes(four);
+#pragma GCC unroll 8
+        for (int c = 0; c < 2 * P; ++c)
+            sum[r][c] = dot(u[c], a, sum[r][c]);
+    }
+}
+
+struct Int8 {
+    static constexpr int kRows = kWholeRows, kWideRows = kWholeWideRows;
+    static constexpr int64_t kScaleBlock = kRowScale;
+
+    static int64_t scales(int64_t) { return 1; }
+    static size_t panel_bytes(int64_t depth) {
+        return round_up(depth, kWordDepth) / kWordDepth * kWordRow + kPanel * sizeof(float);
+    }
+
+    static void pack_panel(const WeightRow* columns, int64_t depth, void* panel) {
+        auto* words = static_cast<uint8_t*>(panel);
+        for (int64_t k = 0; k < depth; k += kWordDepth) {
+            for (int64_t n = 0; n < kPanel; ++n, words += kWordDepth) {
+                __builtin_memset(words, 0, kWordDepth);
+                if (const auto* codes = static_cast<const uint8_t*>(columns[n].values))
+                    __builtin_memcpy(words, codes + k, min(kWordDepth, depth - k));
+            }
+        }
+        auto* scales = reinterpret_cast<float*>(words);
+        for (int64_t n = 0; n < kPanel; ++n)
+            scales[n] = columns[n].values ? *static_cast<const float*>(columns[n].scales) : 0.0f;
+    }
+
+    static void pack_row(const Rows& x, int64_t row, int64_t depth, const PackedRows& to) {
+        float values[kDepthBlock], scale = 0.0f, poison = 0.0f;
+        for (int64_t k = 0; k < depth; k += kDepthBlock) {
+            const float s = scale_of(values_of(x, row, k, depth, values), kDepthBlock);
+            scale = s > scale ? s : scale;
+            poison += s - s;
+        }
+        const float inverse = inverse_of(scale);
+        int32_t sum = 0;
+        for (int64_t k = 0; k < depth; k += kDepthBlock)
+            sum +=
+                encode(values_of(x, row, k, depth, values), kDepthBlock, inverse, const_cast<int8_t*>(to.at(row, k)));
+        const_cast<float*>(to.scale)[row] = scale + poison;
+        __builtin_memcpy(const_cast<float*>(to.moment) + row, &sum, sizeof(sum));
+    }
+
+    template <int R, int P>
+    static void tile(const PackedRows& x, int64_t row, const uint8_t* const* panels, int64_t depth, float* part) {
+        Ints sum[R][2 * P];
+        for (int r = 0; r < R; ++r) {
+            int32_t total;
+            __builtin_memcpy(&total, x.moment + row + r, sizeof(total));
+            for (int c = 0; c < 2 * P; ++c)
+                sum[r][c] = -kInt8Zero * total - Ints{};
+        }
+        int64_t offset = 0;
+        for (int64_t k = 0; k < depth; k += kDepthBlock) {
+            const int8_t* codes = x.at(row, k);
+            const int64_t count = min(kDepthBlock, round_up(depth - k, kWordDepth));
+            for (int64_t i = 0; i < count; i += kWordDepth, offset += kWordRow)
+                add_words<R, P>(sum, panels, offset, 0, ~0u, codes + i);
+        }
+        Vec out[R][2 * P];
+        for (int c = 0; c < 2 * P; ++c) {
+            const auto* scales = reinterpret_cast<const float*>(panels[c / 2] + offset);
+            const Vec scale = Vec::load(scales + c % 2 * Vec::W);
+            for (int r = 0; r < R; ++r) {
+                const Vec whole = {__builtin_convertvector(sum[r][c], Floats)};
+                out[r][c] = whole * (scale * Vec::broadcast(x.scale[row + r]));
+            }
+        }
+        store<R, P>(out, part);
+    }
+};
+
+template <int Bits, int64_t Size>
+struct Blocks {
+    static constexpr int kRows = kBlockRows, kWideRows = kBlockWideRows;
+    static constexpr int64_t kScaleBlock = Size;
+    static constexpr int64_t kScaleRow = kPanel * sizeof(uint16_t);
+    static constexpr int64_t kWordRows = kScaleBlock * Bits / 32;  // of a block
+    static constexpr int64_t kBlockBytes = 2 * kScaleRow + kWordRows * kWordRow;
+    // One row waits for memory, and a block of short codes is too much work for the processor to look beyond it: asked
+    // for so far ahead they come at 70 GB/s in place of 55 (Zen 5, two cores). Longer codes come no faster.
+    static constexpr int64_t kAhead = 4 * kBlockBytes;
+
+    static int64_t scales(int64_t depth) { return depth / kScaleBlock; }
+    static size_t panel_bytes(int64_t depth) { return depth / kScaleBlock * kBlockBytes; }
+
+    static void pack_panel(const WeightRow* columns, int64_t depth, void* panel) {
+        auto* out = static_cast<uint8_t*>(panel);
+        for (int64_t block = 0; block < depth / kScaleBlock; ++block, out += kBlockBytes) {
+            __builtin_memset(out, 0, kBlockBytes);
+            for (int64_t n = 0; n < kPanel; ++n) {
+                const auto* codes = static_cast<const uint8_t*>(columns[n].values);
+                if (!codes) continue;
+                auto* halves = reinterpret_cast<uint16_t*>(out);
+                halves[n] = static_cast<const uint16_t*>(columns[n].scales)[block];
+                halves[kPanel + n] = static_cast<const uint16_t*>(columns[n].minima)[block];
+                codes += block * kScaleBlock;
+                for (int64_t k = 0; k < kScaleBlock; ++k) {
+                    const int64_t word = Bits == 8 ? k / 4 : k / 8, shift = Bits == 8 ? 0 : k / 4 % 2 * 4;
+                    out[2 * kScaleRow + word * kWordRow + n * 4 + k % 4] |= static_cast<uint8_t>(codes[k] << shift);
+                }
+            }
+        }
+    }
+
+    static void pack_row(const Rows& x, int64_t row, int64_t depth, const PackedRows& to) {
+        float values[kDepthBlock];
+        for (int64_t k = 0; k < depth; k += kDepthBlock) {
+            values_of(x, row, k, depth, values);
+            for (int64_t i = 0; i < min(kDepthBlock, depth - k); i += kScaleBlock) {
+                const float scale = scale_of(values + i, kScaleBlock);
+                auto* codes = const_cast<int8_t*>(to.at(row, k + i));
+                const int32_t sum = encode(values + i, kScaleBlock, inverse_of(scale), codes);
+                const int64_t at = row * to.scales + (k + i) / kScaleBlock;
+                const_cast<float*>(to.scale)[at] = scale;
+                const_cast<float*>(to.moment)[at] = scale * static_cast<float>(sum);
+            }
+        }
+    }
+
+    template <int R, int P>
+    static void tile(const PackedRows& x, int64_t row, const uint8_t* const* panels, int64_t depth, float* part) {
+        Vec sum[R][2 * P];
+        for (auto& of_row : sum) {
+            for (Vec& s : of_row)
+                s = Vec::zero();
+        }
+        for (int64_t block = 0; block < depth / kScaleBlock; ++block) {
+            const int8_t* codes = x.at(row, block * kScaleBlock);
+            const int64_t start = block * kBlockBytes;
+            if constexpr (R == 1 && Bits == 4) {
+                for (int p = 0; p < P; ++p) {
+                    for (int64_t line = 0; line < kBlockBytes; line += 64)
+                        __builtin_prefetch(panels[p] + start + kAhead + line);
+                }
+            }
+            Ints inner[R][2 * P] = {};
+#pragma GCC unroll 8
+            for (int i = 0; i < kScaleBlock / kWordDepth; ++i) {
+                const int word = Bits == 8 ? i : i / 2, shift = Bits == 8 ? 0 : i % 2 * 4;
+                add_words<R, P>(inner, panels, start + 2 * kScaleRow + word * kWordRow, shift,
+                                Bits == 8 ? ~0u : 0x0f0f0f0fu, codes + i * kWordDepth);
+            }
+#pragma GCC unroll 8
+            for (int c = 0; c < 2 * P; ++c) {
+                const auto* halves = reinterpret_cast<const uint16_t*>(panels[c / 2] + start) + c % 2 * Vec::W;
+                const Vec scale = load_halves(halves), minimum = load_halves(halves + kPanel);
+#pragma GCC unroll 12
+                for (int r = 0; r < R; ++r) {
+                    const float* x_scale = x.scale + (row + r) * x.scales + block;
+                    const float* moment = x.moment + (row + r) * x.scales + block;
+                    const Vec whole = {__builtin_convertvector(inner[r][c], Floats)};
+                    sum[r][c] = fma(whole, scale * Vec::broadcast(*x_scale), sum[r][c]);
+                    sum[r][c] = fma(minimum, Vec::broadcast(*moment), sum[r][c]);
+                }
+            }
+        }
+        store<R, P>(sum, part);
+    }
+};
+
+template <class Format>
+size_t packed_row_bytes(int64_t depth) {
+    return round_up(depth, kDepthBlock) + 2 * sizeof(float) * Format::scales(depth);
+}
+
+template <class Format>
+void pack_rows(const Rows& x, int64_t rows, int64_t depth, void* packed) {
+    const PackedRows to(packed, rows, depth, Format::scales(depth));
+    for (int64_t r = 0; r < rows; ++r)
+        Format::pack_row(x, r, depth, to);
+}
+
+template <int R, class Format>
+constexpr int kPanelsAtOnce = R == 1                   ? 4
+                              : R <= Format::kWideRows ? 2
+                                                       : 1;
+
+// Where the sums of a tile go.
+struct Plain {
+    static constexpr int64_t kColumns = kPanel;  // of the output, in a panel
+
+    static void write(const float* part, int64_t stride, int rows, int64_t row, int64_t column, const GemmOutput& to) {
+        for (int c = 0; c < 2; ++c, column += Vec::W, part += Vec::W) {
+            const int count = static_cast<int>(min(Vec::W, to.columns - column));
+            if (count <= 0) return;
+            const Vec bias = to.bias ? Vec::load(to.bias + column, count) : Vec::zero();
+            float* out = static_cast<float*>(const_cast<void*>(to.rows.data)) + row * to.rows.stride + column;
+            for (int r = 0; r < rows; ++r, out += to.rows.stride)
+                (Vec::load(part + r * stride) + bias).store(out, count);
+        }
+    }
+};
+
+struct Gated {
+    static constexpr int64_t kColumns = Vec::W;
+
+    static void write(const float* part, int64_t stride, int rows, int64_t row, int64_t column, const GemmOutput& to) {
+        gate(part, stride, rows, row, column, to);
+    }
+};
+
+template <class Format, class Kind, int R>
+void multiply_rows(const PackedRows& x, int64_t row, int64_t depth, const uint8_t* panels, const GemmOutput& to) {
+    constexpr int P = kPanelsAtOnce<R, Format>;
+    const int64_t count = (to.columns + Kind::kColumns - 1) / Kind::kColumns, bytes = Format::panel_bytes(depth);
+    float part[R * P * kPanel];
+    const auto tile = [&]<int Panels>(int64_t panel) {
+        const uint8_t* at[Panels];
+        for (int p = 0; p < Panels; ++p)
+            at[p] = panels + (panel + p) * bytes;
+        Format::template tile<R, Panels>(x, row, at, depth, part);
+        for (int p = 0; p < Panels; ++p)
+            Kind::write(part + p * kPanel, Panels * kPanel, R, row, (panel + p) * Kind::kColumns, to);
+    };
+    int64_t panel = 0;
+    for (; panel + P <= count; panel += P)
+        tile.template operator()<P>(panel);
+    for (; panel < count; ++panel)
+        tile.template operator()<1>(panel);
+}
+
+using MultiplyRows = void (*)(const PackedRows&, int64_t row, int64_t depth, const uint8_t*, const GemmOutput&);
+
+// Entry r is for r + 1 rows.
+template <class Format, class Kind>
+struct ByRows {
+    MultiplyRows entry[Format::kRows];
+    template <int R>
+    constexpr void fill() {
+        entry[R - 1] = multiply_rows<Format, Kind, R>;
+        if constexpr (R > 1) fill<R - 1>();
+    }
+    constexpr ByRows() : entry{} { fill<Format::kRows>(); }
+};
+
+template <class Format, class Kind>
+void multiply(const void* packed_rows, int64_t rows, int64_t depth, const void* panels, const GemmOutput& out, Coming) {
+    static constexpr ByRows<Format, Kind> by_rows;
+    const PackedRows x(packed_rows, rows, depth, Format::scales(depth));
+    const int64_t tiles = (rows + Format::kRows - 1) / Format::kRows;
+    for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t begin = rows * i / tiles, count = rows * (i + 1) / tiles - begin;
+        by_rows.entry[count - 1](x, begin, depth, static_cast<const uint8_t*>(panels), out);
+    }
+}
+
+template <class Format>
+constexpr GemmKernel kernel() {
+    return {kPanel,
+            Format::kRows,
+            INT64_MAX,
+            sizeof(uint8_t),
+            Format::kScaleBlock,
+            Format::panel_bytes,
+            Format::pack_panel,
+            packed_row_bytes<Format>,
+            pack_rows<Format>,
+            multiply<Format, Plain>,
+            multiply<Format, Gated>};
+}
+
+}  // namespace
+
+const GemmKernel gemm_int8 = kernel<Int8>();
+const GemmKernel gemm_blocks8 = kernel<Blocks<8, 32>>();
+const GemmKernel gemm_blocks4 = kernel<Blocks<4, 32>>();
+const GemmKernel gemm_short_blocks8 = kernel<Blocks<8, 16>>();
+
+}  // namespace batchinfer::BATCHINFER_ISA

@@ -1,0 +1,52 @@
+// Device code that CUDA and SYCL share as it is: indices clamped into their tables, and what a sequence has in the
+// step. Who includes it has defined BATCHINFER_ON_DEVICE, which marks a function for the device.
+#pragma once
+
+#include <cstdint>
+
+#include "gpu/ops.h"
+
+namespace batchinfer::gpu {
+
+inline constexpr float kLog2e = 1.44269504088896f;
+inline constexpr float kLn2 = 0.693147180559945f;
+
+// Before a row has seen a key. Finite, as a window may hide whole tiles from a row, and -inf - -inf is no number; far
+// below any score.
+inline constexpr float kNoScore = -1e30f;
+
+BATCHINFER_ON_DEVICE int64_t clamp_index(int64_t i, int64_t count) {
+    return i < 0 ? 0 : i < count ? i : count - 1;
+}
+
+BATCHINFER_ON_DEVICE int larger_of(int a, int b) {
+    return a > b ? a : b;
+}
+BATCHINFER_ON_DEVICE int smaller_of(int a, int b) {
+    return a < b ? a : b;
+}
+
+// A sequence's part of the step, with every number clamped into its tensor.
+struct Sequence {
+    int token;   // first row in the step
+    int tokens;  // rows
+    int length;  // keys, this step's included
+    const int32_t* page_row;
+};
+
+BATCHINFER_ON_DEVICE Sequence sequence_of(const AttentionPlan& p, int s, int step_tokens) {
+    Sequence q;
+    q.token = smaller_of(larger_of(p.q_start[s], 0), step_tokens);
+    q.tokens = smaller_of(larger_of(p.q_start[s + 1], q.token), step_tokens) - q.token;
+    // Keys up to the first query's own are always there: a shorter kv_len would leave rows without any key.
+    q.length = smaller_of(larger_of(p.kv_len[s], q.tokens), p.slot_pages * p.page_size);
+    q.page_row = p.page_table + clamp_index(p.slot[s], p.slots) * int64_t{p.slot_pages};
+    return q;
+}
+
+// The first position that a token at `position` sees.
+BATCHINFER_ON_DEVICE int window_start(const AttentionPlan& p, int position) {
+    return p.window ? larger_of(position - p.window + 1, 0) : 0;
+}
+
+}  // namespace batchinfer::gpu
