@@ -302,8 +302,8 @@ class NativeOps(NativeLinear):
             )
         bias, bias_size = (0, 0, 0), 0
         if inputs.bias_ids is not None:
-            bias_size = _check_segments("bias", inputs.bias_ids, inputs.bias_start, rows)
-            _check("bias_values", inputs.bias_values, torch.float32, (bias_size,))
+            bias_size = check_segments("bias", inputs.bias_ids, inputs.bias_start, rows)
+            check("bias_values", inputs.bias_values, torch.float32, (bias_size,))
             bias = tuple(t.data_ptr() for t in (inputs.bias_ids, inputs.bias_start, inputs.bias_values))
         banned, banned_size = (0, 0), 0
         if inputs.banned_ids is not None:
