@@ -27,6 +27,7 @@ class EncoderEngine:
         max_len: int,
         max_slots: int,
         max_step_tokens: int,
+        weight_bytes: int = 0,
     ):
         self.tokenizer = tokenizer
         self.vocab_size = encoder.spec.vocab_size
@@ -36,7 +37,7 @@ class EncoderEngine:
         self._encoder, self._pool, self._max_step_tokens = encoder, pool, max_step_tokens
         self._waiting: deque[Request] = deque()
         self._refused: list[Completion] = []
-        self._stats = EngineStats()
+        self._stats = EngineStats(weight_bytes=weight_bytes)
 
     @property
     def num_open(self) -> int:

@@ -154,33 +154,32 @@ def _encoder_engine(
     for key, given in (("model.adapters", model.adapters), ("model.dummy_weights", model.dummy_weights)):
         if given:
             raise ModelError(f"{key}={given} is not supported with an encoder ({spec.architecture})")
-    if engine.weights != "auto":
-        raise ModelError(
-            f"engine.weights={engine.weights} is not supported with an encoder ({spec.architecture}): set it to auto"
-        )
     dtype = DTYPES[engine.dtype]
+    weights = _packed(model, engine.weights, spec, dtype, ops, source or OwnReading())
     return EncoderEngine(
-        Encoder(replace(spec, head=pool.head), load_weights(model.path, spec, dtype, source), ops, dtype),
+        Encoder(replace(spec, head=pool.head), weights, ops, dtype),
         tokenizer or load_tokenizer(model.path),
         pool,
         max_len=spec.resolve_length(engine.max_model_len),
         max_slots=engine.max_slots,
         max_step_tokens=engine.max_step_tokens,
+        weight_bytes=bytes_of(weights),
     )
 
 
 def _packed(
     model: ModelConfig,
     form: str,
-    spec: ModelSpec,
+    spec: ModelSpec | EncoderSpec,
     dtype: torch.dtype,
     ops: Ops,
     source: Source,
-    tokens: Sequence[int],
-    adapted: Collection[str],
+    tokens: Sequence[int] = (),
+    adapted: Collection[str] = (),
 ) -> dict[str, Any]:
     """The weights by name, packed for ``ops``: by this rank, or by another one of its node. ``form``:
-    engine.weights. ``tokens``: the only ones that the LM head is asked for, if there are some."""
+    engine.weights. ``tokens``: the only ones that the LM head is asked for, if there are some. ``adapted``: names of
+    those that adapters add to."""
     if form != "auto" and "quantised weights" in ops.lacks:
         raise JobError(
             f"engine.weights={form} is for the CPU, and {type(ops).__name__} has not got it yet: set "

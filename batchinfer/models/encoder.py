@@ -3,8 +3,9 @@ nothing is kept for later, so that there is no cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,22 +38,18 @@ class _Layer:
 
 
 class Encoder:
-    """Holds packed weights. ``weights`` yields (name, tensor) of the spec's layout, and is used up."""
+    """Holds packed weights, what :func:`batchinfer.models.packing.pack` makes."""
 
-    def __init__(self, spec: EncoderSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops, dtype: torch.dtype):
+    def __init__(self, spec: EncoderSpec, weights: Mapping[str, Any], ops: Ops, dtype: torch.dtype):
         self.spec, self.ops, self.kept = spec, ops, ops.activations(dtype)
-        tables = ("word", "position", "token_type")
-        got = {
-            name: ops.pack_weight(t) if t.ndim == 2 and name not in tables else t.to(ops.device) for name, t in weights
-        }
 
         def linear(name: str) -> Linear:
-            return Linear(got[name], got[f"{name}_bias"])
+            return Linear(weights[name], weights[f"{name}_bias"])
 
         def norm(name: str) -> Norm:
-            return Norm(got[name], got[f"{name}_bias"], spec.norm_eps, center=True)
+            return Norm(weights[name], weights[f"{name}_bias"], spec.norm_eps, center=True)
 
-        self.tables = [got[name] for name in tables]
+        self.tables = [weights[name] for name in ("word", "position", "token_type")]
         self.norm = norm("norm")
         self.layers = [
             _Layer(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from batchinfer.models.files import Keys, ModelError, read_json
 from batchinfer.models.gguf import is_gguf
@@ -47,6 +47,10 @@ class EncoderSpec:
     activation: Activation
     head: Head
     classes: int
+
+    tied_head: ClassVar[bool] = False
+    fused_gate: ClassVar[bool] = False
+    """As in ModelSpec: no encoder has them."""
 
     @property
     def max_positions(self) -> int:

@@ -22,7 +22,7 @@ from batchinfer.models.model_spec import ModelSpec
 Order = Literal["", "pairs", "transposed", "by_head"]
 
 
-TABLES = ("embed", "positions")
+TABLES = ("embed", "positions", "word", "position", "token_type")
 """Matrices of which rows are gathered."""
 
 

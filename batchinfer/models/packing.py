@@ -10,13 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchinfer.models.encoder_spec import EncoderSpec
 from batchinfer.models.files import ModelError
-from batchinfer.models.layout import TABLES, layout
+from batchinfer.models.layout import TABLES
 from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.weights import layout_of
 from batchinfer.ops import Ops
 from batchinfer.ops.quantized import Quantized, int8
 
+Spec = ModelSpec | EncoderSpec
 Weights = Iterable[tuple[str, Tensor | Quantized]]
+
+GATE_UP = re.compile(r"layers\.\d+\.gate_up")
 
 
 @dataclass(frozen=True)
@@ -29,16 +34,14 @@ class Packable:
     gated: bool = False
 
 
-def packable(
-    spec: ModelSpec, weights: Weights, to_int8: bool = False, adapted: Collection[str] = ()
-) -> Iterator[Packable]:
+def packable(spec: Spec, weights: Weights, to_int8: bool = False, adapted: Collection[str] = ()) -> Iterator[Packable]:
     """Each of what :func:`batchinfer.models.weights.load_weights` yields, and the LM head of a tied model, which is its
     embedding packed. ``to_int8``: matrices that are not quantised yet become int8, all but the routers of mixtures.
     ``adapted``: names of those that adapters add to; gates and values are then needed by themselves."""
     head = False
     for name, tensor in weights:
         matrix = len(tensor.shape) == 2 and name not in TABLES
-        gated = spec.fused_gate and re.fullmatch(r"layers\.\d+\.gate_up", name) is not None and name not in adapted
+        gated = spec.fused_gate and GATE_UP.fullmatch(name) is not None and name not in adapted
         short = matrix and to_int8 and isinstance(tensor, Tensor) and not name.endswith(".router")
         yield Packable(name, int8(tensor) if short else tensor, matrix, gated)
         head |= name == "lm_head"
@@ -47,11 +50,12 @@ def packable(
 
 
 def pack(
-    spec: ModelSpec, weights: Weights, ops: Ops, to_int8: bool = False, adapted: Collection[str] = ()
+    spec: Spec, weights: Weights, ops: Ops, to_int8: bool = False, adapted: Collection[str] = ()
 ) -> dict[str, Any]:
-    """By name what the decoder works with. ``weights`` are used up tensor by tensor, after a look at what ``ops`` has:
-    ModelError where that is not enough for the model."""
-    _check_ops(spec, ops)
+    """By name what the decoder or encoder works with. ``weights`` are used up tensor by tensor, after a look at what
+    ``ops`` has: ModelError where that is not enough for the model."""
+    if isinstance(spec, ModelSpec):
+        _check_ops(spec, ops)
     return {
         one.name: ops.pack_weight(one.tensor, one.gated) if one.packed else one.tensor.to(ops.device)
         for one in packable(spec, weights, to_int8, adapted)
@@ -63,10 +67,10 @@ def bytes_of(packed: Mapping[str, Any]) -> int:
     return sum(getattr(one, "nbytes", 0) or getattr(one, "bytes", 0) for one in packed.values())
 
 
-def most_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+def most_bytes(spec: Spec, dtype: torch.dtype) -> int:
     """No backend's packing of the model's matrices, together with its tensors, is larger: padding fills up to 64
     columns and rows, and 64 bytes between two of them."""
-    shapes = list(layout(spec).targets.values())
+    shapes = list(layout_of(spec).targets.values())
     if spec.tied_head:
         shapes.append((spec.vocab_size, spec.width))
     padded = [(shape[0] + 64) * (shape[1] + 64 if len(shape) == 2 else 1) for shape in shapes]

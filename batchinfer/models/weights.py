@@ -73,7 +73,7 @@ def load_weights(
     dtype, truncated; or with ``keep`` a file without a matrix that can be kept.
     """
     source = source or OwnReading()
-    plan = encoder_layout(spec) if isinstance(spec, EncoderSpec) else layout(spec, is_gguf(model_path))
+    plan = layout_of(spec, is_gguf(model_path))
     stored = [
         (path, [tensor for tensor in tensors if not _unused(tensor.name, plan)])
         for path, tensors in source.value(lambda: _stored(model_path))
@@ -85,7 +85,6 @@ def load_weights(
             f"{model_path} holds no matrix that engine.weights=keep could keep: that takes a GGUF file with the types "
             f"{', '.join(FORMS)}; engine.weights=auto computes with any"
         )
-    tied = isinstance(spec, ModelSpec) and spec.tied_head
     blocks = [block for path, tensors in stored for block in cut(path, tensors)]
     missing = {target: math.prod(shape) for target, shape in plan.targets.items()}  # elements
     open_targets: dict[str, dict[str, Dense | Kept]] = {}
@@ -94,13 +93,18 @@ def load_weights(
             for piece in block.pieces:
                 part = plan.parts[plan.name(piece.tensor.name)]
                 if part.target not in open_targets:
-                    open_targets[part.target] = _begin(part.target, plan, dtype, forms, tied)
+                    open_targets[part.target] = _begin(part.target, plan, dtype, forms, spec.tied_head)
                 for one in open_targets[part.target].values():
                     one.put(data, piece, part, block.path)
                 missing[part.target] -= piece.rows * math.prod(piece.tensor.shape[1:])
                 if missing[part.target] == 0:
                     for name, one in open_targets.pop(part.target).items():
                         yield name, one.value
+
+
+def layout_of(spec: ModelSpec | EncoderSpec, gguf: bool = False) -> Layout:
+    """A decoder's under the names of Hugging Face or of GGUF; an encoder's."""
+    return encoder_layout(spec) if isinstance(spec, EncoderSpec) else layout(spec, gguf)
 
 
 class Dense:

@@ -45,7 +45,7 @@ def vectors(pooling: Pooling, prompts: list[np.ndarray], **options: object) -> l
 
 CUTS = [
     {},
-    {"prefix_cache": False},
+    {"prefix_cache": False, "lookup": 4},
     {"max_step_tokens": 7, "max_slots": 3},
     {"num_pages": 14, "max_step_tokens": 9, "max_slots": 5, "expected_share": 0.05},
     {"make_runner": LaggingRunner},

@@ -134,6 +134,14 @@ def test_yes_against_no(tiny: Any, name: str) -> None:
     np.testing.assert_allclose(np.stack(got), expected.numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "llama-biased-tied"])
+def test_yes_against_no_of_int8_weights(tiny: Any, name: str) -> None:
+    model: TinyModel = tiny(name)
+    pool = PoolSpec("last", 2, "tokens", "softmax", tokens=(11, 40))
+    dense, short = (np.stack(vectors(model.folder, pool, model.ids.tolist(), weights=w)) for w in ("auto", "int8"))
+    assert 0 < np.abs(short - dense).max() < 0.05
+
+
 def test_a_prompt_may_fill_the_whole_context(tiny: Any) -> None:
     longest = TINY["llama"][1].get("max_position_embeddings", 64)
     (vector,) = vectors(tiny("llama").folder, PoolSpec("last", 64), [np.arange(longest) % VOCAB])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,31 @@ def test_texts_are_those_of_merged_weights(tiny: Tiny, tmp_path: Path, device: s
             (one,), (other,) = got[request.id].samples, completion.samples
             assert one.token_ids.tolist() == other.token_ids.tolist()
             assert (one.logprobs.chosen == other.logprobs.chosen).all()
+
+
+def test_beams_go_through_their_adapter(tiny: Tiny, tmp_path: Path) -> None:
+    """A search with one beam finds the greedy text."""
+    model, modules = tiny("llama").folder, MODULES["llama-biased-tied"]
+    adapters = {str(i): write_adapter(tmp_path / str(i), model, modules, i, lora_alpha=20.0) for i in range(2)}
+    greedy = SamplingParams(max_tokens=6, ignore_eos=True)
+    asked = [(number, params) for number in (None, 0, 1) for params in (greedy, replace(greedy, beam_width=1))]
+    requests = [Request(i, prompts()[0], params, adapter=number) for i, (number, params) in enumerate(asked)]
+    texts = [c.samples[0].token_ids.tolist() for c in run(engine_of(model, adapters), requests)]
+    assert texts[::2] == texts[1::2]
+    assert len(set(map(tuple, texts))) == 3
+
+
+def test_base_weights_may_be_int8(tiny: Tiny, tmp_path: Path) -> None:
+    """What the adapter adds is the same; gates and values are packed apart in both."""
+    model = tiny("llama").folder
+    adapters = {"0": write_adapter(tmp_path / "0", model, ("gate_proj", "q_proj"), 0, lora_alpha=20.0)}
+    requests = [Request(i, prompts()[0], SamplingParams(), adapter=number) for i, number in enumerate((None, 0))]
+    vectors = {}
+    for form in ("auto", "int8"):
+        done = run(engine_of(model, adapters, PoolSpec("last", 64), weights=form), requests)
+        vectors[form] = np.stack([completion.samples[0].vector for completion in done])
+    error = np.abs(vectors["int8"] - vectors["auto"]).max()
+    assert 0 < error < 0.1 * np.abs(vectors["auto"][1] - vectors["auto"][0]).max()
 
 
 def test_an_adapter_that_there_is_not(tiny: Tiny) -> None:

@@ -167,3 +167,9 @@ def test_wrong_arguments_are_named() -> None:
         ops.pack_weight(Quantized(good.codes, good.scales.float(), good.minima, 4))
     with pytest.raises(ValueError, match="even number of rows"):
         ops.pack_weight(quantized("int8", 3, 64), gated=True)
+
+
+@formats
+def test_chosen_rows_stand_for_the_same_weights(kind: str) -> None:
+    weight, rows = quantized(kind, 7, 64), [4, 0, 4]
+    assert torch.equal(weight.chosen(rows).dense(torch.float32), weight.dense(torch.float32)[rows])
