@@ -38,6 +38,18 @@ def test_none_needs_no_compiler(tmp_path: Path) -> None:
     assert "device none (as asked for)" in said
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+@pytest.mark.parametrize(("asked", "built"), [("90a", "90a-real"), ("80;90-real", "80;90a-real")])
+def test_compute_capability_9_has_its_warpgroup_kernels(asked: str, built: str, tmp_path: Path) -> None:
+    """However it is asked for: without them attention over prompts takes 1.7 times as long on an H100."""
+    folder = os.path.dirname(str(shutil.which("nvcc")))
+    environment = {"PATH": f"{folder}:/usr/bin:/bin", "CUDAARCHS": asked, "BATCHINFER_DEVICE": "cuda"}
+    code, said = configure(tmp_path, **environment)
+    assert code == 0, said
+    assert f"for {built}" in said
+    assert "-DBATCHINFER_SM90A" in (tmp_path / "build" / "build.ninja").read_text()
+
+
 @pytest.mark.parametrize(
     ("device", "said"),
     [

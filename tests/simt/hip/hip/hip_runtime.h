@@ -65,11 +65,14 @@ Sums product(const char* operation, Factors a, Factors b, Sums c, const char* fi
     struct Lane {
         uint16_t a[kNumbers], b[kNumbers];
     };
+    struct Totals {  // Sums is a vector, and asks for more alignment than the lanes' mailbox has
+        float of[kSums];
+    };
     Lane mine;
     __builtin_memcpy(mine.a, &a, sizeof a);
     __builtin_memcpy(mine.b, &b, sizeof b);
-    const Sums sums = block().together<Sums>(
-        Site{operation, file, line}, mine, [](const Lane* in, Sums* out) __attribute__((no_sanitize_address)) {
+    const Totals totals = block().together<Totals>(
+        Site{operation, file, line}, mine, [](const Lane* in, Totals* out) __attribute__((no_sanitize_address)) {
             float left[16][16], right[16][16];
             for (int i = 0; i < kLanes; ++i) {
                 if (!kMfma && __builtin_memcmp(&in[i], &in[i % 16], sizeof(Lane)) != 0) {
@@ -87,10 +90,12 @@ Sums product(const char* operation, Factors a, Factors b, Sums c, const char* fi
                     for (int k = 0; k < 16; ++k) {
                         sum += left[row][k] * right[k][i % 16];
                     }
-                    out[i][j] = sum;
+                    out[i].of[j] = sum;
                 }
             }
         });
+    Sums sums;
+    __builtin_memcpy(&sums, totals.of, sizeof sums);
     return c + sums;
 }
 inline float bf16_number(uint16_t bits) {
