@@ -129,7 +129,7 @@ MUTANTS = [
     Mutant(
         "the sampling is not in the fingerprint",
         "fingerprint.py",
-        '        "sampling": to_dict(config)["sampling"],\n',
+        '        "sampling": json.loads(json.dumps(to_dict(config)["sampling"])),  # as the plan\'s file gives it back\n',
         "",
         "faults/test_settings.py",
     ),
