@@ -129,7 +129,7 @@ MUTANTS = [
     Mutant(
         "the sampling is not in the fingerprint",
         "fingerprint.py",
-        '        "sampling": json.loads(json.dumps(to_dict(config)["sampling"])),  # as the plan\'s file gives it back\n',
+        '        "sampling": json.loads(json.dumps(to_dict(config)["sampling"])),',
         "",
         "faults/test_settings.py",
     ),
