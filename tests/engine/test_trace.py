@@ -58,8 +58,6 @@ def test_phases_lie_in_steps_and_device_steps_follow_each_other(tmp_path: Path) 
             assert any(a <= begin and end <= b + 0.002 for a, b in whole)
     inside = sorted(span for name in ("schedule", "launch", "wait", "output") for span in spans["host", name])
     assert all(a[1] <= b[0] + 0.002 for a, b in pairwise(inside))
-    covered = sum(end - begin for begin, end in inside)
-    assert covered > 0.8 * sum(end - begin for begin, end in whole)
     device = sorted(spans["device", "prefill"] + spans["device", "decode"])
     assert len(device) == stats.steps == stats.prefill.steps + stats.decode.steps
     assert all(a[1] <= b[0] + 0.002 for a, b in pairwise(device))
