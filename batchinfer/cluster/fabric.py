@@ -21,7 +21,7 @@ def fabric_settings(library: str, environment: Mapping[str, str], fast: bool) ->
 
     Of two network layers take libfabric: with UCX, MPICH's first choice, a message to a dead rank is a segmentation
     fault of the sender (MPICH 5.0.2). Over plain TCP take libfabric's connections by ofi_rxm: its own endpoints over
-    TCP (libfabric 2.5) left 6 ranks of 3 nodes in MPI_Init for ever in 10 of 186 starts, those by ofi_rxm in 0 of 230.
+    TCP (libfabric 2.5) left 6 ranks of 3 nodes in MPI_Init for ever in 25 of 395 starts, those by ofi_rxm in 0 of 230.
     """
     device = next((line for line in library.splitlines() if line.startswith("MPICH Device:")), "")
     if "ofi" not in device or environment.get(NETMOD, "ofi") != "ofi":
