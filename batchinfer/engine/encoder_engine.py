@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from batchinfer.engine.pooled import finish
+from batchinfer.engine.refusal import refusal
 from batchinfer.models.encoder import Encoder, EncoderInput
 from batchinfer.models.tokenizer import Tokenizer
-from batchinfer.types import Completion, EngineStats, ErrorCode, PoolSpec, Request, RowError, Sample
+from batchinfer.types import Completion, EngineStats, PoolSpec, Request, Sample
 
 
 class EncoderEngine:
@@ -55,7 +56,7 @@ class EncoderEngine:
 
     def add(self, request: Request) -> None:
         """Take a request. One that can't run comes back from the next :meth:`step` as a Completion with an error."""
-        error = self._refusal(request)
+        error = refusal(request, self.max_seq_len, self.vocab_size)
         if error is None:
             self._waiting.append(request)
             self._stats.prompt_tokens += len(request.prompt)
@@ -103,17 +104,6 @@ class EncoderEngine:
     def close(self) -> None:
         """Drop what is open."""
         self._waiting.clear()
-
-    def _refusal(self, request: Request) -> RowError | None:
-        length = len(request.prompt)
-        if length == 0:
-            return RowError(ErrorCode.EMPTY_PROMPT, "the prompt has no tokens")
-        if length >= self.max_seq_len:
-            reason = f"the text has {length} tokens; engine.max_model_len is {self.max_seq_len - 1}"
-            return RowError(ErrorCode.PROMPT_TOO_LONG, reason)
-        if int(request.prompt.min()) < 0 or int(request.prompt.max()) >= self.vocab_size:
-            return RowError(ErrorCode.BAD_TOKEN_IDS, f"token ids must lie in [0, {self.vocab_size - 1}]")
-        return None
 
     def _next_batch(self) -> list[Request]:
         batch: list[Request] = []

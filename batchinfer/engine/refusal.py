@@ -8,15 +8,14 @@ from batchinfer.types import ErrorCode, Request, RowError, SamplingParams
 
 
 def refusal(request: Request, max_seq_len: int, vocab_size: int, adapters: int = 0) -> RowError | None:
-    """The error of a request that does not fit the engine, or contradicts itself."""
+    """The error of a request that does not fit the engine, or contradicts itself. ``max_seq_len``: of the prompt and
+    one more token, which a vector's text has in name only."""
     length = len(request.prompt)
     if length == 0:
         return RowError(ErrorCode.EMPTY_PROMPT, "the prompt has no tokens")
     if length + 1 > max_seq_len:
-        return RowError(
-            ErrorCode.PROMPT_TOO_LONG,
-            f"the prompt has {length} tokens and needs room for one more; engine.max_model_len is {max_seq_len}",
-        )
+        reason = f"the prompt has {length} tokens, and engine.max_model_len leaves room for {max_seq_len - 1}"
+        return RowError(ErrorCode.PROMPT_TOO_LONG, reason)
     if int(request.prompt.min()) < 0 or int(request.prompt.max()) >= vocab_size:
         return RowError(ErrorCode.BAD_TOKEN_IDS, f"token ids must lie in [0, {vocab_size - 1}]")
     if request.adapter is not None and not 0 <= request.adapter < adapters:
