@@ -26,7 +26,7 @@ from batchinfer.config import MISSING, Config, from_dict, to_dict
 from batchinfer.data.audit import verify
 from batchinfer.data.prompts import row_seed
 from batchinfer.inquire import show_plan, show_status, show_verify
-from batchinfer.types import ROW_BITS, ExitCode, JobError, Request
+from batchinfer.types import ROW_BITS, Completion, ExitCode, JobError, Request
 
 
 def prompts(rows: int, offset: int = 0) -> list[str]:
@@ -128,12 +128,27 @@ def test_one_output_row_per_input_row_in_order(inputs: Path, tmp_path: Path, cap
     assert ended["job"] == counts
 
 
+class PatientEngine(FakeEngine):
+    """Computes nothing before it has rows of three chunks of 2, or has waited for them for 20 s: however slow the
+    machine reads, it is not done with a chunk before the next one comes."""
+
+    def __init__(self) -> None:
+        super().__init__(slots=8)
+        self._until = time.monotonic() + 20
+
+    def step(self) -> list[Completion]:
+        if self.most_open <= 4 and time.monotonic() < self._until:
+            time.sleep(0.001)
+            return []
+        return super().step()
+
+
 def test_rows_of_several_chunks_are_in_the_engine_together(inputs: Path, tmp_path: Path) -> None:
     """With 2 rows per chunk and 8 slots: no chunk's end drains the batch."""
     engines = []
 
     def load(*_: object, **__: object) -> FakeEngine:
-        engines.append(FakeEngine(slots=8))
+        engines.append(PatientEngine())
         return engines[0]
 
     assert run(configure(inputs, tmp_path / "out", output__rows_per_chunk=2), load) == 0
