@@ -10,6 +10,7 @@ from torch import Tensor
 from triton import cdiv
 
 from batchinfer.ops import AttentionInput, Experts, HeadNorm, Rope, SampleInput, SampleOutput
+from batchinfer.ops.accelerator import Accelerator
 from batchinfer.ops.device import DeviceOps, fitting_split, parts
 from batchinfer.ops.fields import SAMPLE_FIELDS
 from batchinfer.ops.triton import attention, logprobs, norms, penalties, rope, rows, sample
@@ -62,7 +63,7 @@ class TritonOps(DeviceOps):
         if self.device.type != "cpu":
             module = torch.get_device_module(self.device)
             self.device = torch.device(self.device.type, self.device.index or 0)
-            module.set_device(self.device)
+            Accelerator(self.device).use()
             properties = module.get_device_properties(self.device)
             self._multiprocessors = getattr(properties, "multi_processor_count", 0) or properties.max_compute_units
             self._rdna = getattr(properties, "gcnArchName", "").startswith("gfx1")
