@@ -54,13 +54,13 @@ class Plan:
 class TritonOps(DeviceOps):
     """The ops on ``device``, on torch's current stream. Raises ValueError on shapes and dtypes.
 
-    ``device`` "cpu" is for the interpreter (TRITON_INTERPRET=1).
+    ``device`` "cpu" is for the interpreter (TRITON_INTERPRET=1), "meta" for :mod:`batchinfer.ops.triton.compiling`.
     """
 
     def __init__(self, device: str = "cuda"):
         super().__init__(torch.device(device))
         self._multiprocessors, self._rdna, shared = 1, False, LEAST_SHARED
-        if self.device.type != "cpu":
+        if self.device.type not in ("cpu", "meta"):
             module = torch.get_device_module(self.device)
             self.device = torch.device(self.device.type, self.device.index or 0)
             Accelerator(self.device).use()

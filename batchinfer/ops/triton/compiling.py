@@ -1,0 +1,31 @@
+"""The Triton ops as a compiler: what a GPU would launch is compiled, for a target that need not be here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.runtime import driver
+
+from batchinfer.ops.triton.backend import TritonOps
+from batchinfer.ops.triton.mixture import Mixture
+from batchinfer.ops.triton.targets import AbsentDevice, Target
+
+
+class CompilingOps(TritonOps):
+    """``device`` "meta": tensors have shapes and no memory, so any model fits. Triton keeps what it compiles in
+    $TRITON_CACHE_DIR, and takes it from there the next time."""
+
+    def __init__(self, target: Target, device: str = "meta"):
+        super().__init__(device)
+        driver.set_active(AbsentDevice(target.gpu))
+        self.kernels: list[Any] = []
+        self._rdna = target.rdna
+        self._mixture = Mixture(target.shared, target.rdna)
+
+    def _run(self, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
+        self.keep(kernel.warmup(*args, grid=grid, **options), options)
+
+    def keep(self, kernel: Any, options: dict[str, Any]) -> None:
+        """Take note of what has been compiled, for a launch with these options."""
+        if all(kernel is not other for other in self.kernels):
+            self.kernels.append(kernel)
