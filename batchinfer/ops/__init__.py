@@ -269,8 +269,10 @@ def load(device: str, threads: int = 0, *, rank: int = 0, ops: str = "auto", ker
 
         cache = use_local_cache(rank)
         if kernels is not None:
-            from batchinfer.ops.triton.bundle import use_bundle
-
+            try:
+                from batchinfer.ops.triton.bundle import use_bundle
+            except ImportError as error:
+                raise RuntimeError(f"engine.kernels={kernels} is for Triton 3.4 or newer ({error})") from None
             use_bundle(Path(kernels), cache)
     if choice.backend == "native":
         from batchinfer.ops.gpu import open_gpu
