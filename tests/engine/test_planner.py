@@ -199,7 +199,7 @@ def test_short_rows_wait_for_their_place_beside_the_longest() -> None:
         started += 1
     assert started == len(engine.running) == 4
     assert engine.limit == 128
-    engine.waiting = 2  # for a slot, or pages
+    engine.waiting = 3  # for a slot, or pages
     assert planner.next(more=False) is None
     assert engine.limit == 0
     engine.waiting = 0
