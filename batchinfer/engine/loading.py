@@ -71,11 +71,6 @@ def load_engine(
         ops = op_list.load(engine.device, threads, rank=rank_on_node, ops=engine.ops)
     except RuntimeError as error:
         raise JobError(f"engine.device={engine.device}: {error}", ExitCode.UNFIT) from None
-    if engine.lookup and ops.device.type != "cpu":
-        raise JobError(
-            f"engine.lookup={engine.lookup}: drafts are for the CPU as yet, and this is a GPU: set it to 0",
-            ExitCode.USAGE,
-        )
     encoder = encoder_spec(model.path)
     if encoder is not None:
         return _encoder_engine(encoder, ops, model, engine, tokenizer, source, pool)

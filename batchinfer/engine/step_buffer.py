@@ -28,12 +28,12 @@ _ALIGN = 16
 class StepBuffer:
     """One buffer in the memory of ``device`` (pinned if that is the host and ``pin``), seen as a step's arrays.
 
-    ``max_tokens`` T, ``max_slots`` S: no step has more tokens, or more sequences or samples. ``arrays`` maps names to
-    views: token_ids, positions, sample_row, position int32; kv_index, sample_slot, seed int64; q_start [S + 1], kv_len,
-    slot int32; temperature, top_p, min_p float32; top_k int32.
+    ``max_tokens`` T, ``max_slots`` S, ``max_samples`` N: no step has more tokens, sequences or samples. ``arrays`` maps
+    names to views: token_ids, positions int32 [T]; kv_index int64 [T]; q_start [S + 1], kv_len, slot int32 [S];
+    sample_row, position, top_k int32 [N]; sample_slot, seed int64 [N]; temperature, top_p, min_p float32 [N].
     """
 
-    def __init__(self, max_tokens: int, max_slots: int, device: torch.device, pin: bool = False):
+    def __init__(self, max_tokens: int, max_slots: int, max_samples: int, device: torch.device, pin: bool = False):
         self.max_slots = max_slots
         lengths: dict[str, tuple[torch.dtype, int]] = {
             "token_ids": (torch.int32, max_tokens),
@@ -42,9 +42,9 @@ class StepBuffer:
             "q_start": (torch.int32, max_slots + 1),
             "kv_len": (torch.int32, max_slots),
             "slot": (torch.int32, max_slots),
-            "sample_row": (torch.int32, max_slots),
-            "sample_slot": (torch.int64, max_slots),
-            **{name: (dtype, max_slots) for name, dtype in SAMPLE_FIELDS.items()},
+            "sample_row": (torch.int32, max_samples),
+            "sample_slot": (torch.int64, max_samples),
+            **{name: (dtype, max_samples) for name, dtype in SAMPLE_FIELDS.items()},
         }
         starts, size = {}, 0
         for name, (dtype, length) in lengths.items():

@@ -113,7 +113,7 @@ class Decoder:
             for name, rope in tables.items()
             if rope is not None
         }
-        self.max_positions, self.max_step_tokens = max_positions, max_step_tokens
+        self.max_positions, self.max_step_tokens, self.max_samples = max_positions, max_step_tokens, max_samples
         self.workspace = Workspace.allocate(spec, max_step_tokens, ops, dtype)
         self.sampled = Workspace.allocate(spec, max_samples, ops, dtype)
         values = {"tokens": spec.vocab_size, "classes": spec.classes, "hidden": 0}[spec.head]

@@ -29,7 +29,7 @@ class LaggingRunner(HostRunner):
 
     def __init__(self, decoder: Decoder, page_size: int, max_slots: int):
         super().__init__(decoder, page_size, max_slots)
-        self._buffers = [StepBuffer(decoder.max_step_tokens, max_slots, CPU) for _ in range(2)]
+        self._buffers = [StepBuffer(decoder.max_step_tokens, max_slots, decoder.max_samples, CPU) for _ in range(2)]
         self._last_token = np.full(max_slots + 1, -7, np.int32)
         self._table = torch.full((max_slots, -(-decoder.max_positions // page_size)), -7, dtype=torch.int32)
         self.most_ahead = 0

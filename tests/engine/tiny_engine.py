@@ -19,6 +19,7 @@ from batchinfer.models.decoder import Decoder
 from batchinfer.models.model_spec import ModelSpec
 from batchinfer.models.packing import pack
 from batchinfer.models.rope import RopeSpec
+from batchinfer.ops import Ops
 from batchinfer.types import Completion, Pooling, PoolSpec, Request
 
 VOCAB, EOS = 64, 1
@@ -67,8 +68,8 @@ class LetterTokenizer:
         return {"<think>": ord("[") - 33, "</think>": ord("]") - 33}.get(text)
 
 
-def make_decoder(pooling: Pooling | None = None) -> Decoder:
-    """``pooling``: it has no head, and makes vectors."""
+def make_decoder(pooling: Pooling | None = None, ops: Ops | None = None) -> Decoder:
+    """``pooling``: it has no head, and makes vectors. ``ops``: instead of the CPU's."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -84,7 +85,7 @@ def make_decoder(pooling: Pooling | None = None) -> Decoder:
             f"layers.{layer}.gate_up": random(96, 32),
             f"layers.{layer}.down": random(32, 48),
         }
-    ops = op_list.load("cpu", 1)
+    ops = ops or op_list.load("cpu", 1)
     spec = SPEC if pooling is None else SPEC.with_head("hidden")
     sizes = {"max_positions": 128, "max_step_tokens": 128, "max_samples": 64}
     return Decoder(spec, pack(spec, weights.items(), ops), ops, torch.float32, **sizes, pooling=pooling)
