@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from batchinfer.engine.memory import allocate_or_shrink, device_budget
-from batchinfer.engine.runner import StepOutput, adapter_rows
+from batchinfer.engine.runner import StepOutput
 from batchinfer.engine.slots import Rows, ScoredRows, SlotTable
 from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.engine.step_shape import Limits, StepShape
 from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores
-from batchinfer.models.lora import NO_ADAPTERS, AdapterRows
 from batchinfer.ops import SampleOutput
 from batchinfer.types import ExitCode, JobError
 
@@ -149,13 +148,13 @@ class DeviceRunner:
         start = time.perf_counter()
         extras = self.slots.extras(step.sample_slot, step.sample_count, rows)
         scored = rows.scored()
-        adapters = adapter_rows(rows, lambda array: torch.from_numpy(array).to(self._device))
-        plain = not (extras or scored or adapters.tokens or self._decoder.pooling)
-        shape = StepShape(step.num_tokens, step.num_samples)
-        if plain:
-            shape = self.limits.shape(step.num_tokens, step.num_samples, step.num_decode)
+        adapters = rows.adapters()
+        adapted = adapters is not None
+        shape = StepShape(step.num_tokens, step.num_samples, adapted=adapted)
+        if not (extras or scored or self._decoder.pooling):
+            shape = self.limits.shape(step.num_tokens, step.num_samples, step.num_decode, adapted)
         host = self._host[self._parity]
-        host.fill(step, self.slots, shape.tokens, shape.samples)
+        host.fill(step, self.slots, shape, adapters)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self._stream):
             begin.record()
@@ -166,8 +165,7 @@ class DeviceRunner:
                 graph.graph.replay()
                 out = StepOutput(SampleOutput(graph.tokens))
             else:
-                score = self._score_input(scored) if scored else None
-                out = self._compute(shape, extras, score, adapters)
+                out = self._compute(shape, extras, self._score_input(scored) if scored else None)
             scores = None if out.scores is None else _to_host(out.scores, len(out.scores.chosen))
             states = None if out.states is None else _copy(out.states)
             out = StepOutput(_to_host(out.sample, step.num_samples), scores, states)
@@ -196,20 +194,13 @@ class DeviceRunner:
         del self._decoder, self._ops, self._buffer, self._page_table  # the engine may live on, for its counters
         torch.cuda.empty_cache()
 
-    def _compute(
-        self,
-        shape: StepShape,
-        extras: dict[str, object],
-        score: ScoreInput | None = None,
-        adapters: AdapterRows = NO_ADAPTERS,
-    ) -> StepOutput:
+    def _compute(self, shape: StepShape, extras: dict[str, object], score: ScoreInput | None = None) -> StepOutput:
         """The step in the device's buffer: forward, sample, and remember the tokens of the slots."""
         arrays, tokens, samples = self._buffer.arrays, shape.tokens, shape.samples
         ids, slot = arrays["token_ids"][:tokens], arrays["slot"][:tokens]
         ids = ids[: len(slot)]  # decodes come first, one token a sequence where some are not known yet
         torch.where(ids < 0, self._last_token.index_select(0, slot), ids, out=ids)
-        step = self._buffer.step_input(tokens, samples, self._page_table, shape.decode_only)
-        step = replace(step, score=score, adapters=adapters)
+        step = replace(self._buffer.step_input(shape, self._page_table), score=score)
         if self._decoder.pooling:
             tokens_of_nobody = torch.zeros(samples, dtype=torch.int32, device=self._device)
             return StepOutput(SampleOutput(tokens_of_nobody), states=self._decoder.pool(step, self._cache))
@@ -264,7 +255,7 @@ class DeviceRunner:
         arrays["sample_slot"].fill_(self._max_slots)
         arrays["temperature"].fill_(1.0)
         arrays["top_p"].fill_(0.9)
-        self._compute(StepShape(tokens, self._decoder.max_samples), {})
+        self._compute(StepShape(tokens, self._decoder.max_samples, adapted=self._decoder.adapted), {})
 
 
 def _pinned(shape: tuple[int, ...]) -> Tensor:

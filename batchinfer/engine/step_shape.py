@@ -22,11 +22,13 @@ LAUNCH_BOUND = 1e11
 @dataclass(frozen=True)
 class StepShape:
     """Rows of a step as it is launched. ``decode_only``: each sequence has one token, and it is sampled from.
-    ``repeats``: the sizes are from the short list, so that the shape is worth a graph."""
+    ``adapted``: some tokens have an adapter. ``repeats``: the sizes are from the short list, so that the shape is worth
+    a graph."""
 
     tokens: int
     samples: int
     decode_only: bool = False
+    adapted: bool = False
     repeats: bool = False
 
 
@@ -47,16 +49,16 @@ class Limits:
         filled = 0 if spec.experts else min(tokens, int(LAUNCH_BOUND / layer_flops))
         return cls(slots, tokens, samples, filled)
 
-    def shape(self, tokens: int, samples: int, decoding: int) -> StepShape:
+    def shape(self, tokens: int, samples: int, decoding: int, adapted: bool = False) -> StepShape:
         """Of a step of so many tokens and samples, the first ``decoding`` sequences of which are past their
         prompts."""
         if tokens == samples == decoding:
             rows = decode_size(tokens, self.slots)
-            return StepShape(rows, rows, decode_only=True, repeats=True)
+            return StepShape(rows, rows, True, adapted, repeats=True)
         if tokens > self.filled:
-            return StepShape(tokens, samples)
+            return StepShape(tokens, samples, adapted=adapted)
         rows = mixed_size(tokens, self.filled)
-        return StepShape(rows, mixed_size(samples, min(rows, self.samples)), repeats=True)
+        return StepShape(rows, mixed_size(samples, min(rows, self.samples)), False, adapted, repeats=True)
 
 
 def decode_size(count: int, limit: int) -> int:

@@ -11,7 +11,8 @@ from engine.tiny_engine import VOCAB, make_decoder, make_engine, random_prompts,
 
 from batchinfer.engine.device_runner import DeviceRunner
 from batchinfer.models.decoder import Decoder
-from batchinfer.types import Request, SamplingParams
+from batchinfer.models.lora import Grouped, Stacked
+from batchinfer.types import Completion, Request, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("host_device")
 
@@ -45,6 +46,13 @@ def requests(params: SamplingParams) -> list[Request]:
     ]
 
 
+def same_tokens(one: dict[int, Completion], other: dict[int, Completion]) -> bool:
+    def tokens(done: dict[int, Completion]) -> dict[int, list[list[int]]]:
+        return {i: [sample.token_ids.tolist() for sample in done[i].samples] for i in sorted(done)}
+
+    return tokens(one) == tokens(other)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.feature("engine", "steps of a GPU filled up to sizes that repeat: the tokens of steps that aren't")
@@ -52,10 +60,7 @@ def test_filled_up_and_captured_steps(decoder: Decoder, case: str, options: dict
     asked, given = requests(CASES[case]), {"page_size": 16} | options
     want = run(make_engine(decoder, **given), asked)
     engine = make_engine(decoder, make_runner=DeviceRunner, **given)
-    got = run(engine, asked)
-    for request in asked:
-        for one, other in zip(want[request.id].samples, got[request.id].samples, strict=True):
-            assert one.token_ids.tolist() == other.token_ids.tolist()
+    assert same_tokens(run(engine, asked), want)
     graphs = engine._runner._graphs
     if case in ("greedy", "samples"):
         assert any(shape.decode_only for shape in graphs)
@@ -64,4 +69,20 @@ def test_filled_up_and_captured_steps(decoder: Decoder, case: str, options: dict
     if options["lookup"] and case != "prompts scored":
         assert engine.stats().drafted_tokens > 0
     assert engine.stats().pages_used == 0
+    engine.close()
+
+
+@pytest.mark.feature("LoRA", "steps of a GPU with adapters are graphs too: the tokens of the CPU's groups of rows")
+def test_adapters_in_captured_steps() -> None:
+    """Two adapters and the base model in a batch; and steps of the base model alone, which have graphs of their own."""
+    mixed = [replace(r, adapter=(None, 0, 1)[r.id % 3]) for r in requests(PLAIN)]
+    alone = [replace(r, id=100 + r.id) for r in requests(replace(PLAIN, n=2, temperature=1.0))]
+    engine = make_engine(make_decoder(adapters=Grouped), page_size=16, adapters=2)
+    want = run(engine, mixed) | run(engine, alone)
+    assert not same_tokens(want, run(make_engine(make_decoder(), page_size=16), requests(PLAIN)))
+    decoder = make_decoder(ops=FilledOps(), adapters=Stacked)
+    engine = make_engine(decoder, make_runner=DeviceRunner, page_size=16, adapters=2)
+    assert same_tokens(run(engine, mixed) | run(engine, alone), want)
+    shapes = {(shape.decode_only, shape.adapted) for shape in engine._runner._graphs}
+    assert shapes == {(False, False), (False, True), (True, False), (True, True)}
     engine.close()

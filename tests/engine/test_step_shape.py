@@ -45,6 +45,7 @@ def test_sizes_of_mixed_steps_are_fewer(limit: int) -> None:
 )
 def test_a_step_is_filled_up_where_the_launch_takes_longer(counts: tuple[int, int, int], shape: StepShape) -> None:
     assert LIMITS.shape(*counts) == shape
+    assert LIMITS.shape(*counts, adapted=True) == replace(shape, adapted=True)
 
 
 def test_the_larger_the_model_the_sooner_the_device_is_busy() -> None:

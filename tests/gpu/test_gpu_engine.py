@@ -213,7 +213,7 @@ def test_a_captured_step_gives_the_tokens_of_a_launched_one(real_gpu, lookup: in
     launched._runner._captured = lambda shape: False  # type: ignore[method-assign]
     want, got = run(launched, requests), run(captured, requests)
     graphs = captured._runner._graphs
-    assert {shape.decode_only for shape in graphs} == {False, True}
+    assert {shape.decode_only for shape in graphs} >= ({False} if lookup else {False, True})
     same = [a == b for a, b in zip(tokens(want).values(), tokens(got).values(), strict=True)]
     assert sum(same) >= 0.95 * len(same)
 
