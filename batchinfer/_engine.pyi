@@ -172,6 +172,9 @@ class Scheduler:
     def num_steps_ahead(self) -> int:
         """Steps not yet updated: 0, 1 or 2."""
     @property
+    def max_steps_ahead(self) -> int:
+        """The most that there may be of these: 2, with drafts 1."""
+    @property
     def pages_used(self) -> int:
         """Pages that running sequences hold; with cached and free ones, num_pages."""
     @property

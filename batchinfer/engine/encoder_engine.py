@@ -149,4 +149,5 @@ class EncoderEngine:
         work.steps += 1
         work.seconds += seconds
         work.tokens += int(lengths.sum())
+        work.sizes[int(lengths.sum())] += 1
         work.pairs += int((lengths * lengths).sum())

@@ -84,6 +84,7 @@ class Engine:
         self.kv_tokens = num_pages * page_size
         self._scheduler = scheduler
         self._runner = runner
+        self._ahead = min(runner.ahead, scheduler.max_steps_ahead - 1)
         self._sequences: dict[int, Sequence] = {}
         self._constraints = Constraints(tokenizer, vocab_size)
         self._texts = Texts(tokenizer)
@@ -205,14 +206,14 @@ class Engine:
 
         With a step ahead, a sequence whose end only its tokens can tell (stop token or string) is computed once more,
         for nothing. Sequences with penalties, bad words or a constraint keep the host in the loop: the next step waits
-        for their tokens.
+        for their tokens. So it does with drafts, which begin behind the newest token.
         """
         begin = time.perf_counter()
         done, self._refused = self._refused, []
         if self._dependent and self._in_flight:
             done += self._finish_step()
         started = self._start_step()
-        ahead = self._runner.ahead if started and not self._dependent else 0
+        ahead = self._ahead if started and not self._dependent else 0
         if len(self._in_flight) > ahead:
             done += self._finish_step()
         if self._beams:

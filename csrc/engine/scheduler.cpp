@@ -121,8 +121,10 @@ std::vector<int64_t> Scheduler::tokens_left() const {
 }
 
 std::shared_ptr<const Step> Scheduler::schedule() {
-    if (num_ahead_ == kMaxStepsAhead) throw std::logic_error("schedule(): two steps wait for their update()");
-    if (num_ahead_ > 0 && config_.lookup > 0) throw std::logic_error("schedule(): a draft waits for its update()");
+    if (num_ahead_ == max_steps_ahead()) {
+        throw std::logic_error(config_.lookup > 0 ? "schedule(): a draft waits for its update()"
+                                                  : "schedule(): two steps wait for their update()");
+    }
     close_gaps();
     if (running_.empty() && waiting_.empty()) return nullptr;
     begin_step();

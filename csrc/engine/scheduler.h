@@ -114,6 +114,8 @@ class Scheduler {
     int32_t num_waiting() const { return static_cast<int32_t>(waiting_.size()); }
     int32_t num_running() const { return config_.max_slots - static_cast<int32_t>(free_slots_.size()); }
     int32_t num_steps_ahead() const { return num_ahead_; }
+    /// How many steps may wait for their update(): with drafts one, as they begin behind the newest token.
+    int32_t max_steps_ahead() const { return config_.lookup > 0 ? 1 : kMaxStepsAhead; }
     int64_t preemptions() const { return preemptions_; }
     /// Prompt tokens of admitted sequences that were found in the cache; a preempted sequence counts once.
     int64_t cached_prompt_tokens() const { return cached_prompt_tokens_; }

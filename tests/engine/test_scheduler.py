@@ -136,6 +136,17 @@ def test_a_step_may_sample_nothing() -> None:
     assert s.num_steps_ahead == 0
 
 
+@pytest.mark.parametrize(("lookup", "most"), [(0, 2), (4, 1)])
+def test_no_more_steps_wait_than_may(lookup: int, most: int) -> None:
+    s = scheduler(lookup=lookup)
+    assert s.max_steps_ahead == most
+    s.add(0, [1, 2], max_new_tokens=9)
+    for _ in range(most):
+        step_of(s)
+    with pytest.raises(RuntimeError, match="a draft waits" if lookup else "two steps wait"):
+        s.schedule()
+
+
 def test_slots_are_reused_lowest_first() -> None:
     s = scheduler(max_slots=3)
     for seq_id, max_new in enumerate([9, 1, 2, 9, 9]):
