@@ -55,7 +55,7 @@ class Suiting:
             yield name, tensor
 
     def _suited(self, name: str, matrix: Grouped) -> Grouped | Quantized | None:
-        """Experts are dense where the kernels take groups: those of mixtures do not."""
+        """Experts are dense: no backend's kernels for mixtures take groups."""
         if not self._groups:
             return matrix.blocks()
         return None if EXPERT.fullmatch(name) else matrix

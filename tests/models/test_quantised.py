@@ -24,6 +24,7 @@ from batchinfer.models.spec import load_spec
 from batchinfer.models.weights import load_weights, with_token_head
 from batchinfer.ops import Ops
 from batchinfer.ops.grouped import Grouped
+from batchinfer.ops.reference import ReferenceOps
 from batchinfer.types import PoolSpec, Request, SamplingParams
 
 KEPT_ON_CPUS = {"gptq", "gptq-8", "gptq-8-groups", "gptq-v2", "gptq-asymmetric", "awq"}
@@ -253,3 +254,12 @@ def test_adapters_beside_codes(written: Callable[..., tuple[Path, Path]], tmp_pa
     assert_relative(states[1], states[0], 0.03)
     # What the adapter adds is far above that.
     assert np.abs(states[0][::2] - states[0][1::2]).max() > 4 * np.abs(states[0] - states[1]).max()
+
+
+def test_a_device_with_kernels_for_codes_keeps_all_but_experts(written: Callable[..., tuple[Path, Path]]) -> None:
+    quantised, _ = written("gptq-order", "qwen2-moe")
+    spec, suiting = load_spec(str(quantised)), Suiting(ReferenceOps(), torch.float32)
+    kept = dict(suiting(load_weights(str(quantised), spec, torch.float32, keep=True)))
+    codes = {name for name, tensor in kept.items() if isinstance(tensor, Grouped)}
+    assert codes == {f"layers.{i}.{name}" for i in range(2) for name in ("qkv", "o")}
+    assert (suiting.kept, suiting.dense) == (4, 2 * 2 * 7)  # the shared expert is one
