@@ -94,8 +94,7 @@ class Gathered:
         if scheme.kind == "awq":
             zeros = _awq(stored).T
         elif scheme.kind == "gptq":
-            # Three of the readers of AutoGPTQ's files wrap a zero of 16 to 0, from which it was made; none of the files
-            # that we know of has one.
+            # With the offset a zero of 0 was stored as -1, which is the largest number of its bits.
             zeros = (unpacked(stored, scheme.bits)[:, :outputs].T + scheme.zero_offset) & (1 << scheme.bits) - 1
         elif scheme.kind == "packed":
             zeros = unpacked(stored.T.contiguous(), scheme.bits)[:, :outputs].T

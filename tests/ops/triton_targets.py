@@ -83,6 +83,7 @@ class CompiledOps(TritonOps):
         self._rdna = str(target.arch).startswith("gfx1")
         self._mixture = Mixture(shared, self._rdna)
         self._groups = Groups(100, self._rdna)
+        self.float8 = str(target.arch) in ("89", "90")
         self.kernels: dict[str, Any] = {}
 
     def _run(self, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
@@ -117,6 +118,9 @@ def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
         multiply(ops, rows, "int4 with zeros", dtype)
     for rows in (3, FROM_DENSE):
         multiply(ops, rows, "float8 in blocks", dtype)
+    if ops.float8:
+        codes = torch.zeros(3, 4096, dtype=torch.float8_e4m3fn)
+        ops._groups.encode(ops._launch, x, codes, torch.zeros(3, 1))
     numbers, start = torch.zeros(3), torch.zeros(4, dtype=torch.int32)
     inputs = SampleInput(
         *(numbers, words, numbers, numbers, words.long(), words),

@@ -22,7 +22,7 @@ from batchinfer.ops.triton.blocks import (
     power_of_2,
     row_block,
 )
-from batchinfer.ops.triton.grouped import Groups, PackedGroups, pack
+from batchinfer.ops.triton.grouped import Groups, PackedGroups, multiplies_float8, pack
 from batchinfer.ops.triton.mixture import Mixture
 
 SPLIT = 1024
@@ -73,7 +73,7 @@ class TritonOps(DeviceOps):
         self._ends: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._counts: dict[int, Tensor] = {}
         self._mixture = Mixture(shared, self._rdna)
-        self._groups = Groups(self._multiprocessors, self._rdna)
+        self._groups = Groups(self._multiprocessors, self._rdna, multiplies_float8(self.device))
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         """Products may fuse with sums where ``options`` don't say otherwise: Triton's own default changes in 3.10."""

@@ -50,6 +50,12 @@ class PackedGroups:
         return sum(t.nbytes for t in (self.codes, self.scales, self.zeros, self.order) if t is not None)
 
     @property
+    def rows_of_float8(self) -> bool:
+        """Whether the library's products take it: a scale float32 for each output, and sizes that its tiles need."""
+        single = self.scales.shape[0] == 1 and self.scales.dtype is torch.float32
+        return self.float8 and single and self.shape[0] % 16 == 0 and self.shape[1] % 16 == 0
+
+    @property
     def constants(self) -> dict[str, Any]:
         """Of the kernels."""
         return {
@@ -71,13 +77,15 @@ def pack(weight: Grouped, device: torch.device) -> PackedGroups:
         half = min(HALF, weight.group & -weight.group)
         if half < LEAST:
             raise ValueError(f"weight has groups of {weight.group}: multiples of {LEAST} are possible")
-    codes = weight.codes.view(torch.uint8)
+    codes, scales = weight.codes.view(torch.uint8), weight.scales.T
+    if weight.codes.dtype is torch.float8_e4m3fn:
+        scales = scales.float()
     if weight.bits == 4:
         blocks = torch.nn.functional.pad(codes, (0, -depth % (2 * half))).unflatten(1, (-1, 2, half))
         codes = (blocks[:, :, 0] | blocks[:, :, 1] << 4).flatten(1)
     return PackedGroups(
         codes.to(device).contiguous(),
-        weight.scales.T.to(device).contiguous(),
+        scales.to(device).contiguous(),
         None if weight.zeros is None else weight.zeros.T.to(device).contiguous(),
         (outputs, depth),
         weight.group if weight.scales.shape[1] > 1 else depth + 2 * half,
@@ -93,11 +101,31 @@ Dense = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
 """out = x @ weight.T + bias, by the vendor's library."""
 
 
-class Groups:
-    """``multiprocessors`` of the device."""
+def multiplies_float8(device: torch.device) -> bool:
+    """Whether torch has a product of float8 matrices with a scale for each row of both, and ``device`` the units for
+    it: NVIDIA's, from compute capability 8.9 on."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
+        return False
+    codes, scales = torch.zeros(16, 16, device=device), torch.ones(16, 1, device=device)
+    codes = codes.to(torch.float8_e4m3fn)
+    try:
+        _scaled_product(codes, scales, codes, scales.T, scales.new_empty(16, 16, dtype=torch.bfloat16), None)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return True
 
-    def __init__(self, multiprocessors: int, rdna: bool):
-        self._multiprocessors, self._rdna = multiprocessors, rdna
+
+def _scaled_product(
+    codes: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, out: Tensor, bias: Tensor | None
+) -> None:
+    torch._scaled_mm(codes, weight.t(), scales, weight_scales, bias, out_dtype=out.dtype, out=out)
+
+
+class Groups:
+    """``multiprocessors`` of the device; ``float8``: what :func:`multiplies_float8` says."""
+
+    def __init__(self, multiprocessors: int, rdna: bool, float8: bool = False):
+        self._multiprocessors, self._rdna, self._float8 = multiprocessors, rdna, float8
 
     def linear(
         self,
@@ -111,6 +139,9 @@ class Groups:
         """``Ops.linear`` by ``launch(kernel, grid, arguments ..., options=...)``."""
         if weight.order is not None:
             x = x.index_select(1, weight.order)
+        if self._float8 and weight.rows_of_float8 and x.dtype is torch.bfloat16:
+            self._multiply_float8(launch, x, weight, out, bias)
+            return
         if len(x) < FROM_DENSE:
             self._multiply(launch, x, weight, out, bias)
             return
@@ -130,6 +161,23 @@ class Groups:
         launch(
             kernels.group_weights, grid, *arrays, out, weight.middle, first, len(out), **weight.constants, COLUMNS=32
         )
+
+    def _multiply_float8(
+        self, launch: Callable[..., None], x: Tensor, weight: PackedGroups, out: Tensor, bias: Tensor | None
+    ) -> None:
+        """With activations that become float8 too, which twice as many multiply at a time."""
+        codes, scales = x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(len(x), 1, dtype=torch.float32)
+        self.encode(launch, x, codes, scales)
+        to = out if out.dtype is x.dtype else x.new_empty(out.shape)
+        matrix = weight.codes.view(torch.float8_e4m3fn)
+        _scaled_product(codes, scales, matrix, weight.scales, to, None if bias is None else bias.to(x.dtype))
+        if to is not out:
+            out.copy_(to)
+
+    def encode(self, launch: Callable[..., None], x: Tensor, codes: Tensor, scales: Tensor) -> None:
+        """x [T, K] as float8 ``codes`` with a scale float32 [T, 1] for each row."""
+        depth, to = x.shape[1], codes.view(torch.uint8)
+        launch(kernels.encode_rows, (len(x),), x, to, scales, DEPTH=depth, BLOCK=row_block(depth), num_warps=4)
 
     def _multiply(
         self, launch: Callable[..., None], x: Tensor, weight: PackedGroups, out: Tensor, bias: Tensor | None

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 
 FLOAT8_SCALE = tl.constexpr(256.0)  # 2**(15 - 7), between the exponents of float16 and e4m3
+LARGEST_FLOAT8 = tl.constexpr(448.0)
+LEAST_SCALE = tl.constexpr(1e-30)  # its inverse is a number
 
 
 @triton.jit
@@ -111,6 +113,28 @@ def add_parts(parts, bias, out, rows, OUTPUTS: tl.constexpr, SPLITS: tl.constexp
     if bias is not None:
         total += tl.load(bias + column, inside, other=0.0)
     tl.store(out + t * OUTPUTS + column, total, inside)
+
+
+@triton.jit
+def encode_rows(x, codes, scales, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
+    """codes uint8 [rows, DEPTH] of x in e4m3, and the scale float32 of each row, whose largest number becomes the
+    largest code. Grid: (rows,)."""
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    largest = tl.zeros([BLOCK], tl.float32)
+    for base in range(0, DEPTH, BLOCK):
+        value = tl.load(x + t * DEPTH + base + i, base + i < DEPTH, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
+    scale = tl.maximum(tl.max(largest, axis=0), LEAST_SCALE * LARGEST_FLOAT8) / LARGEST_FLOAT8
+    tl.store(scales + t, scale)
+    for base in range(0, DEPTH, BLOCK):
+        inside = base + i < DEPTH
+        value = tl.load(x + t * DEPTH + base + i, inside, other=0.0).to(tl.float32)
+        # A float16's bits at the other place again, rounded to even; NaN stays one.
+        bits = (value / (scale * FLOAT8_SCALE)).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+        size = bits & 0x7FFF
+        size = tl.minimum((size + 0x3F + ((size >> 7) & 1)) >> 7, 0x7F)
+        tl.store(codes + t * DEPTH + base + i, (size | ((bits >> 8) & 0x80)).to(tl.uint8), inside)
 
 
 @triton.jit(do_not_specialize=["first", "count"])

@@ -55,6 +55,17 @@ def test_every_code_of_float8_is_its_number(ops):
     assert torch.equal(got, weight.dense(torch.float32).T)
 
 
+def test_activations_become_float8_row_by_row(ops):
+    x = torch.randn(5, 1500) * torch.tensor([1.0, 300.0, 1e-5, 0.0, 1.0])[:, None]
+    x[4, 7] = torch.nan
+    codes, scales = torch.empty(5, 1500, dtype=torch.float8_e4m3fn), torch.empty(5, 1)
+    ops._groups.encode(ops._launch, x, codes, scales)
+    assert torch.equal(scales[:3], x[:3].abs().amax(1, keepdim=True) / 448)
+    error = (codes[:4].double() * scales[:4] - x[:4]).abs()
+    assert (error <= x[:4].abs() * 1.001 * 2**-4 + scales[:4] * 2**-10).all()
+    assert codes[4].float().isnan().any() or scales[4].isnan()
+
+
 def test_wrong_arguments_are_named(ops):
     weight = ops.pack_weight(draw("int4", 16, 256))
     x, out = torch.zeros(2, 256), torch.zeros(2, 16)
