@@ -16,11 +16,11 @@ from batchinfer.models.layout import TABLES
 from batchinfer.models.model_spec import ModelSpec
 from batchinfer.models.weights import layout_of
 from batchinfer.ops import Ops
-from batchinfer.ops.grouped import Grouped
+from batchinfer.ops.grouped import GroupQuantized
 from batchinfer.ops.quantized import Quantized, int8
 
 Spec = ModelSpec | EncoderSpec
-Matrix = Tensor | Quantized | Grouped
+Matrix = Tensor | Quantized | GroupQuantized
 Weights = Iterable[tuple[str, Matrix]]
 
 EXPERT = re.compile(r"layers\.\d+\.experts\..*")
@@ -47,14 +47,14 @@ class Suiting:
 
     def __call__(self, weights: Weights) -> Weights:
         for name, tensor in weights:
-            if isinstance(tensor, Grouped):
+            if isinstance(tensor, GroupQuantized):
                 found = self._suited(name, tensor)
                 self.kept += found is not None
                 self.dense += found is None
                 tensor = tensor.dense(self._dtype) if found is None else found
             yield name, tensor
 
-    def _suited(self, name: str, matrix: Grouped) -> Grouped | Quantized | None:
+    def _suited(self, name: str, matrix: GroupQuantized) -> GroupQuantized | Quantized | None:
         """Experts are dense: no backend's kernels for mixtures take groups."""
         if not self._groups:
             return matrix.blocks()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchinfer.models.layout import TABLES, Layout, Part
 from batchinfer.models.scheme import AWQ_ORDER, FLOATS, UNUSED, Scheme
-from batchinfer.ops.grouped import Grouped
+from batchinfer.ops.grouped import GroupQuantized
 
 WEIGHT = "weight"
 
@@ -58,7 +58,7 @@ class Gathered:
         self._missing -= end == len(rows)
         return self._missing == 0
 
-    def matrix(self) -> Grouped:
+    def matrix(self) -> GroupQuantized:
         """Once it is complete. Raises ValueError: a scale that is not finite, a group of another size."""
         outputs, depth = self._part.shape
         scheme, got = self._scheme, self._tensors
@@ -86,7 +86,7 @@ class Gathered:
             order = _order(got["order"].long(), scheme.group or depth, self._names["order"])
         if order is not None:
             codes = codes[:, order]
-        return Grouped(codes.contiguous(), scales.contiguous(), scheme.group or depth, zeros, scheme.bits, order)
+        return GroupQuantized(codes.contiguous(), scales.contiguous(), scheme.group or depth, zeros, scheme.bits, order)
 
     def _zeros(self, stored: Tensor, outputs: int, groups: int) -> Tensor | None:
         """uint8 [outputs, groups], None where all are in the middle."""

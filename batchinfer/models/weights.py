@@ -26,7 +26,7 @@ from batchinfer.models.model_spec import ModelSpec
 from batchinfer.models.safetensors import open_folder
 from batchinfer.models.scheme import Scheme
 from batchinfer.models.stored_matrix import Gathered, quantised_layout
-from batchinfer.ops.grouped import Grouped, stacked
+from batchinfer.ops.grouped import GroupQuantized, stacked
 from batchinfer.ops.quantized import Quantized
 
 BLOCK_BYTES = 16 << 20
@@ -73,13 +73,14 @@ def load_weights(
     dtype: torch.dtype,
     source: Source | None = None,
     keep: bool = False,
-) -> Iterator[tuple[str, torch.Tensor | Quantized | Grouped]]:
+) -> Iterator[tuple[str, torch.Tensor | Quantized | GroupQuantized]]:
     """Yield every target of the model's layout once, in about the order of the files.
 
     Everything that headers can tell is checked before the first tensor is read. ``source`` None reads all here.
-    ``keep``: matrices that are quantised in the file stay so, in GGUF Quantized, in a folder Grouped; and a tied model
-    whose embedding is has a ``lm_head`` too, before it. Raises ModelError naming the file and the tensor: missing, left
-    over, wrong shape, unsupported dtype, truncated; or with ``keep`` a file without a matrix that can be kept.
+    ``keep``: matrices that are quantised in the file stay so, in GGUF Quantized, in a folder GroupQuantized; and a tied
+    model whose embedding is has a ``lm_head`` too, before it. Raises ModelError naming the file and the tensor:
+    missing, left over, wrong shape, unsupported dtype, truncated; or with ``keep`` a file without a matrix that can be
+    kept.
     """
     source = source or OwnReading()
     plan = layout_of(spec, is_gguf(model_path))
@@ -158,7 +159,7 @@ class Kept:
 
 class Coded:
     """A target of which parts are quantised in a folder's files, while the components of these come. ``components``:
-    how many there are of the part at a row of a target. ``keep``: it is Grouped, if all parts can be that together."""
+    how many there are of the part at a row of a target. ``keep``: it stays codes, if all parts can together."""
 
     def __init__(
         self,
@@ -170,7 +171,7 @@ class Coded:
     ):
         self._dense, self._scheme, self._components, self._keep = Dense(shape, dtype), scheme, components, keep
         self._open: dict[int, Gathered] = {}
-        self._kept: dict[int, tuple[Part, Grouped]] = {}
+        self._kept: dict[int, tuple[Part, GroupQuantized]] = {}
 
     def put(self, data: memoryview, piece: Piece, part: Part, path: str) -> None:
         if part.component is None:
@@ -192,7 +193,7 @@ class Coded:
             self._fill(part, matrix)
 
     @property
-    def value(self) -> torch.Tensor | Grouped:
+    def value(self) -> torch.Tensor | GroupQuantized:
         kept = [
             matrix.chosen(reorder(torch.arange(part.shape[0]), part).tolist()) if part.order else matrix
             for _, (part, matrix) in sorted(self._kept.items())
@@ -205,7 +206,7 @@ class Coded:
             self._fill(part, matrix)
         return self._dense.value
 
-    def _fill(self, part: Part, matrix: Grouped) -> None:
+    def _fill(self, part: Part, matrix: GroupQuantized) -> None:
         out = self._dense.value[part.row : part.row + part.shape[0]]
         out.copy_(reorder(matrix.dense(out.dtype), part))
 
@@ -280,8 +281,8 @@ def dummy_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> 
 
 
 def with_token_head(
-    weights: Iterable[tuple[str, torch.Tensor | Quantized | Grouped]], spec: ModelSpec, tokens: Sequence[int]
-) -> Iterator[tuple[str, torch.Tensor | Quantized | Grouped]]:
+    weights: Iterable[tuple[str, torch.Tensor | Quantized | GroupQuantized]], spec: ModelSpec, tokens: Sequence[int]
+) -> Iterator[tuple[str, torch.Tensor | Quantized | GroupQuantized]]:
     """The weights of the model ``spec`` for :meth:`ModelSpec.with_token_head`: of its LM head the rows of ``tokens``
     alone, as a classification head."""
     for name, tensor in weights:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.fields import SAMPLE_FIELDS
-from batchinfer.ops.grouped import Grouped
+from batchinfer.ops.grouped import GroupQuantized
 from batchinfer.ops.texts import TextAttention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,8 +62,8 @@ class DeviceOps(TextAttention, ABC):
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    def pack_weight(self, weight: Tensor | Grouped, gated: bool = False) -> Any:
-        if isinstance(weight, Grouped):
+    def pack_weight(self, weight: Tensor | GroupQuantized, gated: bool = False) -> Any:
+        if isinstance(weight, GroupQuantized):
             return self._pack_groups(weight)
         shape_of("weight", weight, 2)
         if weight.dtype not in DTYPES:
@@ -270,7 +270,7 @@ class DeviceOps(TextAttention, ABC):
         return out
 
     @abstractmethod
-    def _pack_groups(self, weight: Grouped) -> Any:
+    def _pack_groups(self, weight: GroupQuantized) -> Any:
         """What ``_group_linear`` takes, with a ``shape`` [N, K] and its ``nbytes``."""
 
     @abstractmethod

@@ -16,7 +16,7 @@ from torch import Tensor
 from batchinfer.ops import AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.device import DeviceOps, fitting_split, parts
 from batchinfer.ops.fields import SAMPLE_FIELDS
-from batchinfer.ops.grouped import Grouped
+from batchinfer.ops.grouped import GroupQuantized
 
 if TYPE_CHECKING:
     from batchinfer._gpu import AttentionPlan
@@ -71,7 +71,7 @@ class GpuOps(DeviceOps):
     def _mix_experts(self, x: Tensor, router: Tensor, experts: Experts, shared: Tensor | None, out: Tensor) -> None:
         self._triton._mix_experts(x, router, experts, shared, out)
 
-    def _pack_groups(self, weight: Grouped) -> PackedGroups:
+    def _pack_groups(self, weight: GroupQuantized) -> PackedGroups:
         return self._triton._pack_groups(weight)
 
     def _group_linear(self, x: Tensor, weight: PackedGroups, out: Tensor, bias: Tensor | None) -> None:

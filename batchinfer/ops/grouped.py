@@ -22,7 +22,7 @@ BLOCK = 32
 
 
 @dataclass(frozen=True)
-class Grouped:
+class GroupQuantized:
     """A matrix [N, K]: weight = scale * (code - zero), the scale and the zero those of the weight's group, ``group`` of
     which follow one another along K (the last one may be shorter).
 
@@ -47,13 +47,13 @@ class Grouped:
         """The code of 0 without zeros."""
         return 0 if self.codes.dtype is torch.float8_e4m3fn else 1 << self.bits - 1
 
-    def chosen(self, rows: Sequence[int]) -> Grouped:
+    def chosen(self, rows: Sequence[int]) -> GroupQuantized:
         """The matrix of these rows alone."""
         rows = list(rows)
         zeros = None if self.zeros is None else self.zeros[rows]
         # Indexing takes no dtype of 8 bits but the integers.
         codes = self.codes.view(torch.uint8)[rows].view(self.codes.dtype)
-        return Grouped(codes, self.scales[rows], self.group, zeros, self.bits, self.order)
+        return GroupQuantized(codes, self.scales[rows], self.group, zeros, self.bits, self.order)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weights that the codes stand for, computed in float32 (or in ``dtype``, if that is longer)."""
@@ -94,7 +94,7 @@ class Grouped:
         return values.repeat_interleave(self.group, 1)[:, : self.shape[1]]
 
 
-def stacked(parts: Sequence[Grouped]) -> Grouped | None:
+def stacked(parts: Sequence[GroupQuantized]) -> GroupQuantized | None:
     """One above the other; None where they have different groups or orders of columns."""
     first = parts[0]
     for one in parts[1:]:
@@ -107,4 +107,4 @@ def stacked(parts: Sequence[Grouped]) -> Grouped | None:
     if any(one.zeros is not None for one in parts):
         zeros = torch.cat([middle.expand(one.scales.shape) if one.zeros is None else one.zeros for one in parts])
     codes = torch.cat([one.codes.view(torch.uint8) for one in parts]).view(first.codes.dtype)
-    return Grouped(codes, torch.cat([one.scales for one in parts]), first.group, zeros, first.bits, first.order)
+    return GroupQuantized(codes, torch.cat([one.scales for one in parts]), first.group, zeros, first.bits, first.order)

@@ -16,7 +16,7 @@ from batchinfer.models.decoder import Decoder
 from batchinfer.models.model_spec import ModelSpec
 from batchinfer.models.packing import Suiting, bytes_of, pack
 from batchinfer.ops import Ops
-from batchinfer.ops.grouped import Grouped
+from batchinfer.ops.grouped import GroupQuantized
 from batchinfer.ops.reference import ReferenceOps
 from batchinfer.types import Request, SamplingParams
 
@@ -78,7 +78,7 @@ def test_a_captured_product_is_replayed_with_other_rows(real_gpu, kind: str) -> 
     assert torch.equal(out, again)
 
 
-def coded(kind: str, shape: torch.Size) -> Grouped:
+def coded(kind: str, shape: torch.Size) -> GroupQuantized:
     """Numbers as large as the weights of :func:`weights_of`."""
     weight = draw(kind, *shape)
     return replace(weight, scales=weight.scales * (2 * shape[1] ** -0.5))

@@ -23,7 +23,7 @@ from batchinfer.models.packing import Suiting, bytes_of, pack
 from batchinfer.models.spec import load_spec
 from batchinfer.models.weights import load_weights, with_token_head
 from batchinfer.ops import Ops
-from batchinfer.ops.grouped import Grouped
+from batchinfer.ops.grouped import GroupQuantized
 from batchinfer.ops.reference import ReferenceOps
 from batchinfer.types import PoolSpec, Request, SamplingParams
 
@@ -58,7 +58,7 @@ def test_weights_are_what_the_codes_stand_for(scheme: str, written: Callable[...
     for name, tensor in want.items():
         close(got[name], tensor)
         matrix = tensor.ndim == 2 and name not in ("embed", "lm_head")
-        assert isinstance(kept[name], Grouped) == matrix
+        assert isinstance(kept[name], GroupQuantized) == matrix
         if matrix:
             close(kept[name].dense(torch.float32), tensor)
 
@@ -109,7 +109,7 @@ def test_parts_with_different_orders_become_dense_together(written: Callable[...
     order = torch.arange(64, dtype=torch.int32) // 32
     save_file(stored | {f"{name}g_idx": order}, file)
     kept = dict(load_weights(str(quantised), load_spec(str(quantised)), torch.float32, keep=True))
-    assert isinstance(kept["layers.1.qkv"], Grouped)
+    assert isinstance(kept["layers.1.qkv"], GroupQuantized)
     got = kept["layers.0.qkv"]
     assert isinstance(got, torch.Tensor)
     close(got[64:], load(dense)["layers.0.qkv"][64:])
@@ -260,6 +260,6 @@ def test_a_device_with_kernels_for_codes_keeps_all_but_experts(written: Callable
     quantised, _ = written("gptq-order", "qwen2-moe")
     spec, suiting = load_spec(str(quantised)), Suiting(ReferenceOps(), torch.float32)
     kept = dict(suiting(load_weights(str(quantised), spec, torch.float32, keep=True)))
-    codes = {name for name, tensor in kept.items() if isinstance(tensor, Grouped)}
+    codes = {name for name, tensor in kept.items() if isinstance(tensor, GroupQuantized)}
     assert codes == {f"layers.{i}.{name}" for i in range(2) for name in ("qkv", "o")}
     assert (suiting.kept, suiting.dense) == (4, 2 * 2 * 7)  # the shared expert is one

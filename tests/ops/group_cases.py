@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from batchinfer.ops.grouped import Grouped
+from batchinfer.ops.grouped import GroupQuantized
 
 KINDS = {
     "int4": (4, 128, False, False),
@@ -19,7 +19,7 @@ KINDS = {
 """Name: (bits, 0: float8; group, 0: all; zeros; order)."""
 
 
-def draw(kind: str, outputs: int, depth: int, seed: int = 0) -> Grouped:
+def draw(kind: str, outputs: int, depth: int, seed: int = 0) -> GroupQuantized:
     """Weights of about 1, scales as files have them."""
     bits, group, with_zeros, with_order = KINDS[kind]
     g = torch.Generator().manual_seed(seed)
@@ -29,7 +29,7 @@ def draw(kind: str, outputs: int, depth: int, seed: int = 0) -> Grouped:
     order = torch.randperm(depth, generator=g) if with_order else None
     if not bits:
         codes = (torch.randn(outputs, depth, generator=g) * 10).to(torch.float8_e4m3fn)
-        return Grouped(codes, scales / 10, group, order=order)
+        return GroupQuantized(codes, scales / 10, group, order=order)
     codes = torch.randint(0, 2**bits, (outputs, depth), generator=g, dtype=torch.uint8)
     zeros = torch.randint(0, 2**bits, (outputs, groups), generator=g, dtype=torch.uint8) if with_zeros else None
-    return Grouped(codes, (scales / 2 ** (bits - 1)).half(), group, zeros, bits, order)
+    return GroupQuantized(codes, (scales / 2 ** (bits - 1)).half(), group, zeros, bits, order)

@@ -12,7 +12,7 @@ from triton import cdiv
 from batchinfer.ops import AttentionInput, Experts, HeadNorm, Rope, SampleInput, SampleOutput
 from batchinfer.ops.device import DeviceOps, fitting_split, parts
 from batchinfer.ops.fields import SAMPLE_FIELDS
-from batchinfer.ops.grouped import Grouped
+from batchinfer.ops.grouped import GroupQuantized
 from batchinfer.ops.triton import attention, logprobs, norms, penalties, rope, rows, sample
 from batchinfer.ops.triton.blocks import (
     attention_blocks,
@@ -83,7 +83,7 @@ class TritonOps(DeviceOps):
     def _run(self, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
         kernel[grid](*args, **options)
 
-    def _pack_groups(self, weight: Grouped) -> PackedGroups:
+    def _pack_groups(self, weight: GroupQuantized) -> PackedGroups:
         return pack(weight, self.device)
 
     def _group_linear(self, x: Tensor, weight: PackedGroups, out: Tensor, bias: Tensor | None) -> None:

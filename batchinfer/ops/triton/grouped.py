@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from batchinfer.ops.grouped import Grouped
+from batchinfer.ops.grouped import GroupQuantized
 from batchinfer.ops.triton import groups as kernels
 from batchinfer.ops.triton.blocks import group_blocks, row_block, splits
 
@@ -31,8 +31,8 @@ SCRATCH = 64 << 20
 
 @dataclass(frozen=True)
 class PackedGroups:
-    """A Grouped [N, K] on the device: codes as groups.py has them, ``scales`` [G, N], ``zeros`` uint8 [G, N] or None,
-    ``group`` of K, the padding of codes too where there is one, ``half`` codes of a tile."""
+    """A GroupQuantized [N, K] on the device: codes as groups.py has them, ``scales`` [G, N], ``zeros`` uint8 [G, N] or
+    None, ``group`` of K, the padding of codes too where there is one, ``half`` codes of a tile."""
 
     codes: Tensor
     scales: Tensor
@@ -69,7 +69,7 @@ class PackedGroups:
         }
 
 
-def pack(weight: Grouped, device: torch.device) -> PackedGroups:
+def pack(weight: GroupQuantized, device: torch.device) -> PackedGroups:
     """Raises ValueError: groups that are not whole tiles."""
     outputs, depth = weight.shape
     half = HALF

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ops.group_cases import KINDS, draw
 
-from batchinfer.ops.grouped import Grouped
+from batchinfer.ops.grouped import GroupQuantized
 from batchinfer.ops.reference import ReferenceOps
 from batchinfer.ops.triton.grouped import FROM_DENSE
 
@@ -50,7 +50,7 @@ def test_split_sums_are_added_in_order(ops, kind, monkeypatch):
 def test_every_code_of_float8_is_its_number(ops):
     codes = torch.arange(256, dtype=torch.uint8)
     codes = codes[(codes & 127) != 127].view(1, -1)  # all but NaN
-    weight = Grouped(codes.repeat(254, 1).view(torch.float8_e4m3fn), torch.ones(254, 1), 254)
+    weight = GroupQuantized(codes.repeat(254, 1).view(torch.float8_e4m3fn), torch.ones(254, 1), 254)
     got = linear(ops, torch.eye(254), weight)
     assert torch.equal(got, weight.dense(torch.float32).T)
 
@@ -74,6 +74,6 @@ def test_wrong_arguments_are_named(ops):
     with pytest.raises(ValueError, match=r"out has dtype torch\.float16: torch\.float32 is needed"):
         ops.linear(x, weight, out.half())
     one = draw("int4", 16, 256)
-    odd = Grouped(one.codes, one.scales.repeat(1, 6)[:, :11], 24, None, 4)
+    odd = GroupQuantized(one.codes, one.scales.repeat(1, 6)[:, :11], 24, None, 4)
     with pytest.raises(ValueError, match=r"groups of 24: multiples of 16 are possible"):
         ops.pack_weight(odd)
