@@ -37,7 +37,7 @@ class NativeOps(NativeLinear, TextAttention):
     works on one op. Raises RuntimeError where the extension lacks the device, ValueError for an unusable ``isa``.
     """
 
-    lacks: frozenset[Lack] = frozenset()
+    lacks: frozenset[Lack] = frozenset({"groups of codes"})
 
     def __init__(self, device: str = "cpu", threads: int = 0, isa: str = ""):
         self._cpu = _extension(device).Cpu(threads, isa)
