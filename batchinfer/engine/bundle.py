@@ -17,6 +17,7 @@ import torch
 from batchinfer.config import Config
 from batchinfer.engine.loading import DTYPES
 from batchinfer.engine.step_buffer import StepBuffer
+from batchinfer.engine.step_shape import StepShape
 from batchinfer.models.decoder import Decoder, ScoreInput
 from batchinfer.models.encoder_spec import encoder_spec
 from batchinfer.models.files import ModelError
@@ -78,17 +79,17 @@ def take_steps(config: Config, ops: DeviceOps) -> None:
         dtype,
         max_positions=spec.resolve_length(engine.max_model_len),
         max_step_tokens=engine.max_step_tokens,
-        max_samples=engine.max_slots,
+        max_samples=min(engine.max_slots * (1 + engine.lookup), engine.max_step_tokens),
         pooling=None if pool is None else pool.pooling,
     )
     cache = decoder.new_cache(1, engine.page_size)
     columns = -(-decoder.max_positions // engine.page_size)
     page_table = torch.empty(engine.max_slots, columns, dtype=torch.int32, device=META)
-    buffer = StepBuffer(engine.max_step_tokens, engine.max_slots, _empty_bytes)
+    buffer = StepBuffer(engine.max_step_tokens, engine.max_slots, decoder.max_samples, _empty_bytes)
     for tokens in _sizes(engine.max_step_tokens):
-        samples = min(tokens, engine.max_slots)
-        for decoding in {False, tokens == samples}:
-            step = buffer.step_input(tokens, samples, page_table, decoding)
+        samples = min(tokens, decoder.max_samples)
+        for decoding in {False, tokens <= engine.max_slots}:
+            step = buffer.step_input(StepShape(tokens, samples, decode_only=decoding), page_table)
             if decoder.pooling:
                 decoder.pool(step, cache)
                 continue
@@ -97,7 +98,7 @@ def take_steps(config: Config, ops: DeviceOps) -> None:
                 ops.sample(logits, buffer.sample_input(samples, **extras))
     if not decoder.pooling:
         row = torch.empty(1, dtype=torch.int32, device=META)
-        step = buffer.step_input(1, 1, page_table)
+        step = buffer.step_input(StepShape(1, 1), page_table)
         decoder.forward(replace(step, score=ScoreInput(row, row.long())), cache)
 
 

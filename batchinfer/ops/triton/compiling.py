@@ -12,8 +12,8 @@ from batchinfer.ops.triton.targets import AbsentDevice, Target
 
 
 class CompilingOps(TritonOps):
-    """``device`` "meta": tensors have shapes and no memory, so any model fits. Triton keeps what it compiles in
-    $TRITON_CACHE_DIR, and takes it from there the next time."""
+    """``device`` "meta": tensors have shapes and no memory, so any model fits. ``kernels``: what Triton has compiled,
+    which it keeps in $TRITON_CACHE_DIR, too, and takes from there the next time."""
 
     def __init__(self, target: Target, device: str = "meta"):
         super().__init__(device)
@@ -23,9 +23,6 @@ class CompilingOps(TritonOps):
         self._mixture = Mixture(target.shared, target.rdna)
 
     def _run(self, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
-        self.keep(kernel.warmup(*args, grid=grid, **options), options)
-
-    def keep(self, kernel: Any, options: dict[str, Any]) -> None:
-        """Take note of what has been compiled, for a launch with these options."""
-        if all(kernel is not other for other in self.kernels):
-            self.kernels.append(kernel)
+        compiled = kernel.warmup(*args, grid=grid, **options)
+        if all(compiled is not other for other in self.kernels):
+            self.kernels.append(compiled)
