@@ -26,6 +26,7 @@ from batchinfer.models.layers import (
 from batchinfer.models.lora import NO_ADAPTERS, Adapter, AdapterRows
 from batchinfer.models.model_spec import LayerKind, ModelSpec
 from batchinfer.ops import AttentionInput, Experts, HeadNorm, Ops, Rope
+from batchinfer.ops.quantized import kv_row
 from batchinfer.types import Pooling
 
 
@@ -69,7 +70,7 @@ class StepInput:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all pages: per layer one tensor [P, G, B, E] each, in the engine's dtype.
+    """Keys and values of all pages: per layer one tensor [P, G, B, E] each, or of int8 [P, G, B, E + 4].
 
     Layers with a sliding window keep all positions too: pages belong to all layers together, and so does a prefix.
     """
@@ -79,8 +80,8 @@ class KVCache:
 
     @staticmethod
     def bytes_per_page(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
-        """Memory of one page over all layers."""
-        return 2 * spec.layers * spec.kv_heads * page_size * spec.head_dim * dtype.itemsize
+        """Memory of one page over all layers, in a cache of ``dtype``."""
+        return 2 * spec.layers * spec.kv_heads * page_size * kv_row(spec.head_dim, dtype) * dtype.itemsize
 
 
 class Decoder:
@@ -88,7 +89,8 @@ class Decoder:
 
     ``weights`` are what :func:`batchinfer.models.packing.pack` makes, with the names in ``adapters`` for ``adapted``. A
     step has at most ``max_step_tokens`` tokens at positions below ``max_positions``, and samples from at most
-    ``max_samples``. ``pooling`` None: it is asked for :meth:`forward`, else for :meth:`pool`.
+    ``max_samples``. ``pooling`` None: it is asked for :meth:`forward`, else for :meth:`pool`. ``kv_dtype`` None: the
+    cache has ``dtype`` too.
     """
 
     def __init__(
@@ -102,8 +104,10 @@ class Decoder:
         max_samples: int,
         pooling: Pooling | None = None,
         adapters: Sequence[Adapter] = (),
+        kv_dtype: torch.dtype | None = None,
     ):
         self.spec, self.ops, self.dtype, self.pooling = spec, ops, dtype, pooling
+        self.kv_dtype = kv_dtype or dtype
         self.layers, self.embed, self.positions, self.norm, self.head = _assemble(spec, weights, adapters)
         self.kinds = spec.layer_kinds(max_positions)
         self.different_kinds = tuple(dict.fromkeys(self.kinds))
@@ -121,8 +125,8 @@ class Decoder:
 
     def new_cache(self, num_pages: int, page_size: int) -> KVCache:
         """A cache of zeros."""
-        shape = (num_pages, self.spec.kv_heads, page_size, self.spec.head_dim)
-        k, v = (tuple(self.ops.zeros(shape, self.dtype) for _ in range(self.spec.layers)) for _ in "kv")
+        shape = (num_pages, self.spec.kv_heads, page_size, kv_row(self.spec.head_dim, self.kv_dtype))
+        k, v = (tuple(self.ops.zeros(shape, self.kv_dtype) for _ in range(self.spec.layers)) for _ in "kv")
         return KVCache(k, v)
 
     def forward(self, step: StepInput, cache: KVCache) -> tuple[Tensor, Scores | None]:

@@ -18,8 +18,9 @@ from torch import Tensor
 from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.experts import mix_by_expert
 from batchinfer.ops.fields import SAMPLE_FIELDS
-from batchinfer.ops.native_checks import DTYPES, address, check, check_segments, shape_of
+from batchinfer.ops.native_checks import DTYPES, address, check, check_caches, check_segments, shape_of
 from batchinfer.ops.native_linear import NativeLinear
+from batchinfer.ops.quantized import kv_row
 from batchinfer.ops.texts import TextAttention
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class NativeOps(NativeLinear, TextAttention):
         return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
     def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0) -> AttentionPlan:
-        pages, kv_heads, page_size, width = shape_of("k_cache", k_cache, 4)
+        pages, kv_heads, page_size, row = shape_of("k_cache", k_cache, 4)
+        width = row - kv_row(0, k_cache.dtype)
         slots, slot_pages = shape_of("page_table", inputs.page_table, 2)
         (sequences,) = shape_of("kv_len", inputs.kv_len, 1)
         check("q_start", inputs.q_start, torch.int32, (sequences + 1,))
@@ -103,8 +105,7 @@ class NativeOps(NativeLinear, TextAttention):
         softcap: float = 0.0,
     ) -> None:
         check("q", q, torch.float32, plan.query_shape)
-        check("k_cache", k_cache, None, plan.cache_shape)
-        check("v_cache", v_cache, k_cache.dtype, plan.cache_shape)
+        cache_dtype = check_caches(k_cache, v_cache, plan.cache_shape)
         check("out", out, None, plan.query_shape)
         check("lse", lse, torch.float32, plan.query_shape[:2])
         self._cpu.attention(
@@ -112,7 +113,7 @@ class NativeOps(NativeLinear, TextAttention):
             q.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
-            DTYPES[k_cache.dtype],
+            cache_dtype,
             scale,
             softcap,
             out.data_ptr(),
@@ -207,8 +208,7 @@ class NativeOps(NativeLinear, TextAttention):
         check("qkv", qkv, torch.float32, (tokens, (heads + 2 * kv_heads) * width))
         check("positions", positions, torch.int32, (tokens,))
         check("kv_index", kv_index, torch.int64, (tokens,))
-        check("k_cache", k_cache, None, (pages, kv_heads, page_size, width))
-        check("v_cache", v_cache, k_cache.dtype, (pages, kv_heads, page_size, width))
+        cache_dtype = check_caches(k_cache, v_cache, (pages, kv_heads, page_size, width))
         cos_sin, max_positions, rotary = None, 0, 0
         if rope is not None:
             cos_sin = rope.cos_sin
@@ -233,7 +233,7 @@ class NativeOps(NativeLinear, TextAttention):
             address(k_norm),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
-            DTYPES[k_cache.dtype],
+            cache_dtype,
             q_out.data_ptr(),
             tokens,
             heads,

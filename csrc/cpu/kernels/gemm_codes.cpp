@@ -12,6 +12,7 @@
 // its scales and minima [columns] float16, then the words; blocks4 keeps the codes of k + 4 in the upper halves of the
 // bytes of k.
 #include "cpu/kernels/code_dot.h"
+#include "cpu/kernels/codes.h"
 #include "cpu/kernels/gemm_output.h"
 #include "cpu/kernels/kernels.h"
 
@@ -54,41 +55,6 @@ struct PackedRows {
         return codes + (k / kDepthBlock * rows + row) * kDepthBlock + k % kDepthBlock;
     }
 };
-
-// The largest magnitude among values. Compared as integers, in whose order infinities and NaN come last.
-class Largest {
-  public:
-    void see(Vec v) {
-        const Ints size = bits_as<Ints>(v.v) & 0x7fffffff;
-        bits_ = size > bits_ ? size : bits_;
-    }
-
-    // The scale of the values; NaN if one of them is not finite.
-    float scale() const {
-        const Ints infinity = 0x7f800000 - Ints{};
-        const float largest = reduce_max({bits_as<Floats>(bits_ < infinity ? bits_ : infinity)});
-        return largest < __builtin_inff() ? largest / 127.0f : __builtin_nanf("");
-    }
-
-  private:
-    Ints bits_ = {};
-};
-
-float inverse_of(float scale) {  // of a subnormal one it could be infinite
-    return scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
-}
-
-// Values as codes, which are 0 for an inverse of 0.
-Ints encode(Vec v, Vec inverse, int8_t* codes) {
-    constexpr float kShifter =
-        12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then is in the low bits
-    typedef int8_t Bytes __attribute__((vector_size(Vec::W)));
-    const Vec shifted = v * inverse + Vec::broadcast(kShifter);
-    const Ints code = bits_as<Ints>(shifted.v) - bits_as<Ints>(Vec::broadcast(kShifter).v);
-    const Bytes bytes = __builtin_convertvector(code, Bytes);
-    __builtin_memcpy(codes, &bytes, sizeof(bytes));
-    return code;
-}
 
 // Exact: codes are small, and so are sums of up to 2^24 / 127 of them.
 int32_t sum_of(Ints codes) {
