@@ -29,6 +29,9 @@ from batchinfer.ops import AttentionInput, Experts, HeadNorm, Ops, Rope
 from batchinfer.ops.quantized import kv_row
 from batchinfer.types import Pooling
 
+Plans = dict[int, Any]
+"""Of attention in a step, by the layers' window."""
+
 
 @dataclass(frozen=True)
 class ScoreInput:
@@ -129,10 +132,17 @@ class Decoder:
         k, v = (tuple(self.ops.zeros(shape, self.kv_dtype) for _ in range(self.spec.layers)) for _ in "kv")
         return KVCache(k, v)
 
-    def forward(self, step: StepInput, cache: KVCache) -> tuple[Tensor, Scores | None]:
+    def plans(self, step: StepInput, cache: KVCache) -> Plans:
+        """The step's attention plans."""
+        return {
+            window: self.ops.plan_attention(step.attention, self.spec.heads, cache.k[0], window)
+            for window in {kind.window for kind in self.different_kinds}
+        }
+
+    def forward(self, step: StepInput, cache: KVCache, plans: Plans | None = None) -> tuple[Tensor, Scores | None]:
         """Logits float32 [N, V] of the sampled rows, a view that the next call overwrites; and the scores that the step
-        asks for. Writes the step's keys and values to ``cache``."""
-        w = self._layers(step, cache, whole=step.score is not None)
+        asks for. Writes the step's keys and values to ``cache``. ``plans``: those of the step, if they are made."""
+        w = self._layers(step, cache, plans, whole=step.score is not None)
         if w is None:
             return self.logits[:0], None
         normed(self.ops, self.norm, w, pending=True)
@@ -146,7 +156,7 @@ class Decoder:
         states of the sampled rows, or [N, classes] with a head. "cls": float32 [S, width], that of each sequence's
         first token in the step. "mean": float64 [S, width], the sum over its tokens in the step, so exact that it does
         not matter where a text was cut. Writes keys and values as :meth:`forward` does."""
-        w = self._layers(step, cache, whole=self.pooling != "last")
+        w = self._layers(step, cache, None, whole=self.pooling != "last")
         if w is None:
             return self.logits[:0]
         if self.spec.head != "hidden":
@@ -160,11 +170,11 @@ class Decoder:
             return torch.segment_reduce(states.double(), "sum", offsets=starts.long(), axis=0)
         return states.to(torch.float32, copy=True)
 
-    def _layers(self, step: StepInput, cache: KVCache, whole: bool) -> Workspace | None:
+    def _layers(self, step: StepInput, cache: KVCache, plans: Plans | None, whole: bool) -> Workspace | None:
         """What is left for the last norm to read: of all tokens if ``whole``, else of the sampled ones; None if there
         are none of these."""
         ops, spec, w = self.ops, self.spec, self.workspace.first(len(step.token_ids))
-        attention, groups = self._attention(step, cache), step.adapters.tokens
+        attention, groups = self._attention(step, plans or self.plans(step, cache)), step.adapters.tokens
         ops.embed(step.token_ids, self.embed, w.residual, spec.embed_scale)
         if self.positions is not None:
             ops.embed(step.positions, self.positions, w.delta)
@@ -186,14 +196,10 @@ class Decoder:
                 feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=True), w, groups)
         return w
 
-    def _attention(self, step: StepInput, cache: KVCache) -> dict[LayerKind, Attention]:
+    def _attention(self, step: StepInput, plans: Plans) -> dict[LayerKind, Attention]:
         """What the layers of each kind need of the step."""
-        ops, spec = self.ops, self.spec
+        spec = self.spec
         scale = spec.score_scale or spec.head_dim**-0.5
-        plans = {
-            window: ops.plan_attention(step.attention, spec.heads, cache.k[0], window)
-            for window in {kind.window for kind in self.different_kinds}
-        }
         return {
             kind: Attention(
                 step.positions,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,7 @@ from batchinfer.ops.quantized import kv_row
 from batchinfer.ops.texts import TextAttention
 
 if TYPE_CHECKING:
-    from batchinfer._ops import AttentionPlan
+    from batchinfer._ops import AttentionPlan, Program
 
 ACTIVATIONS: dict[Activation, int] = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
 """With their number there."""
@@ -41,7 +43,8 @@ class NativeOps(NativeLinear, TextAttention):
     lacks: frozenset[Lack] = frozenset()
 
     def __init__(self, device: str = "cpu", threads: int = 0, isa: str = ""):
-        self._cpu = _extension(device).Cpu(threads, isa)
+        extension = _extension(device)
+        self._cpu, self._program = extension.Cpu(threads, isa), extension.Program
         self.device = torch.device("cpu")
         self.isa: str = self._cpu.isa
         self.threads: int = self._cpu.threads
@@ -54,12 +57,35 @@ class NativeOps(NativeLinear, TextAttention):
         the same bits."""
         return weights if "bf16" in self.isa else torch.float32
 
+    @contextmanager
+    def recording(self) -> Iterator[Program]:
+        """The ops that are called meanwhile, other than ``sample``, are computed and go into the program: with the
+        addresses and shapes of their tensors, weights and plans, which must live as long as it."""
+        program = self._program()
+        self._cpu.record(program)
+        try:
+            yield program
+        finally:
+            self._cpu.record(None)
+
+    def replay(self, program: Program) -> None:
+        """The program's ops again, in order, on what their tensors hold now. Raises ValueError as they do."""
+        self._cpu.replay(program)
+
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """numpy's zeros are the kernel's: a page takes memory when it is first written, where torch would write all of
         them now (8 GiB take seconds, and a small job uses a hundredth)."""
         return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
-    def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0) -> AttentionPlan:
+    def plan_attention(
+        self,
+        inputs: AttentionInput,
+        num_heads: int,
+        k_cache: Tensor,
+        window: int = 0,
+        again: AttentionPlan | None = None,
+    ) -> AttentionPlan:
+        """``again``: a plan that becomes this one, and is given back."""
         pages, kv_heads, page_size, row = shape_of("k_cache", k_cache, 4)
         width = row - kv_row(0, k_cache.dtype)
         slots, slot_pages = shape_of("page_table", inputs.page_table, 2)
@@ -77,7 +103,8 @@ class NativeOps(NativeLinear, TextAttention):
             )
         if window < 0:
             raise ValueError(f"window={window} must be 0 (all positions) or a number of positions")
-        return self._cpu.plan_attention(
+        made = self._cpu.plan_attention(
+            again,
             inputs.q_start.data_ptr(),
             inputs.kv_len.data_ptr(),
             inputs.slot.data_ptr(),
@@ -92,6 +119,7 @@ class NativeOps(NativeLinear, TextAttention):
             page_size,
             window,
         )
+        return made or again
 
     def attention(
         self,
