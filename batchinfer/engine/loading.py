@@ -27,7 +27,7 @@ from batchinfer.engine.encoder_engine import EncoderEngine
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.kv_dtype import DTYPES, check_kv_dtype, kv_dtype
 from batchinfer.engine.lengths import LengthPredictor
-from batchinfer.engine.memory import num_pages
+from batchinfer.engine.memory import num_pages, trim_heap
 from batchinfer.engine.runner import make_runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
@@ -90,6 +90,7 @@ def load_engine(
     adapted = {name for adapter in adapters for name in adapter}
     tokens = () if pool is None else pool.tokens
     weights = _packed(model, engine.weights, spec, dtype, ops, source or OwnReading(), tokens, adapted)
+    trim_heap()
     spec = spec.with_token_head(len(tokens)) if tokens else spec
     decoder = Decoder(
         spec,
