@@ -112,12 +112,17 @@ class Engine:
         """Whether another request would help to keep the batch full: half a batch waits beside the running one."""
         return self._scheduler.num_open < self.max_slots + self.max_slots // 2 + 1
 
+    @property
+    def num_running(self) -> int:
+        """Open samples that have a slot."""
+        return self._scheduler.num_running
+
     def tokens_left(self) -> np.ndarray:
         """New tokens that each open sample, running or waiting, will probably still get: int64 [K] in no order."""
         return self._scheduler.tokens_left()
 
     def limit_prompts(self, step_tokens: int) -> None:
-        """Steps that decode have prompt tokens only up to so many tokens in all from now on; 0: as many as fit."""
+        """Steps have prompt tokens only up to so many tokens in all from now on; 0: as many as fit."""
         self._scheduler.limit_prompts(step_tokens)
 
     def expected_tokens(self, request: Request) -> int:

@@ -1,7 +1,7 @@
 """What decides the launches of a GPU's step, and the few sizes that small steps are filled up to. No torch.
 
 A captured graph is replayed for every step of one :class:`StepShape`. To launch a layer's kernels one by one takes the
-host about 0.15 ms, so steps whose layers the device ends sooner wait for the host: decoding alone, nearly always, and
+host 0.15 to 0.4 ms, so steps whose layers the device ends sooner wait for the host: decoding alone, nearly always, and
 the small steps of a small model that have prompts or drafts in them. Those are filled up with rows that change nothing
 (step_buffer.py) to sizes that come again; the device has the time for these rows anyway. Larger steps keep their size:
 the host is ahead, and rows would cost what they compute.
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from batchinfer.engine.roofline import Costs
 from batchinfer.models.model_spec import ModelSpec
 
-LAUNCH_BOUND = 1e11
-"""Floating-point operations in a layer that an H100 does in the 0.15 ms of its launch: 820 tokens of Llama-3.2-1B,
-3,200 of Qwen3-0.6B, 230 of Llama-3.1-8B, whose weights take that time to be read anyway."""
+LAUNCH_BOUND = 1.3e11
+"""Floating-point operations in a layer that an H100 does in the 0.2 ms of its launch: 1,070 tokens of Llama-3.2-1B,
+4,200 of Qwen3-0.6B, 300 of Llama-3.1-8B."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,10 @@ def decode_size(count: int, limit: int) -> int:
 
 def mixed_size(count: int, limit: int) -> int:
     """The same for the tokens, and for the samples, of other steps, where pairs of sizes have to come again: 0, 16, and
-    from there on two sizes for each doubling (24, 32, 48, 64 ...); never above ``limit``."""
+    from there on two sizes for each doubling (24, 32, 48, 64 ...), above 256 four (320, 384, 448, 512, 640 ...); never
+    above ``limit``."""
     if count == 0:
         return 0
     power = 1 << max(4, (count - 1).bit_length())
-    return min(limit, power * 3 // 4 if 16 < count <= power * 3 // 4 else power)
+    step = power if power <= 16 else power // 4 if power <= 256 else power // 8
+    return min(limit, -(-count // step) * step)
