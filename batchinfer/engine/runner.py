@@ -15,6 +15,7 @@ from batchinfer.engine.memory import free_memory, host_budget
 from batchinfer.engine.replay import Replay
 from batchinfer.engine.slots import Rows, SlotTable
 from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores, StepInput
+from batchinfer.models.layers import Copies
 from batchinfer.models.lora import NO_ADAPTERS, AdapterRows, Groups
 from batchinfer.ops import AttentionInput, SampleOutput
 from batchinfer.types import ExitCode, JobError
@@ -148,7 +149,15 @@ class HostRunner:
             sample_row=tensor(step.sample_row),
             score=ScoreInput(tensor(scored[0]), tensor(scored[1]), scored[2]) if scored else None,
             adapters=grouped_rows(rows),
+            copies=copies(step, tensor),
         )
+
+
+def copies(step: Step, tensor: Callable[[np.ndarray], torch.Tensor]) -> Copies | None:
+    """``tensor`` puts an array where the decoder needs it."""
+    if not len(step.copied_row):
+        return None
+    return Copies(*(tensor(a) for a in (step.copied_row, step.positions[step.copied_row], step.copied_index)))
 
 
 def grouped_rows(rows: Rows) -> AdapterRows:
