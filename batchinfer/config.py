@@ -113,6 +113,7 @@ class EngineConfig:
     ops: str = "auto"
     kernels: str | None = None
     dtype: str = "auto"
+    kv_dtype: str = "auto"
     weights: str = "auto"
     threads: int = 0
     page_size: int = 16
@@ -228,6 +229,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.device": ("auto", "cpu", "cuda", "rocm", "xpu", "reference"),
     "engine.ops": ("auto", "native", "triton"),
     "engine.dtype": ("auto", "bf16", "fp32"),
+    "engine.kv_dtype": ("auto", "bf16", "fp32", "int8"),
     "engine.weights": ("auto", "keep", "int8"),
     "cluster.mpi": ("auto", "on", "off"),
     "export.format": ("rows", "openai"),

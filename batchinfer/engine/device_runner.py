@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from batchinfer.engine.memory import allocate_or_shrink, device_budget
-from batchinfer.engine.runner import StepOutput
+from batchinfer.engine.runner import StepOutput, copies
 from batchinfer.engine.slots import Rows, ScoredRows, SlotTable
 from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.engine.step_shape import Limits, StepShape
 from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores
+from batchinfer.models.layers import Copies
 from batchinfer.ops import SampleOutput
 from batchinfer.ops.accelerator import Accelerator, Event
 from batchinfer.types import ExitCode, JobError
@@ -142,7 +143,7 @@ class DeviceRunner:
         def free() -> int:
             return self._gpu.memory()[0]
 
-        page_bytes = KVCache.bytes_per_page(self._decoder.spec, self._page_size, self._decoder.dtype)
+        page_bytes = KVCache.bytes_per_page(self._decoder.spec, self._page_size, self._decoder.kv_dtype)
         return allocate_or_shrink(make, num_pages, page_bytes, self._gpu.OutOfMemory, free)
 
     def start(self, step: Step, rows: Rows) -> None:
@@ -152,7 +153,7 @@ class DeviceRunner:
         adapters = rows.adapters()
         adapted = adapters is not None
         shape = StepShape(step.num_tokens, step.num_samples, adapted=adapted)
-        if not (extras or scored or self._decoder.pooling):
+        if not (extras or scored or self._decoder.pooling or len(step.copied_row)):
             shape = self.limits.shape(step.num_tokens, step.num_samples, step.num_decode, adapted)
         host = self._host[self._parity]
         host.fill(step, self.slots, shape, adapters)
@@ -166,7 +167,9 @@ class DeviceRunner:
                 graph.graph.replay()
                 out = StepOutput(SampleOutput(graph.tokens))
             else:
-                out = self._compute(shape, extras, self._score_input(scored) if scored else None)
+                score = self._score_input(scored) if scored else None
+                copied = copies(step, lambda array: torch.from_numpy(array).to(self._device))
+                out = self._compute(shape, extras, score, copied)
             scores = None if out.scores is None else self._to_host(out.scores, len(out.scores.chosen))
             states = None if out.states is None else self._copy(out.states)
             out = StepOutput(self._to_host(out.sample, step.num_samples), scores, states)
@@ -195,13 +198,19 @@ class DeviceRunner:
         del self._decoder, self._ops, self._buffer, self._page_table  # the engine may live on, for its counters
         self._gpu.empty_cache()
 
-    def _compute(self, shape: StepShape, extras: dict[str, object], score: ScoreInput | None = None) -> StepOutput:
+    def _compute(
+        self,
+        shape: StepShape,
+        extras: dict[str, object],
+        score: ScoreInput | None = None,
+        copied: Copies | None = None,
+    ) -> StepOutput:
         """The step in the device's buffer: forward, sample, and remember the tokens of the slots."""
         arrays, tokens, samples = self._buffer.arrays, shape.tokens, shape.samples
         ids, slot = arrays["token_ids"][:tokens], arrays["slot"][:tokens]
         ids = ids[: len(slot)]  # decodes come first, one token a sequence where some are not known yet
         torch.where(ids < 0, self._last_token.index_select(0, slot), ids, out=ids)
-        step = replace(self._buffer.step_input(shape, self._page_table), score=score)
+        step = replace(self._buffer.step_input(shape, self._page_table), score=score, copies=copied)
         if self._decoder.pooling:
             tokens_of_nobody = torch.zeros(samples, dtype=torch.int32, device=self._device)
             return StepOutput(SampleOutput(tokens_of_nobody), states=self._decoder.pool(step, self._cache))
@@ -264,7 +273,9 @@ class DeviceRunner:
         arrays["sample_slot"].fill_(self._max_slots)
         arrays["temperature"].fill_(1.0)
         arrays["top_p"].fill_(0.9)
-        self._compute(StepShape(tokens, self._decoder.max_samples, adapted=self._decoder.adapted), {})
+        zeros = arrays["positions"]
+        shape = StepShape(tokens, self._decoder.max_samples, adapted=self._decoder.adapted)
+        self._compute(shape, {}, copied=Copies(zeros, zeros, arrays["kv_index"]))
 
 
 def _to_device(name: str, value: object, device: torch.device) -> object:

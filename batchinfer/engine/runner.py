@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from batchinfer.engine.memory import free_memory, host_budget
+from batchinfer.engine.replay import Replay
 from batchinfer.engine.slots import Rows, SlotTable
 from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores, StepInput
+from batchinfer.models.layers import Copies
 from batchinfer.models.lora import NO_ADAPTERS, AdapterRows, Groups
 from batchinfer.ops import AttentionInput, SampleOutput
 from batchinfer.ops.accelerator import Accelerator
@@ -84,6 +86,7 @@ class HostRunner:
         self._decoder = decoder
         self._page_size = page_size
         self._cache = KVCache((), ())
+        self._replay = Replay(decoder, self._cache)
         self._done: deque[StepOutput] = deque()
         self.slots = SlotTable(max_slots, decoder.spec.vocab_size)
         self.seconds = {"forward": 0.0, "sample": 0.0}
@@ -93,6 +96,7 @@ class HostRunner:
 
     def allocate(self, num_pages: int) -> int:
         self._cache = self._decoder.new_cache(num_pages, self._page_size)
+        self._replay = Replay(self._decoder, self._cache)
         return num_pages
 
     def start(self, step: Step, rows: Rows) -> None:
@@ -101,7 +105,7 @@ class HostRunner:
         if self._decoder.pooling:
             states = self._decoder.pool(self._step_input(step, rows), self._cache)
         else:
-            logits, scores = self._decoder.forward(self._step_input(step, rows), self._cache)
+            logits, scores = self._replay.forward(self._step_input(step, rows))
         middle = time.perf_counter()
         if step.num_samples and not self._decoder.pooling:
             inputs = self.slots.gather(step.sample_slot, step.sample_count, rows)
@@ -119,7 +123,7 @@ class HostRunner:
 
     def close(self) -> None:
         self._cache = KVCache((), ())
-        del self._decoder
+        del self._decoder, self._replay
 
     @staticmethod
     def _step_input(step: Step, rows: Rows) -> StepInput:
@@ -138,7 +142,15 @@ class HostRunner:
             sample_row=tensor(step.sample_row),
             score=ScoreInput(tensor(scored[0]), tensor(scored[1]), scored[2]) if scored else None,
             adapters=grouped_rows(rows),
+            copies=copies(step, tensor),
         )
+
+
+def copies(step: Step, tensor: Callable[[np.ndarray], torch.Tensor]) -> Copies | None:
+    """``tensor`` puts an array where the decoder needs it."""
+    if not len(step.copied_row):
+        return None
+    return Copies(*(tensor(a) for a in (step.copied_row, step.positions[step.copied_row], step.copied_index)))
 
 
 def grouped_rows(rows: Rows) -> AdapterRows:
