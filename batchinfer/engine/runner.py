@@ -18,7 +18,7 @@ from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores, Step
 from batchinfer.models.layers import Copies
 from batchinfer.models.lora import NO_ADAPTERS, AdapterRows, Groups
 from batchinfer.ops import AttentionInput, SampleOutput
-from batchinfer.types import ExitCode, JobError
+from batchinfer.ops.accelerator import Accelerator
 
 if TYPE_CHECKING:
     from batchinfer._engine import Step
@@ -69,19 +69,12 @@ class Runner(Protocol):
 
 
 def make_runner(decoder: Decoder, page_size: int, max_slots: int) -> Runner:
-    """The runner for the decoder's device. Raises JobError: a page size that the device can't work with (64), a device
-    that has ops and no runner (69)."""
-    device = decoder.ops.device.type
-    if device == "cpu":
+    """The runner for the decoder's device. Raises JobError(64) for a page size that the device can't work with."""
+    if decoder.ops.device.type == "cpu":
         return HostRunner(decoder, page_size, max_slots)
-    if device != "cuda":
-        raise JobError(
-            f"engine.device={device}: there are kernels for it, but no step loop yet; cuda, rocm and cpu have one",
-            ExitCode.UNFIT,
-        )
     from batchinfer.engine.device_runner import DeviceRunner
 
-    return DeviceRunner(decoder, page_size, max_slots)
+    return DeviceRunner(decoder, page_size, max_slots, Accelerator(decoder.ops.device))
 
 
 class HostRunner:

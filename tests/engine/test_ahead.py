@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from batchinfer.models.decoder import Decoder, ScoreInput
 from batchinfer.ops import SampleOutput
 from batchinfer.types import Completion, Request, SamplingParams
 
-CPU = torch.device("cpu")
+empty_bytes = partial(torch.empty, dtype=torch.uint8)
 
 
 class LaggingRunner(HostRunner):
@@ -30,7 +31,8 @@ class LaggingRunner(HostRunner):
 
     def __init__(self, decoder: Decoder, page_size: int, max_slots: int):
         super().__init__(decoder, page_size, max_slots)
-        self._buffers = [StepBuffer(decoder.max_step_tokens, max_slots, decoder.max_samples, CPU) for _ in range(2)]
+        sizes = decoder.max_step_tokens, max_slots, decoder.max_samples
+        self._buffers = [StepBuffer(*sizes, empty_bytes) for _ in range(2)]
         self._last_token = np.full(max_slots + 1, -7, np.int32)
         self._table = torch.full((max_slots, -(-decoder.max_positions // page_size)), -7, dtype=torch.int32)
         self.most_ahead = 0
