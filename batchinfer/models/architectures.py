@@ -87,6 +87,8 @@ class Traits:
     soft_caps: bool = False
     multipliers: bool = False  # Granite's
     experts: bool = False
+    stacked_experts: bool = False  # GPT-OSS's: one tensor of all of them, biases, a gate that is cut
+    sinks: bool = False  # a learned score of each head that every softmax has in its sum
     transposed: bool = False  # matrices are stored [in, out]
     qkv_by_head: bool = False  # stored as q, k, v of the first head, then of the next
 
@@ -174,6 +176,17 @@ ARCHITECTURES = {
         layer_norm=True,
         gated=False,
         windows="all",
+    ),
+    "GptOssForCausalLM": Traits(
+        names=Names(router="mlp.router"),
+        keys={"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
+        defaults={"attention_bias": True, "norm_topk_prob": True, "head_dim": 64, "rope_theta": 150000.0},
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        windows="even",
+        experts=True,
+        stacked_experts=True,
+        sinks=True,
     ),
     "GPT2LMHeadModel": Traits(
         names=Names(

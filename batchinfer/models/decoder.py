@@ -246,7 +246,22 @@ def _assemble(spec: ModelSpec, got: Mapping[str, Any], adapters: Sequence[Adapte
         mixture, parts = spec.experts, ("gate_up", "down")
         widths = mixture.widths
         gate_up, down = (tuple(got[f"{prefix}experts.{j}.{part}"] for j in range(len(widths))) for part in parts)
-        experts = Experts(gate_up, down, widths, mixture.per_token, mixture.renormalise, mixture.shared_width > 0)
+        biases = {}
+        if mixture.stacked:
+            biases = {
+                f"{part}_bias": torch.stack([got[f"{prefix}experts.{j}.{part}_bias"] for j in range(mixture.count)])
+                for part in parts
+            }
+        experts = Experts(
+            gate_up,
+            down,
+            widths,
+            mixture.per_token,
+            mixture.renormalise,
+            mixture.shared_width > 0,
+            clamp=mixture.clamp,
+            **biases,
+        )
         return Mixture(linear(prefix + "router"), experts)
 
     layers = []
@@ -263,6 +278,7 @@ def _assemble(spec: ModelSpec, got: Mapping[str, Any], adapters: Sequence[Adapte
                 mlp_norm=norm(prefix + "mlp_norm"),
                 mlp=mlp(prefix, i),
                 mlp_post_norm=norm(prefix + "mlp_post_norm"),
+                sinks=got.get(prefix + "sinks"),
             )
         )
     # The head is linear, so a scale of its logits may as well stand in the norm before it.

@@ -76,6 +76,7 @@ class Layer:
     mlp_norm: Norm | None
     mlp: Mlp | Mixture
     mlp_post_norm: Norm | None
+    sinks: Tensor | None = None  # float32 [H]
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,15 @@ def attend(
     layer.qkv(ops, x, w.qkv, groups)
     ops.rope_and_cache(w.qkv, step.positions, step.kv_index, step.rope, k_cache, v_cache, w.q, layer.head_norm)
     ops.attention(w.q, k_cache, v_cache, step.plan, step.scale, w.attn, w.lse, step.softcap)
+    if layer.sinks is not None:
+        sink(w.attn, w.lse, layer.sinks)
+
+
+def sink(attn: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """attn [T, H, E] of softmaxes that have a head's sink in their sums too, as a key without a value (Xiao et al.
+    2023, arXiv:2309.17453): the keys' share of the sum scales them."""
+    share = torch.stack((lse, sinks.expand_as(lse)), -1).softmax(-1)[..., 0]
+    attn.mul_(share.unsqueeze(-1))
 
 
 def project(ops: Ops, layer: Layer, w: Workspace, out: Tensor, groups: Groups = ()) -> None:
@@ -197,7 +207,7 @@ def _mlp(ops: Ops, spec: ModelSpec, mlp: Mlp, x: Tensor, w: Workspace, groups: G
 
 
 def _mix(ops: Ops, mixture: Mixture, x: Tensor, w: Workspace) -> None:
-    ops.linear(x, mixture.router.weight, w.router)
+    ops.linear(x, mixture.router.weight, w.router, mixture.router.bias)
     ops.mix_experts(x, w.router, mixture.experts, w.delta)
 
 

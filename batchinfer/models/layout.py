@@ -4,9 +4,10 @@ The names and shapes of what weights are streamed as (``Layout.targets``, each o
 
     embed [V, D], positions [rows, D], norm [D], lm_head [V, D] (absent when tied; classes [C, D] of a classifier stand
     in its place, or nothing), and for every layer i, as ``layers.i.NAME``: attn_norm, attn_post_norm, mlp_norm,
-    mlp_post_norm [D]; qkv [(H+2G)*E, D]; o [D, H*E]; q_norm, k_norm [E] or [H*E], [G*E]; gate_up [2*I, D] ([I, D]
-    without a gate); down [D, I]; or of a mixture: router [X, D] (one row more for a shared expert), experts.j.gate_up,
-    experts.j.down, the shared expert last. Biases have the name of their matrix or norm with ``_bias``.
+    mlp_post_norm [D]; qkv [(H+2G)*E, D]; o [D, H*E]; q_norm, k_norm [E] or [H*E], [G*E]; sinks [H]; gate_up [2*I, D]
+    ([I, D] without a gate); down [D, I]; or of a mixture: router [X, D] (one row more for a shared expert),
+    experts.j.gate_up, experts.j.down, the shared expert last. Biases have the name of their matrix or
+    norm with ``_bias``.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Literal
 
 from batchinfer.models.architectures import ARCHITECTURES, Names
 from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.mxfp4 import MXFP4_BLOCK
 
-Order = Literal["", "pairs", "transposed", "by_head"]
-
+Order = Literal["", "pairs", "transposed", "transposed_pairs", "by_head", "blocks", "block_pairs", "scales"]
+MXFP4_ORDERS = ("blocks", "block_pairs", "scales")
 
 TABLES = ("embed", "positions", "word", "position", "token_type")
 """Matrices of which rows are gathered."""
@@ -31,7 +33,9 @@ class Part:
     """Where a stored tensor goes: ``shape`` rows from ``row`` on of ``target``.
 
     ``order`` of what is stored: "pairs": each of ``heads`` heads has its rotary pairs side by side, not in halves;
-    "transposed"; "by_head": q, k, v of one head, then of the next. ``offset`` is added.
+    "transposed"; "transposed_pairs": both; "by_head": q, k, v of one head, then of the next; "blocks" and "scales": the
+    two parts of a matrix in MXFP4 (models/mxfp4.py), of which "block_pairs" has rows that are pairs. ``offset`` is
+    added.
     """
 
     target: str
@@ -44,18 +48,24 @@ class Part:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """The shape in the file."""
-        return self.shape[::-1] if self.order == "transposed" else self.shape
+        return self.shape[::-1] if self.order.startswith("transposed") else self.shape
+
+    @property
+    def pairs(self) -> bool:
+        return self.order.endswith("pairs")
 
 
 @dataclass
 class Layout:
     """``parts``: stored name -> Part. ``targets``: streamed name -> shape. ``ignored``: stored names without a use.
-    ``root`` is what some checkpoints leave out before a name."""
+    ``root`` is what some checkpoints leave out before a name. ``stacks``: stored names of several tensors in one, which
+    are as many parts: NAME[0], NAME[1] ..."""
 
     root: str = ""
     parts: dict[str, Part] = field(default_factory=dict)
     targets: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    stacks: set[str] = field(default_factory=set)
 
     def add(
         self,
@@ -83,6 +93,12 @@ class Layout:
         self.targets[target] = (row, columns) if columns else (row,)
         if bias:
             self.targets[f"{target}_bias"] = (row,)
+
+    def add_stack(self, targets: list[str], name: str, shape: tuple[int, ...], order: Order) -> None:
+        """Matrices (or vectors) of one shape, all in one stored tensor."""
+        self.stacks.add(name)
+        for j, target in enumerate(targets):
+            self.parts[f"{name}[{j}]"] = Part(target, 0, shape, order, heads=1)
 
     def name(self, stored: str) -> str:
         """The name in ``parts`` of a stored tensor's name."""
@@ -167,6 +183,9 @@ def _add_layer(plan: Layout, spec: ModelSpec, names: Names, i: int, gguf: bool) 
         for kind, name, width in zip("qk", (names.q_norm, names.k_norm), widths, strict=True):
             _add_norm(plan, spec, f"{ours}{kind}_norm", stored + name, gguf, width)
     plan.add(f"{ours}o", full((names.o,)), (d,), q, spec.o_bias, (matrix,))
+    if spec.sinks:
+        plan.parts[f"{stored}self_attn.sinks"] = Part(f"{ours}sinks", 0, (spec.heads,))
+        plan.targets[f"{ours}sinks"] = (spec.heads,)
     if spec.post_norm:
         _add_norm(plan, spec, f"{ours}attn_post_norm", stored + names.attn_post_norm, gguf)
     if spec.pre_norm:
@@ -191,11 +210,33 @@ def _add_experts(plan: Layout, spec: ModelSpec, names: Names, ours: str, stored:
     if experts.shared_width:
         routers, rows = (*routers, stored + names.shared_router), (*rows, 1)
         places.append(stored + names.shared_expert)
-    plan.add(f"{ours}router", routers, rows, spec.width)
+    plan.add(f"{ours}router", routers, rows, spec.width, bias=experts.stacked)
+    if experts.stacked:
+        _add_stacked(plan, spec, ours, stored + "mlp.experts.")
+        return
     for j, (place, width) in enumerate(zip(places, experts.widths, strict=True)):
         gate_up = tuple(place + name for name in names.expert_gate_up)
         plan.add(f"{ours}experts.{j}.gate_up", gate_up, (width, width), spec.width)
         plan.add(f"{ours}experts.{j}.down", (place + names.expert_down,), (spec.width,), width)
+
+
+def _add_stacked(plan: Layout, spec: ModelSpec, ours: str, stored: str) -> None:
+    """Experts as GPT-OSS has them: matrices [in, out], of which gates and values alternate; or in MXFP4, [out, in]."""
+    experts = spec.experts
+    assert experts is not None
+    shapes = {"gate_up": (2 * experts.width, spec.width), "down": (spec.width, experts.width)}
+    for kind, (rows, columns) in shapes.items():
+        name, pairs = f"{stored}{kind}_proj", kind == "gate_up"
+        targets = [f"{ours}experts.{j}.{kind}" for j in range(experts.count)]
+        biases = [f"{target}_bias" for target in targets]
+        plan.targets |= dict.fromkeys(targets, (rows, columns)) | dict.fromkeys(biases, (rows,))
+        plan.add_stack(biases, f"{name}_bias", (rows,), "pairs" if pairs else "")
+        if experts.mxfp4:
+            blocks = (rows, columns // MXFP4_BLOCK, MXFP4_BLOCK // 2)
+            plan.add_stack(targets, f"{name}_blocks", blocks, "block_pairs" if pairs else "blocks")
+            plan.add_stack(targets, f"{name}_scales", blocks[:2], "scales")
+        else:
+            plan.add_stack(targets, name, (rows, columns), "transposed_pairs" if pairs else "transposed")
 
 
 def _add_norm(plan: Layout, spec: ModelSpec, target: str, name: str, gguf: bool, width: int = 0) -> None:

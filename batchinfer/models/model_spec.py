@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from batchinfer.models.architectures import QKNorm
 from batchinfer.models.files import ModelError
 from batchinfer.models.rope import RopeSpec
+from batchinfer.ops import Clamp
 from batchinfer.types import Head
 
 MAX_LAYERS = 10_000
@@ -22,7 +23,8 @@ class ExpertSpec:
     through, weighted by the router's softmax (``renormalise``: divided by the sum of what was chosen).
 
     ``shared_width`` > 0: one more, that every token goes through, weighted by a sigmoid. ``layers``: which layers are
-    mixtures.
+    mixtures. ``stacked``: those of GPT-OSS, stored as one tensor of all, with biases, which the router has too;
+    ``mxfp4``: and in that format. ``clamp``: see :class:`batchinfer.ops.Clamp`.
     """
 
     count: int
@@ -31,6 +33,9 @@ class ExpertSpec:
     renormalise: bool
     shared_width: int
     layers: tuple[bool, ...]
+    stacked: bool = False
+    mxfp4: bool = False
+    clamp: Clamp | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -53,8 +58,9 @@ class ModelSpec:
     of no account; ``local_rope``: that of the windowed layers. ``nope``: which layers do not rotate. ``position_rows``:
     rows of the table of learned positions, that of position 0 is ``position_offset``. ``pre_norm`` before attention and
     MLP, ``post_norm`` behind. ``parallel``: attention and MLP read the same residual. ``norm_offset`` is added to the
-    norms' stored weights. ``embed_scale``, ``score_scale`` and ``logit_scale`` multiply embeddings, attention's scores
-    and logits; the soft caps (0: none) bound the latter two.
+    norms' stored weights. ``sinks``: each head's softmax has a learned score in its sum. ``embed_scale``,
+    ``score_scale`` and ``logit_scale`` multiply embeddings, attention's scores and logits; the soft caps (0: none)
+    bound the latter two.
     """
 
     architecture: str
@@ -86,6 +92,7 @@ class ModelSpec:
     activation: Activation = "silu"
     gated: bool = True
     experts: ExpertSpec | None = None
+    sinks: bool = False
     embed_scale: float = 1.0
     score_scale: float = 0.0  # 0: one over the root of head_dim
     logit_scale: float = 1.0

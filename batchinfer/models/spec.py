@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from batchinfer.models.architectures import ARCHITECTURES, Traits, named_architecture, unknown_architecture
@@ -13,7 +14,9 @@ from batchinfer.models.gguf import is_gguf, read_gguf
 from batchinfer.models.gguf_spec import spec_from_gguf
 from batchinfer.models.labels import labels
 from batchinfer.models.model_spec import MAX_LAYERS, Activation, ExpertSpec, ModelSpec, checked, token_ids
+from batchinfer.models.mxfp4 import MXFP4_BLOCK
 from batchinfer.models.rope import local_rope_from_config, rope_from_config
+from batchinfer.ops import Clamp
 
 PLAIN: dict[str, Activation] = {
     "gelu": "gelu",
@@ -64,7 +67,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
     name, head = known
     traits = ARCHITECTURES[name]
     keys = _renamed(config, traits, where)
-    _refuse_unsupported(keys)
+    _refuse_unsupported(keys, traits)
 
     heads, width = keys.count("num_attention_heads"), keys.count("hidden_size")
     if keys.config.get("head_dim") is None and width % heads:
@@ -112,7 +115,8 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
             parallel=bool(traits.parallel) and keys.flag(traits.parallel),
             activation=_activation(keys, traits),
             gated=traits.gated,
-            experts=_experts(keys, layers) if traits.experts else None,
+            experts=_experts(keys, traits, layers) if traits.experts else None,
+            sinks=traits.sinks,
             embed_scale=_embed_scale(keys, traits, width) / residual,
             score_scale=_score_scale(keys, traits, head_dim),
             logit_scale=1 / keys.number("logits_scaling", 1.0) if traits.multipliers else 1.0,
@@ -133,6 +137,12 @@ def _renamed(config: Mapping[str, Any], traits: Traits, where: str) -> Keys:
     return Keys({**traits.defaults, **given, **theirs}, where, traits.keys)
 
 
+def is_mxfp4(keys: Keys) -> bool:
+    """Whether the experts are stored in MXFP4 (models/mxfp4.py)."""
+    quantisation = keys.config.get("quantization_config")
+    return isinstance(quantisation, dict) and quantisation.get("quant_method") == "mxfp4"
+
+
 def refuse_quantised(keys: Keys) -> None:
     """Raise ModelError for a config of quantised weights."""
     quantisation = keys.config.get("quantization_config")
@@ -144,8 +154,9 @@ def refuse_quantised(keys: Keys) -> None:
         )
 
 
-def _refuse_unsupported(keys: Keys) -> None:
-    refuse_quantised(keys)
+def _refuse_unsupported(keys: Keys, traits: Traits) -> None:
+    if not (traits.stacked_experts and is_mxfp4(keys)):
+        refuse_quantised(keys)
     for key, harmless in HARMLESS.items():
         value = keys.config.get(key, harmless)
         if value is not harmless:
@@ -222,7 +233,7 @@ def _windows(keys: Keys, traits: Traits, layers: int, nope: tuple[bool, ...]) ->
     return tuple(window * has for has in windowed) if any(windowed) else ()
 
 
-def _experts(keys: Keys, layers: int) -> ExpertSpec | None:
+def _experts(keys: Keys, traits: Traits, layers: int) -> ExpertSpec | None:
     step, dense = keys.count("decoder_sparse_step", 1), keys.config.get("mlp_only_layers", [])
     if not isinstance(dense, list) or any(type(item) is not int for item in dense):
         raise ModelError(f"{keys.where}: mlp_only_layers={dense!r} must be a list of layers")
@@ -231,5 +242,12 @@ def _experts(keys: Keys, layers: int) -> ExpertSpec | None:
         raise ModelError(f"{keys.where}: num_experts_per_tok={chosen} is more than num_experts={count}")
     mixed = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
     shared = keys.count("shared_expert_intermediate_size") if keys.config.get("shared_expert_intermediate_size") else 0
-    width = keys.count("moe_intermediate_size")
-    return ExpertSpec(count, chosen, width, keys.flag("norm_topk_prob"), shared, mixed) if any(mixed) else None
+    spec = ExpertSpec(count, chosen, keys.count("moe_intermediate_size"), keys.flag("norm_topk_prob"), shared, mixed)
+    if traits.stacked_experts:
+        clamp = Clamp(keys.number("swiglu_alpha", 1.702), keys.number("swiglu_limit", 7.0))
+        spec = replace(spec, stacked=True, mxfp4=is_mxfp4(keys), clamp=clamp)
+        for key in ("hidden_size", "moe_intermediate_size") if spec.mxfp4 else ():
+            if keys.count(key) % MXFP4_BLOCK:
+                key = keys.names.get(key, key)
+                raise ModelError(f"{keys.where}: {key} must be a multiple of {MXFP4_BLOCK}, MXFP4's block")
+    return spec if any(mixed) else None

@@ -10,8 +10,9 @@ import functools
 import math
 import operator
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from batchinfer.models.encoder_spec import EncoderSpec, encoder_layout
 from batchinfer.models.files import Block, BlockReader, ModelError, OwnReading, Source, StoredTensor
 from batchinfer.models.gguf import is_gguf, read_gguf
 from batchinfer.models.gguf_blocks import FORMS, Form, codes_of
-from batchinfer.models.layout import TABLES, Layout, Part, layout
+from batchinfer.models.layout import MXFP4_ORDERS, TABLES, Layout, Part, layout
 from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.mxfp4 import MXFP4_BLOCK, dequantised
 from batchinfer.models.safetensors import open_folder
 from batchinfer.ops.quantized import Quantized
 
@@ -34,7 +36,9 @@ ALIGNMENT = 8
 PADDING = 64
 """Most bytes between two tensors that are read along; GGUF has up to 31."""
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+VALUES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = VALUES | {"U8": torch.uint8}
+"""Of values, and of what is no value by itself."""
 
 IGNORED = re.compile(r".*rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias|.*attention\.(masked_)?bias")
 """Derived values that old checkpoints store: rope's frequencies, causal masks."""
@@ -75,7 +79,7 @@ def load_weights(
     source = source or OwnReading()
     plan = layout_of(spec, is_gguf(model_path))
     stored = [
-        (path, [tensor for tensor in tensors if not _unused(tensor.name, plan)])
+        (path, [tensor for tensor in unstacked(tensors, plan) if not _unused(tensor.name, plan)])
         for path, tensors in source.value(lambda: _stored(model_path))
     ]
     _check(stored, plan, spec, model_path)
@@ -86,14 +90,16 @@ def load_weights(
             f"{', '.join(FORMS)}; engine.weights=auto computes with any"
         )
     blocks = [block for path, tensors in stored for block in cut(path, tensors)]
-    missing = {target: math.prod(shape) for target, shape in plan.targets.items()}  # elements
-    open_targets: dict[str, dict[str, Dense | Kept]] = {}
+    missing: Counter[str] = Counter()  # stored elements
+    for part in plan.parts.values():
+        missing[part.target] += math.prod(part.shape)
+    open_targets: dict[str, dict[str, Dense | Kept | Mxfp4]] = {}
     with BlockReader() as reader:
         for block, data in zip(blocks, source.stream(blocks, reader.read), strict=True):
             for piece in block.pieces:
                 part = plan.parts[plan.name(piece.tensor.name)]
                 if part.target not in open_targets:
-                    open_targets[part.target] = _begin(part.target, plan, dtype, forms, spec.tied_head)
+                    open_targets[part.target] = _begin(part, plan, dtype, forms, spec.tied_head)
                 for one in open_targets[part.target].values():
                     one.put(data, piece, part, block.path)
                 missing[part.target] -= piece.rows * math.prod(piece.tensor.shape[1:])
@@ -115,6 +121,26 @@ class Dense:
 
     def put(self, data: memoryview, piece: Piece, part: Part, path: str) -> None:
         _put(_decode(data, piece, path), piece, part, self.value[part.row : part.row + part.shape[0]])
+
+
+class Mxfp4:
+    """A target in ``dtype`` that is stored as two tensors, while their parts come."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
+        self._dtype, self._pairs = dtype, False
+        blocks = shape[1] // MXFP4_BLOCK
+        self._blocks = torch.empty(shape[0], blocks, MXFP4_BLOCK // 2, dtype=torch.uint8)
+        self._scales = torch.empty(shape[0], blocks, dtype=torch.uint8)
+
+    def put(self, data: memoryview, piece: Piece, part: Part, path: str) -> None:
+        out = self._scales if part.order == "scales" else self._blocks
+        out[piece.row : piece.row + piece.rows] = _decode(data, piece, path)
+        self._pairs |= part.pairs
+
+    @property
+    def value(self) -> torch.Tensor:
+        values = dequantised(self._blocks, self._scales, self._dtype)
+        return torch.cat((values[::2], values[1::2])) if self._pairs else values
 
 
 class Kept:
@@ -151,15 +177,34 @@ def kept_forms(stored: Sequence[StoredTensor], plan: Layout) -> dict[str, Form]:
 
 
 def _begin(
-    target: str, plan: Layout, dtype: torch.dtype, forms: dict[str, Form], tied: bool
-) -> dict[str, Dense | Kept]:
-    """What is to be made of a target. Rows of tables are gathered, which takes values."""
+    part: Part, plan: Layout, dtype: torch.dtype, forms: dict[str, Form], tied: bool
+) -> dict[str, Dense | Kept | Mxfp4]:
+    """What is to be made of a part's target. Rows of tables are gathered, which takes values."""
+    target = part.target
     shape, form = plan.targets[target], forms.get(target)
+    if part.order in MXFP4_ORDERS:
+        return {target: Mxfp4(shape, dtype)}
     dense = Dense(shape, dtype if len(shape) == 2 else torch.float32)
     if form is None or target in TABLES:
         head = {"lm_head": Kept(shape, form)} if form and tied and target == "embed" else {}
         return {**head, target: dense}
     return {target: Kept(shape, form)}
+
+
+def unstacked(tensors: Iterable[StoredTensor], plan: Layout) -> Iterator[StoredTensor]:
+    """The tensors, each one that the layout has as a stack as so many that follow each other."""
+    for tensor in tensors:
+        if plan.stacks.isdisjoint((tensor.name, plan.root + tensor.name)) or 0 in (
+            *tensor.shape[:1],
+            len(tensor.shape),
+        ):
+            yield tensor
+            continue
+        count, *shape = tensor.shape
+        size = tensor.nbytes // count
+        for j in range(count):
+            name, offset = f"{tensor.name}[{j}]", tensor.offset + j * size
+            yield replace(tensor, name=name, shape=tuple(shape), offset=offset, nbytes=size)
 
 
 def cut(path: str, tensors: Sequence[StoredTensor]) -> list[WeightBlock]:
@@ -245,8 +290,9 @@ def _check(
             raise ModelError(
                 f"{path}: tensor {tensor.name!r} has the shape {tensor.shape}; the config makes it {wanted}"
             )
-        if tensor.dtype not in DTYPES and not is_gguf(path):
-            raise ModelError(f"{path}: tensor {tensor.name!r} is {tensor.dtype}; supported are {', '.join(DTYPES)}")
+        supported = ("U8",) if plan.parts[name].order in MXFP4_ORDERS else VALUES
+        if tensor.dtype not in supported and not is_gguf(path):
+            raise ModelError(f"{path}: tensor {tensor.name!r} is {tensor.dtype}; supported are {', '.join(supported)}")
     missing = sorted(plan.parts.keys() - seen)
     if missing:
         hint = "; for a tied model set tie_word_embeddings=true in config.json" if missing == ["lm_head.weight"] else ""
@@ -272,7 +318,7 @@ def _decode(data: memoryview, piece: Piece, path: str) -> torch.Tensor:
 
 def reorder(rows: torch.Tensor, part: Part) -> torch.Tensor:
     """The rows of a part [N, ...] in the decoder's order."""
-    if part.order == "pairs":  # rows (2j, 2j+1) of each head -> (j, j + E/2)
+    if part.pairs:  # rows (2j, 2j+1) of each head -> (j, j + E/2)
         return rows.view(part.heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
     if part.order == "by_head":  # [H, 3, E] -> [3, H, E]
         return rows.view(part.heads, 3, -1, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
@@ -282,11 +328,11 @@ def reorder(rows: torch.Tensor, part: Part) -> torch.Tensor:
 def _put(values: torch.Tensor, piece: Piece, part: Part, out: torch.Tensor) -> None:
     """Rows of the stored tensor into its part ``out``, which is brought into the decoder's order with the last."""
     here = slice(piece.row, piece.row + piece.rows)
-    target = out.T if part.order == "transposed" else out
+    target = out.T if part.order.startswith("transposed") else out
     target[here].copy_(values)
     if here.stop < piece.tensor.shape[0]:
         return
-    if part.order in ("pairs", "by_head"):
+    if part.pairs or part.order == "by_head":
         out.copy_(reorder(out, part))
     if part.offset:
         out.add_(part.offset)

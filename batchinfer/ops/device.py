@@ -153,7 +153,7 @@ class DeviceOps(TextAttention, ABC):
     def mix_experts(self, x: Tensor, router: Tensor, experts: Experts, out: Tensor) -> None:
         tokens, width = shape_of("x", x, 2)
         self._check("x", x, experts.down[0].dtype, (tokens, width))
-        self._check("router", router, torch.float32, (tokens, len(experts.down)))
+        self._check("router", router, torch.float32, (tokens, experts.logits))
         self._check("out", out, x.dtype, (tokens, width))
         shared = None
         if experts.shared:

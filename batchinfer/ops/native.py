@@ -270,7 +270,7 @@ class NativeOps(NativeLinear, TextAttention):
     def mix_experts(self, x: Tensor, router: Tensor, experts: Experts, out: Tensor) -> None:
         tokens, width = shape_of("x", x, 2)
         check("x", x, torch.float32, (tokens, width))
-        check("router", router, torch.float32, (tokens, len(experts.down)))
+        check("router", router, torch.float32, (tokens, experts.logits))
         check("out", out, torch.float32, (tokens, width))
         mix_by_expert(self, x, router, experts, out)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.quantized import Quantized, product
+from batchinfer.ops.reference_experts import mix
 from batchinfer.ops.reference_sampler import sample
 
 
@@ -172,18 +173,7 @@ class ReferenceOps:
             out.copy_(_gelu_tanh(x))
 
     def mix_experts(self, x: Tensor, router: Tensor, experts: Experts, out: Tensor) -> None:
-        mixed = torch.zeros(x.shape, dtype=self.dtype)
-        choices = router.to(self.dtype)[:, : len(experts.down) - experts.shared].softmax(dim=-1)
-        for t, row in enumerate(x.to(self.dtype)):
-            chosen = sorted(choices[t].argsort(descending=True, stable=True)[: experts.top_k].tolist())
-            total = choices[t, chosen].sum() if experts.renormalise else 1.0
-            weights = [(j, choices[t, j] / total) for j in chosen]
-            if experts.shared:
-                weights.append((len(experts.down) - 1, router[t, -1].to(self.dtype).sigmoid()))
-            for j, weight in weights:
-                gate, up = self._product(row, experts.gate_up[j]).chunk(2)
-                mixed[t] += weight * self._product(gate * gate.sigmoid() * up, experts.down[j])
-        out.copy_(mixed)
+        out.copy_(mix(x.to(self.dtype), router.to(self.dtype), experts, self._product))
 
     def gather_rows(self, x: Tensor, index: Tensor, out: Tensor) -> None:
         _check_range("index", index, len(x))

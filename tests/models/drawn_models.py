@@ -81,6 +81,16 @@ FAMILIES = {
     "Starcoder2ForCausalLM": Family(
         "Starcoder2", {"use_bias": BOOLEANS, "sliding_window": WINDOWS}, ("default", "linear"), ("head_dim",)
     ),
+    "GptOssForCausalLM": Family(
+        "GptOss",
+        {
+            "attention_bias": BOOLEANS,
+            "sliding_window": (5, 17, 200),
+            "num_local_experts": (3, 8),
+            "num_experts_per_tok": (1, 3),
+        },
+        ("default", "yarn"),
+    ),
     "GPT2LMHeadModel": Family(
         "GPT2",
         {"activation_function": ("gelu_new", "gelu", "relu")},
@@ -150,6 +160,7 @@ def draw_rope(kind: str, width: int, rng: Random) -> dict[str, Any]:
         rope["factor"] = rng.choice((2.0, 4.0))
     if kind in ("yarn", "llama3"):
         rope["original_max_position_embeddings"] = 32
+        rope |= {"truncate": False} if kind == "yarn" and rng.choice(BOOLEANS) else {}
     if kind == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     if kind == "longrope":

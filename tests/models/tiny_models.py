@@ -114,6 +114,16 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
     "starcoder2": ("Starcoder2", {"sliding_window": 21, "norm_epsilon": 1e-5}),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "head_dim": 16,
+            "sliding_window": 11,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "rope_parameters": {**ROPE, **TRAINED, "rope_type": "yarn", "factor": 2.0, "truncate": False},
+        },
+    ),
     "gpt2": ("GPT2", {**MHA, "intermediate_size": None, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "gpt-neox": ("GPTNeoX", {**MHA, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}),
     "gpt-neox-sequential": ("GPTNeoX", {**MHA, "use_parallel_residual": False, "attention_bias": False}),
