@@ -21,7 +21,8 @@ from batchinfer import __version__
 from batchinfer.cluster import signals
 from batchinfer.cluster.launch import launch_name, note_failure, noted_failure
 from batchinfer.cluster.world import World, join, launcher, outside
-from batchinfer.config import REQUIRED, Config, allowed, check, from_dict, items, to_dict, type_of
+from batchinfer.config import Config, allowed, from_dict, items, to_dict, type_of
+from batchinfer.rules import REQUIRED, check
 from batchinfer.types import ExitCode, JobError, exit_code
 
 

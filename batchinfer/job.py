@@ -10,42 +10,36 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Protocol
 
-from batchinfer import __version__
 from batchinfer.cluster import signals
-from batchinfer.cluster.array import ArrayDispatcher, Share, array_share
+from batchinfer.cluster.array import ArrayDispatcher, Share
 from batchinfer.cluster.binding import Place, check_places, cpu_share, place, table
-from batchinfer.cluster.deadline import Deadline, seconds_left
+from batchinfer.cluster.deadline import Deadline
 from batchinfer.cluster.dispatch import SILENCE_SECONDS, Dispatcher, RootDispatcher, WorkerDispatcher, meanwhile
-from batchinfer.cluster.launch import launch_name
 from batchinfer.cluster.sharing import leaders, no_gpu, sharing
 from batchinfer.cluster.tree import Links, tree
 from batchinfer.cluster.weights import Loaded, LoadingStopped, WeightStream
 from batchinfer.cluster.world import POLL_SECONDS, World
-from batchinfer.config import Config, EngineConfig, ModelConfig, to_dict
+from batchinfer.config import Config, EngineConfig, ModelConfig
 from batchinfer.data import attempts
-from batchinfer.data.columns import check_input, used_columns
-from batchinfer.data.journal import Journal, journal_files, recall, resume
-from batchinfer.data.ledger import STATE, Ledger, open_job
-from batchinfer.data.plan import Plan, make_plan
+from batchinfer.data.journal import Journal, recall, resume
+from batchinfer.data.ledger import Ledger
 from batchinfer.data.prompts import PromptBuilder
 from batchinfer.data.reader import ChunkReader
-from batchinfer.data.results import ResultOptions, count_results, result_schema, result_table
+from batchinfer.data.results import count_results, result_table
 from batchinfer.data.retry import EarlierOutput
-from batchinfer.data.suspects import SuspectLog, Suspicion, condemn, read_suspicion
-from batchinfer.data.tables import InputFile, input_schema, list_inputs
+from batchinfer.data.suspects import SuspectLog, condemn
 from batchinfer.engine.trace import path_of_rank
-from batchinfer.fingerprint import fingerprint, numeric
+from batchinfer.fingerprint import numeric
 from batchinfer.loop import Engine, Loop, must_stop
 from batchinfer.models.files import Source
+from batchinfer.opening import Opening, find_pool, identify, open_on_root, result_options
 from batchinfer.pipeline import Feeder, OpenChunk, Writer
-from batchinfer.report import Counters, Progress, summary, total
+from batchinfer.report import Counters, Progress, say, summary, total
 from batchinfer.types import Chunk, Completion, ExitCode, JobError, PoolSpec, Request, exit_code
 
 
@@ -63,31 +57,6 @@ class EngineLoader(Protocol):
     ) -> Engine: ...
 
 
-@dataclass(frozen=True)
-class Opening:
-    """What rank 0 found out, sent to every rank. ``success`` is what _SUCCESS says, if the job is complete already;
-    otherwise ``number`` is that of the attempt's record. ``share``: rank 0's place in a job array. ``seconds``: until
-    the allocation ends, None if nobody says. ``pool``: what becomes of a row where no text does. ``journals``: files of
-    earlier attempts, by chunk index. ``suspicion``: the rows that were in the engine when it crashed."""
-
-    attempt: str
-    number: int
-    share: Share | None
-    path: str
-    plan: Plan
-    columns: list[str]
-    pool: PoolSpec | None
-    missing: list[Chunk]
-    success: dict[str, Any] | None
-    seconds: float | None
-    journals: dict[int, list[str]]
-    suspicion: Suspicion
-
-    @property
-    def state(self) -> str:
-        return os.path.join(self.path, STATE)
-
-
 def load_engine(
     model: ModelConfig,
     engine: EngineConfig,
@@ -103,28 +72,6 @@ def load_engine(
 
     node = {"rank_on_node": rank_on_node, "ranks_on_node": ranks_on_node}
     return load(model, engine, threads=threads, **node, source=source, pool=pool)
-
-
-def identify(model_path: str) -> dict[str, str]:
-    """Digests of everything in the model's files that decides the results."""
-    from batchinfer.models.identity import model_fingerprint
-
-    return model_fingerprint(model_path)
-
-
-def _identify_adapters(adapters: Mapping[str, str]) -> dict[str, str]:
-    if not adapters:
-        return {}
-    from batchinfer.models.identity import adapter_fingerprints
-
-    return adapter_fingerprints(adapters)
-
-
-def find_pool(config: Config) -> PoolSpec | None:
-    """What the model and the task make of a row where no text is made."""
-    from batchinfer.models.pool_spec import pool_spec
-
-    return pool_spec(config)
 
 
 def run(
@@ -159,7 +106,7 @@ def _work(config: Config, world: World, opening: Opening, load_engine: EngineLoa
     places = world.bcast(world.gather(place(world.hostname, world.local_rank, gpus, shares)))
     check_places(places)
     if world.rank == 0 and world.size > 1:
-        _say(f"{world.size} ranks\n{table(places)}")
+        say(f"{world.size} ranks\n{table(places)}")
     dispatcher = _dispatcher(world, opening, ledger)
     deadline = Deadline(opening.seconds, config.job.margin_seconds, signals.received, opening.state)
     start = ready = time.monotonic()
@@ -171,12 +118,12 @@ def _work(config: Config, world: World, opening: Opening, load_engine: EngineLoa
         last_word = dispatcher.leave(ledger.notices)
         if last_word is not None:
             return last_word
-        _say(f"rank 0 is lost: rank {world.rank} has gone on without it")
+        say(f"rank 0 is lost: rank {world.rank} has gone on without it")
         notices, reports, leave = [ledger.notices], [], None
     else:
         notices, reports, leave = dispatcher.gather(ledger.notices, SILENCE_SECONDS), dispatcher.reports, dispatcher
     for notice in dict.fromkeys(text for of_rank in notices for text in of_rank):
-        _say(notice)
+        say(notice)
     times = {"seconds": round(end - start, 3), "computing_seconds": round(end - ready, 3)}
     attempt = {**times, "hosts": [at.host for at in places], "this_attempt": dataclasses.asdict(total(reports))}
     attempt["weights"] = loaded and dataclasses.asdict(loaded)
@@ -232,7 +179,7 @@ def _take_part(
         hosts, threads = len({at.host for at in places}), _threads(config, world, places)
         memory = f"weights in {engine.stats().weight_bytes / 2**20:,.0f} MiB"
         ranks = f"ranks {world.size}, hosts {hosts}, threads {threads}"
-        _say(f"engine ready after {ready - start:.1f} s ({ranks}, {memory})")
+        say(f"engine ready after {ready - start:.1f} s ({ranks}, {memory})")
     try:
         if world.rank == 0:
             _note_weights(config, opening, loaded)
@@ -297,7 +244,7 @@ def _note_weights(config: Config, opening: Opening, loaded: Loaded | None) -> No
     any byte since an earlier attempt is seen."""
     if loaded is None:
         return
-    _say(str(loaded))
+    say(str(loaded))
     other = attempts.note_weights(opening.path, opening.number, dataclasses.asdict(loaded))
     if other is not None:
         text = (
@@ -306,7 +253,7 @@ def _note_weights(config: Config, opening: Opening, loaded: Loaded | None) -> No
         )
         if config.job.strict_resume:
             raise JobError(f"{text}; job.strict_resume=false goes on", ExitCode.MISMATCH)
-        _say(text)
+        say(text)
 
 
 def _compute(
@@ -320,7 +267,7 @@ def _compute(
     loaded: Loaded | None,
 ) -> None:
     """Put the stages together around the engine, and run them."""
-    options = _options(config, opening.pool)
+    options = result_options(config, opening.pool)
     reader = ChunkReader(opening.plan.files, opening.columns)
     builder = PromptBuilder.of(config, engine.tokenizer, engine.max_seq_len)
     earlier = EarlierOutput(config.input.retry_errors_of, options) if config.input.retry_errors_of else None
@@ -367,79 +314,6 @@ def _compute(
         reader.close()
 
 
-def open_on_root(
-    config: Config,
-    identify: Callable[[str], dict[str, str]],
-    ranks: int,
-    find_pool: Callable[[Config], PoolSpec | None],
-) -> Opening:
-    """Look at the input, make the plan or find the one that is there, see what is missing, and record the attempt."""
-    share = array_share() if ranks == 1 else None
-    files = list_inputs(config.input.path)
-    check_input(files, config.input)
-    schema = input_schema(files)
-    pool = find_pool(config)
-    options = _options(config, pool)
-    result_schema(schema, options)  # refuses name collisions
-    if config.sampling.constrained:
-        from batchinfer.engine.constrain import check_constraint
-
-        try:
-            check_constraint(config.sampling)
-        except ValueError as error:
-            raise JobError(f"sampling.{error}", ExitCode.USAGE) from None
-    model = identify(config.model.path) | _identify_adapters(config.model.adapters)
-    retried = config.input.retry_errors_of
-    earlier = EarlierOutput(retried, options) if retried else None
-    plan = make_plan(
-        files,
-        earlier.plan.rows_per_chunk if earlier else config.output.rows_per_chunk,  # a chunk is taken over from one part
-        fingerprint(config, model, earlier.plan.id if earlier else None, pool),
-        free={"engine": dataclasses.asdict(config.engine), "batchinfer": __version__},
-        numeric=numeric(config),
-    )
-    if earlier:
-        earlier.check(plan)
-    ledger = open_job(
-        config.output.path,
-        plan,
-        config.output.compression,
-        allow_append=config.input.allow_append,
-        strict=config.job.strict_resume,
-    )
-    success = ledger.success()
-    missing = [] if success else ledger.missing()
-    for notice in ledger.notices:
-        _say(notice)
-    rows, rows_missing = ledger.plan.rows, sum(chunk.rows for chunk in missing)
-    state = "complete, nothing to do" if success else f"{rows_missing:,} to do in {len(missing):,} chunks"
-    _say(f"{rows:,} rows in {_files(files)}, {state}; output {ledger.path}")
-    attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.uname().nodename}-{os.getpid()}"
-    record = {
-        "attempt": attempt,
-        "batchinfer": __version__,
-        "launch": launch_name(),
-        "task": share.task if share else None,
-        "ranks": ranks,
-        "done": attempts.work_done(ledger),
-        "config": to_dict(config),
-    }
-    return Opening(
-        attempt=attempt,
-        number=0 if success else attempts.begin(ledger.path, record),
-        share=share,
-        path=ledger.path,
-        plan=ledger.plan,
-        columns=used_columns(config.input, schema),
-        pool=pool,
-        missing=missing,
-        success=success,
-        seconds=seconds_left(os.environ),
-        journals=journal_files(os.path.join(ledger.path, STATE)) if missing else {},
-        suspicion=read_suspicion(os.path.join(ledger.path, STATE)) if missing else Suspicion(),
-    )
-
-
 def _wants_gpus(engine: EngineConfig) -> bool:
     """Whether the ranks' GPUs are to be told apart before the engine finds its device: all but a run that may end on
     the CPU."""
@@ -463,14 +337,14 @@ def _close(config: Config, opening: Opening, ledger: Ledger, counters: Counters,
     attempts.end(opening.path, opening.number, {"exit_code": code, **attempt, "job": success["counts"]})
     print(summary(success["counts"], counters, times, ranks, opening.path), file=sys.stderr, flush=True)
     if code == ExitCode.TOO_MANY_ERRORS:
-        _say(f"more rows failed than job.max_error_fraction={config.job.max_error_fraction:g} allows: exit code {code}")
+        say(f"more rows failed than job.max_error_fraction={config.job.max_error_fraction:g} allows: exit code {code}")
     return code
 
 
 def _pause(opening: Opening, ledger: Ledger, reason: str, attempt: dict[str, Any], code: int) -> int:
     """Rank 0, or a rank that has lost it, when it had to stop: say what is left."""
     left = sum(chunk.rows for chunk in ledger.missing())
-    _say(f"stopped, {reason}; {left:,} rows are not committed: the same command goes on")
+    say(f"stopped, {reason}; {left:,} rows are not committed: the same command goes on")
     attempts.end(opening.path, opening.number, {"exit_code": code, "reason": reason, **attempt})
     return code
 
@@ -478,15 +352,3 @@ def _pause(opening: Opening, ledger: Ledger, reason: str, attempt: dict[str, Any
 def _progress(config: Config, opening: Opening) -> Progress:
     done = opening.plan.rows - sum(chunk.rows for chunk in opening.missing)
     return Progress(opening.plan.rows, done, seconds=config.job.progress_seconds)
-
-
-def _options(config: Config, pool: PoolSpec | None) -> ResultOptions:
-    return ResultOptions.of(config.input, config.output, config.sampling, config.task.name, pool)
-
-
-def _files(files: list[InputFile]) -> str:
-    return "1 file" if len(files) == 1 else f"{len(files):,} files"
-
-
-def _say(text: str) -> None:
-    print(f"batchinfer: {text}", file=sys.stderr, flush=True)

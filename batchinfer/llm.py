@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from batchinfer.config import Config, EmbedConfig, EngineConfig, ModelConfig, TaskConfig, check
+from batchinfer.config import Config, EmbedConfig, EngineConfig, ModelConfig, TaskConfig
 from batchinfer.engine.loading import load_engine
 from batchinfer.engine.seeds import mix
 from batchinfer.feed import steps
 from batchinfer.models.pool_spec import pool_spec
+from batchinfer.rules import check
 from batchinfer.types import Completion, EngineStats, Request, SamplingParams
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]

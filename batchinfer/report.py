@@ -234,3 +234,8 @@ def stages(attempt: Counters, seconds: float) -> list[str]:
         f"{attempt.preemptions:,} preemptions in {attempt.steps:,} steps",
         *drafts,
     ]
+
+
+def say(text: str) -> None:
+    """A line of the program's own, beside the rows: on stderr."""
+    print(f"batchinfer: {text}", file=sys.stderr, flush=True)

@@ -11,7 +11,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from batchinfer.__main__ import compose, config_folder
-from batchinfer.config import CHOICES, RANGES, Config, allowed, check, from_dict, items, to_dict
+from batchinfer.config import CHOICES, RANGES, Config, allowed, from_dict, items, to_dict
+from batchinfer.rules import check
 from batchinfer.types import ExitCode, JobError
 
 PATHS = {"model.path": "m", "input.path": "i", "output.path": "o"}

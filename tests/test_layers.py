@@ -16,9 +16,10 @@ PACKAGE = ROOT / "batchinfer"
 
 ALLOWED = {
     "__init__": {"llm"},
-    "__main__": {"job", "inquire", "bench", "doctor", "cluster"},
-    "job": {"data", "cluster", "engine", "models.identity", "models.files", "models.pool_spec", "fingerprint", "loop"}
-    | {"pipeline", "report"},
+    "rules": set(),
+    "__main__": {"rules", "job", "inquire", "bench", "doctor", "cluster"},
+    "job": {"opening", "data", "cluster", "engine", "models.files", "fingerprint", "loop", "pipeline", "report"},
+    "opening": {"data", "cluster", "models.identity", "models.pool_spec", "engine.constrain", "fingerprint", "report"},
     "fingerprint": {"data"},
     "inquire": {"data", "estimate", "engine", "models", "report"},
     "estimate": {"data", "engine", "feed", "models"},
@@ -29,7 +30,7 @@ ALLOWED = {
     "bench": {"data", "engine", "feed", "models", "workloads"},
     "workloads": set(),
     "doctor": {"cluster", "engine", "ops", "_ops", "_engine", "_gpu"},
-    "llm": {"engine", "feed", "models.pool_spec"},
+    "llm": {"rules", "engine", "feed", "models.pool_spec"},
     "data": {"sandbox"},
     "cluster": {"_process"},
     "engine": {"models", "ops", "_engine"},

@@ -28,8 +28,9 @@ from batchinfer.engine.open_work import (
 )
 from batchinfer.engine.pooled import cache_rules, pooled_sample, record_states, trimmed
 from batchinfer.engine.refusal import refusal
-from batchinfer.engine.runner import Runner, StepOutput
+from batchinfer.engine.runner import Runner
 from batchinfer.engine.seeds import sample_seed
+from batchinfer.engine.step_clock import StepClock
 from batchinfer.engine.texts import Ending, Text, Texts
 from batchinfer.engine.trace import Trace
 from batchinfer.models.tokenizer import Tokenizer
@@ -73,7 +74,6 @@ class Engine:
         pool: PoolSpec | None = None,
         adapters: int = 0,
     ):
-        self._trace = trace
         self._pool = pool
         self._adapters = adapters
         self.vocab_size = vocab_size
@@ -99,8 +99,7 @@ class Engine:
         self._open = 0
         self._closed = False
         self._stats = EngineStats(pages_total=num_pages, weight_bytes=weight_bytes)
-        self._seconds = {"schedule": 0.0, "output": 0.0}
-        self._device_end = 0.0  # of the last step; 0: none yet
+        self._clock = StepClock(self._stats, trace)
 
     @property
     def num_open(self) -> int:
@@ -206,8 +205,8 @@ class Engine:
         if self._beams:
             done = self._beams.sift(done, self.add)
         self._open -= len(done)
-        if self._trace and (started or done):
-            self._trace.span("host", "step", begin, time.perf_counter(), running=self._scheduler.num_running)
+        if started or done:
+            self._clock.step(begin, self._scheduler.num_running)
         return done
 
     def _start_step(self) -> bool:
@@ -220,17 +219,17 @@ class Engine:
             self._assign(slot, seq_id)
         places = tuple(places_scored(step, self._sequences)) if self._scored else ()
         rows = StepRows(step, self._sequences, self._scheduler.tokens, places, adapted=self._adapters > 0)
-        begin = self._phase("schedule", begin)
+        begin = self._clock.phase("schedule", begin)
         self._runner.start(step, rows)
         self._in_flight.append(rows)
-        self._phase("launch", begin)
+        self._clock.phase("launch", begin)
         return True
 
     def _finish_step(self) -> list[Completion]:
         """Take the tokens of the oldest step under way; completions of the requests whose last sample ended."""
         begin = time.perf_counter()
         out = self._runner.finish()
-        begin = self._phase("wait", begin)
+        begin = self._clock.phase("wait", begin)
         rows = self._in_flight.popleft()
         step = rows.step
         wasted = sum(seq_id in self._stopped for seq_id in step.sample_seq.tolist()) if self._stopped else 0
@@ -243,39 +242,9 @@ class Engine:
         self._stats.steps += 1
         done = self._take(step, out.sample)
         self._stats.output_tokens -= wasted
-        self._count_work(rows, out)
-        self._phase("output", begin)
+        self._clock.count(rows, out, sampled=self._pool is None)
+        self._clock.phase("output", begin)
         return done
-
-    def _phase(self, name: str, begin: float) -> float:
-        """The host has done something since ``begin``; now."""
-        now = time.perf_counter()
-        if name in self._seconds:
-            self._seconds[name] += now - begin
-        if self._trace:
-            self._trace.span("host", name, begin, now)
-        return now
-
-    def _count_work(self, rows: StepRows, out: StepOutput) -> None:
-        step = rows.step
-        lengths, queries = step.kv_len.astype(np.int64), np.diff(step.q_start).astype(np.int64)
-        decode_only = step.num_seqs == step.num_decode
-        work = self._stats.decode if decode_only else self._stats.prefill
-        work.steps += 1
-        work.seconds += out.end - out.begin
-        work.tokens += step.num_tokens
-        if not self._pool:
-            work.samples += step.num_samples + sum(len(place.rows) for place in rows.places)
-        work.context += int(lengths.sum())
-        # A token attends to itself and all before it; the last of a prompt's to the whole length.
-        work.pairs += int((queries * lengths - queries * (queries - 1) // 2).sum())
-        if self._device_end:
-            self._stats.device_idle += out.begin - self._device_end
-        self._device_end = out.end
-        if self._trace:
-            name = "decode" if decode_only else "prefill"
-            counts = {"tokens": step.num_tokens, "sequences": step.num_seqs, "decoding": step.num_decode}
-            self._trace.span("device", name, out.begin, out.end, **counts)
 
     def unfinished(self) -> list[Completion]:
         """What there is of the requests that have begun and not ended: each can go on in another engine, as
@@ -324,7 +293,7 @@ class Engine:
         stats.drafted_tokens, stats.accepted_tokens = scheduler.drafted_tokens, scheduler.accepted_tokens
         stats.running, stats.waiting = scheduler.num_running, scheduler.num_waiting
         stats.pages_used = scheduler.pages_used
-        stats.step_seconds = self._seconds | self._runner.seconds
+        stats.step_seconds = self._clock.seconds | self._runner.seconds
         return stats
 
     def peak_device_bytes(self) -> int:
@@ -337,8 +306,7 @@ class Engine:
             return
         self._closed = True
         self._runner.close()
-        if self._trace:
-            self._trace.close()
+        self._clock.close()
         for seq_id in list(self._sequences):
             self._scheduler.finish(seq_id)
         self._in_flight.clear()

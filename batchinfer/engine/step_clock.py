@@ -1,0 +1,62 @@
+"""What the steps cost: seconds of the host by what it did, of the device by kind of step, and how much that was."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from batchinfer.engine.open_work import StepRows
+from batchinfer.engine.runner import StepOutput
+from batchinfer.engine.trace import Trace
+from batchinfer.types import EngineStats
+
+
+class StepClock:
+    """Counts into ``stats``, and draws what it counts into a trace."""
+
+    def __init__(self, stats: EngineStats, trace: Trace | None):
+        self.seconds = {"schedule": 0.0, "output": 0.0}
+        self._stats = stats
+        self._trace = trace
+        self._device_end = 0.0  # of the last step; 0: none yet
+
+    def phase(self, name: str, begin: float) -> float:
+        """The host has done something since ``begin`` (time.perf_counter); now."""
+        now = time.perf_counter()
+        if name in self.seconds:
+            self.seconds[name] += now - begin
+        if self._trace:
+            self._trace.span("host", name, begin, now)
+        return now
+
+    def step(self, begin: float, running: int) -> None:
+        """The host has gone once through the loop since ``begin``."""
+        if self._trace:
+            self._trace.span("host", "step", begin, time.perf_counter(), running=running)
+
+    def count(self, rows: StepRows, out: StepOutput, *, sampled: bool) -> None:
+        """A step has ended on the device. ``sampled``: its last states went through the LM head."""
+        step = rows.step
+        lengths, queries = step.kv_len.astype(np.int64), np.diff(step.q_start).astype(np.int64)
+        decode_only = step.num_seqs == step.num_decode
+        work = self._stats.decode if decode_only else self._stats.prefill
+        work.steps += 1
+        work.seconds += out.end - out.begin
+        work.tokens += step.num_tokens
+        if sampled:
+            work.samples += step.num_samples + sum(len(place.rows) for place in rows.places)
+        work.context += int(lengths.sum())
+        # A token attends to itself and all before it; the last of a prompt's to the whole length.
+        work.pairs += int((queries * lengths - queries * (queries - 1) // 2).sum())
+        if self._device_end:
+            self._stats.device_idle += out.begin - self._device_end
+        self._device_end = out.end
+        if self._trace:
+            name = "decode" if decode_only else "prefill"
+            counts = {"tokens": step.num_tokens, "sequences": step.num_seqs, "decoding": step.num_decode}
+            self._trace.span("device", name, out.begin, out.end, **counts)
+
+    def close(self) -> None:
+        if self._trace:
+            self._trace.close()
