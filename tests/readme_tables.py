@@ -92,6 +92,8 @@ def models() -> str:
             ("MLP beside attention", traits.parallel),
             ("mixture of experts", traits.experts),
             ("attention sinks", traits.sinks),
+            ("latent attention", traits.latent),
+            ("experts in groups", traits.latent),
             ("experts in MXFP4 or plain", traits.stacked_experts),
         )
         notes = [note for note, has in possible if has]

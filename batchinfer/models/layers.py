@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from batchinfer.models.lora import Factors, Groups
 from batchinfer.models.model_spec import ModelSpec
 from batchinfer.ops import Experts, HeadNorm, Ops, Rope
+
+if TYPE_CHECKING:
+    from batchinfer.models.latent import LatentInput, LatentOutput
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,9 @@ class Layer:
     """Weights of one layer; norms are None where the architecture has none. qkv is merged in this order."""
 
     attn_norm: Norm | None
-    qkv: Linear
+    qkv: Linear | LatentInput
     head_norm: HeadNorm | None
-    o: Linear
+    o: Linear | LatentOutput
     attn_post_norm: Norm | None
     mlp_norm: Norm | None
     mlp: Mlp | Mixture
@@ -120,7 +123,7 @@ class Workspace:
             lse=buffer(torch.float32, h),
             gate_up=buffer(kept, (1 + spec.gated) * spec.mlp_width),
             gated=buffer(read, spec.mlp_width),
-            router=buffer(torch.float32, 0 if spec.experts is None else len(spec.experts.widths)),
+            router=buffer(torch.float32, 0 if spec.experts is None else spec.experts.logits),
         )
 
     def first(self, tokens: int) -> Workspace:

@@ -4,10 +4,10 @@ The names and shapes of what weights are streamed as (``Layout.targets``, each o
 
     embed [V, D], positions [rows, D], norm [D], lm_head [V, D] (absent when tied; classes [C, D] of a classifier stand
     in its place, or nothing), and for every layer i, as ``layers.i.NAME``: attn_norm, attn_post_norm, mlp_norm,
-    mlp_post_norm [D]; qkv [(H+2G)*E, D]; o [D, H*E]; q_norm, k_norm [E] or [H*E], [G*E]; sinks [H]; gate_up [2*I, D]
-    ([I, D] without a gate); down [D, I]; or of a mixture: router [X, D] (one row more for a shared expert),
-    experts.j.gate_up, experts.j.down, the shared expert last. Biases have the name of their matrix or
-    norm with ``_bias``.
+    mlp_post_norm [D]; qkv [(H+2G)*E, D], or with latent attention what _add_latent makes; o [D, H*E]; q_norm, k_norm
+    [E] or [H*E], [G*E]; sinks [H]; gate_up [2*I, D] ([I, D] without a gate); down [D, I]; or of a mixture: router
+    [X, D] (one row more for a weighed shared expert), router_correction [X], experts.j.gate_up, experts.j.down, the
+    shared expert last. Biases have the name of their matrix or norm with ``_bias``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from batchinfer.models.architectures import ARCHITECTURES, Names
-from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.model_spec import LatentSpec, ModelSpec
 from batchinfer.models.mxfp4 import MXFP4_BLOCK
 
 Order = Literal["", "pairs", "transposed", "transposed_pairs", "by_head", "blocks", "block_pairs", "scales"]
@@ -59,13 +59,15 @@ class Part:
 class Layout:
     """``parts``: stored name -> Part. ``targets``: streamed name -> shape. ``ignored``: stored names without a use.
     ``root`` is what some checkpoints leave out before a name. ``stacks``: stored names of several tensors in one, which
-    are as many parts: NAME[0], NAME[1] ..."""
+    are as many parts: NAME[0], NAME[1] ... ``ignored_under``: nor is there a use for what begins so, the layer of
+    DeepSeek-V3 that guesses the token after the next."""
 
     root: str = ""
     parts: dict[str, Part] = field(default_factory=dict)
     targets: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     stacks: set[str] = field(default_factory=set)
+    ignored_under: str | None = None
 
     def add(
         self,
@@ -152,6 +154,8 @@ def layout(spec: ModelSpec, gguf: bool = False) -> Layout:
     if spec.head == "hidden":
         unused.add(f"{CLASSES}.weight")
     plan.ignored = frozenset(unused)
+    if spec.latent is not None:
+        plan.ignored_under = names.root + names.layer.format(spec.layers)
     return plan
 
 
@@ -177,7 +181,10 @@ def _add_layer(plan: Layout, spec: ModelSpec, names: Names, i: int, gguf: bool) 
 
     if spec.pre_norm:
         _add_norm(plan, spec, f"{ours}attn_norm", stored + names.attn_norm, gguf)
-    plan.add(f"{ours}qkv", full(names.qkv), (q, kv, kv), d, spec.qkv_bias, orders, heads)
+    if spec.latent is not None:
+        q = _add_latent(plan, spec, spec.latent, ours, stored + "self_attn.")
+    else:
+        plan.add(f"{ours}qkv", full(names.qkv), (q, kv, kv), d, spec.qkv_bias, orders, heads)
     if spec.qk_norm:
         widths = (spec.head_dim, spec.head_dim) if spec.qk_norm == "head" else (q, kv)
         for kind, name, width in zip("qk", (names.q_norm, names.k_norm), widths, strict=True):
@@ -201,16 +208,39 @@ def _add_layer(plan: Layout, spec: ModelSpec, names: Names, i: int, gguf: bool) 
         _add_norm(plan, spec, f"{ours}mlp_post_norm", stored + names.mlp_post_norm, gguf)
 
 
+def _add_latent(plan: Layout, spec: ModelSpec, latent: LatentSpec, ours: str, stored: str) -> int:
+    """q_b [H*(plain+rotated), query rank], of the latent queries q_a [query rank, D] with their q_a_norm, or [.., D]
+    without; kv_a [rank+rotated, D], kv_a_norm [rank], kv_b [H*(plain+values), rank]. The width of what ``o`` reads."""
+
+    def matrix(target: str, name: str, rows: int, columns: int, bias: bool = False) -> None:
+        plan.add(ours + target, (stored + name,), (rows,), columns, bias)
+
+    if latent.query_rank:
+        matrix("q_a", "q_a_proj", latent.query_rank, spec.width, spec.qkv_bias)
+        _add_norm(plan, spec, f"{ours}q_a_norm", stored + "q_a_layernorm", False, latent.query_rank)
+    name = "q_b_proj" if latent.query_rank else "q_proj"
+    matrix("q_b", name, spec.heads * (latent.plain + latent.rotated), latent.query_rank or spec.width)
+    matrix("kv_a", "kv_a_proj_with_mqa", latent.rank + latent.rotated, spec.width, spec.qkv_bias)
+    _add_norm(plan, spec, f"{ours}kv_a_norm", stored + "kv_a_layernorm", False, latent.rank)
+    matrix("kv_b", "kv_b_proj", spec.heads * (latent.plain + latent.values), latent.rank)
+    return spec.heads * latent.values
+
+
 def _add_experts(plan: Layout, spec: ModelSpec, names: Names, ours: str, stored: str) -> None:
     """The router and the experts; a shared expert's gate is the router's last row, and it itself the last expert."""
     experts = spec.experts
     assert experts is not None
     routers, rows = (stored + names.router,), (experts.count,)
     places = [stored + names.expert.format(j) for j in range(experts.count)]
-    if experts.shared_width:
+    if experts.shared_width and experts.shared_gate:
         routers, rows = (*routers, stored + names.shared_router), (*rows, 1)
+    if experts.shared_width:
         places.append(stored + names.shared_expert)
     plan.add(f"{ours}router", routers, rows, spec.width, bias=experts.stacked)
+    if experts.correction:
+        target = f"{ours}router_correction"
+        plan.parts[f"{stored}{names.router}.e_score_correction_bias"] = Part(target, 0, (experts.count,))
+        plan.targets[target] = (experts.count,)
     if experts.stacked:
         _add_stacked(plan, spec, ours, stored + "mlp.experts.")
         return

@@ -13,6 +13,7 @@ from batchinfer.models.files import Keys, ModelError, read_json
 from batchinfer.models.gguf import is_gguf, read_gguf
 from batchinfer.models.gguf_spec import spec_from_gguf
 from batchinfer.models.labels import labels
+from batchinfer.models.latent_spec import latent_from_config, routed
 from batchinfer.models.model_spec import MAX_LAYERS, Activation, ExpertSpec, ModelSpec, checked, token_ids
 from batchinfer.models.mxfp4 import MXFP4_BLOCK
 from batchinfer.models.rope import local_rope_from_config, rope_from_config
@@ -70,15 +71,19 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
     _refuse_unsupported(keys, traits)
 
     heads, width = keys.count("num_attention_heads"), keys.count("hidden_size")
-    if keys.config.get("head_dim") is None and width % heads:
+    latent = latent_from_config(keys) if traits.latent else None
+    if latent is None and keys.config.get("head_dim") is None and width % heads:
         raise ModelError(f"{where}: hidden_size={width} is not a multiple of num_attention_heads={heads}; set head_dim")
-    layers, head_dim = keys.count("num_hidden_layers"), keys.count("head_dim", width // heads)
+    layers = keys.count("num_hidden_layers")
+    head_dim = latent.cached_width if latent else keys.count("head_dim", width // heads)
     if layers > MAX_LAYERS:
         raise ModelError(f"{where}: num_hidden_layers={layers} is more than any model has ({MAX_LAYERS})")
     max_positions, rope, local_rope = keys.count("max_position_embeddings"), None, None
     position_rows = 0 if traits.rope else max_positions + traits.positions_offset
     if traits.rope:
-        rope, max_positions = rope_from_config(keys, head_dim, max_positions, traits.partial_rope)
+        rope, max_positions = rope_from_config(
+            keys, latent.rotated if latent else head_dim, max_positions, traits.partial_rope
+        )
     if traits.local_rope:
         local_rope = local_rope_from_config(keys, head_dim, max_positions)
     nope = _nope(keys, layers) if traits.nope_layers else ()
@@ -89,7 +94,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
             layers=layers,
             width=width,
             heads=heads,
-            kv_heads=keys.count("num_key_value_heads", heads),
+            kv_heads=heads if latent else keys.count("num_key_value_heads", heads),
             head_dim=head_dim,
             mlp_width=keys.count("intermediate_size", 4 * width if name == "GPT2LMHeadModel" else None),
             vocab_size=keys.count("vocab_size"),
@@ -117,8 +122,11 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
             gated=traits.gated,
             experts=_experts(keys, traits, layers) if traits.experts else None,
             sinks=traits.sinks,
+            latent=latent,
             embed_scale=_embed_scale(keys, traits, width) / residual,
-            score_scale=_score_scale(keys, traits, head_dim),
+            score_scale=_score_scale(keys, traits, head_dim)
+            if latent is None
+            else (latent.plain + latent.rotated) ** -0.5 * rope.score_magnitude,
             logit_scale=1 / keys.number("logits_scaling", 1.0) if traits.multipliers else 1.0,
             score_softcap=_cap(keys, "attn_logit_softcapping") if traits.soft_caps else 0.0,
             logit_softcap=_cap(keys, "final_logit_softcapping") if traits.soft_caps else 0.0,
@@ -237,10 +245,13 @@ def _experts(keys: Keys, traits: Traits, layers: int) -> ExpertSpec | None:
     step, dense = keys.count("decoder_sparse_step", 1), keys.config.get("mlp_only_layers", [])
     if not isinstance(dense, list) or any(type(item) is not int for item in dense):
         raise ModelError(f"{keys.where}: mlp_only_layers={dense!r} must be a list of layers")
+    first = keys.config.get("first_k_dense_replace", 0)
+    if type(first) is not int or first < 0:
+        raise ModelError(f"{keys.where}: first_k_dense_replace={first!r} must be a number of layers")
     count, chosen = keys.count("num_experts"), keys.count("num_experts_per_tok")
     if chosen > count:
         raise ModelError(f"{keys.where}: num_experts_per_tok={chosen} is more than num_experts={count}")
-    mixed = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+    mixed = tuple(i >= first and i not in dense and (i + 1) % step == 0 for i in range(layers))
     shared = keys.count("shared_expert_intermediate_size") if keys.config.get("shared_expert_intermediate_size") else 0
     spec = ExpertSpec(count, chosen, keys.count("moe_intermediate_size"), keys.flag("norm_topk_prob"), shared, mixed)
     if traits.stacked_experts:
@@ -250,4 +261,6 @@ def _experts(keys: Keys, traits: Traits, layers: int) -> ExpertSpec | None:
             if keys.count(key) % MXFP4_BLOCK:
                 key = keys.names.get(key, key)
                 raise ModelError(f"{keys.where}: {key} must be a multiple of {MXFP4_BLOCK}, MXFP4's block")
+    if traits.latent:
+        spec = routed(spec, keys, traits)
     return spec if any(mixed) else None

@@ -270,7 +270,10 @@ def _stored(model_path: str) -> list[tuple[str, tuple[StoredTensor, ...]]]:
 
 
 def _unused(name: str, plan: Layout) -> bool:
-    return name in plan.ignored or IGNORED.fullmatch(name) is not None
+    beyond = plan.ignored_under is not None and (plan.root + name.removeprefix(plan.root)).startswith(
+        plan.ignored_under
+    )
+    return beyond or name in plan.ignored or IGNORED.fullmatch(name) is not None
 
 
 def _check(
