@@ -139,6 +139,12 @@ class Scheduler:
         a number is out of range, ``generated`` is complete already, or prompt and new tokens need more pages than
         there are; TypeError for non-integers.
         """
+    def limit_prompts(self, step_tokens: int) -> None:
+        """From now on a step that decodes a quarter of ``step_tokens`` or more takes prompt tokens only up to that many
+        tokens in all (0: max_step_tokens again). ValueError for a negative number."""
+    def tokens_left(self) -> _Int64:
+        """How many more tokens each open sequence is taken to generate, int64 [num_open] in no order: what admission
+        reckons with."""
     def schedule(self) -> Step | None:
         """The next step, or None if nothing can run now. May be called with one step not yet updated (with drafts,
         with none); RuntimeError otherwise."""

@@ -70,6 +70,12 @@ class FakeEngine:
     def expected_tokens(self, request: Request) -> int:
         return request.sampling.max_tokens
 
+    def tokens_left(self) -> np.ndarray:
+        return np.ones(self.num_open, np.int64)
+
+    def limit_prompts(self, step_tokens: int) -> None:
+        pass
+
     def add(self, request: Request) -> None:
         self._waiting.append(request)
         self.added += 1

@@ -50,6 +50,13 @@ class EncoderEngine:
         """Whether another request would help to fill the next steps."""
         return self.num_open < 2 * self.max_slots
 
+    def tokens_left(self) -> np.ndarray:
+        """See expected_tokens: int64 [num_open]."""
+        return np.ones(self.num_open, np.int64)
+
+    def limit_prompts(self, step_tokens: int) -> None:
+        """Nothing: a step has prompts and nothing else."""
+
     def expected_tokens(self, request: Request) -> int:
         """As if each text had one new token."""
         return 1

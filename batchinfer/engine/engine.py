@@ -111,6 +111,14 @@ class Engine:
         """Whether another request would help to keep the batch full: half a batch waits beside the running one."""
         return self._scheduler.num_open < self.max_slots + self.max_slots // 2 + 1
 
+    def tokens_left(self) -> np.ndarray:
+        """New tokens that each open sample, running or waiting, will probably still get: int64 [K] in no order."""
+        return self._scheduler.tokens_left()
+
+    def limit_prompts(self, step_tokens: int) -> None:
+        """Steps that decode have prompt tokens only up to so many tokens in all from now on; 0: as many as fit."""
+        self._scheduler.limit_prompts(step_tokens)
+
     def expected_tokens(self, request: Request) -> int:
         """New tokens that each sample of a request will probably get, beside those that it brings along."""
         if request.scored_from is not None or self._pool:

@@ -10,6 +10,7 @@ Pure: no torch, no clock. A request's tokens don't depend on the order, so that 
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,16 @@ GRAIN = 16
 
 SIBLINGS = 8
 """Requests below which a group says nothing about the lengths of its answers."""
+
+SPARE = 1.1
+"""Sequences side by side at the end of a job, beyond those that would just do if none ended early or waited for its
+prompt. Simulated with an H100's step times, chat-like lengths: 1.0 takes 8 % more steps, 1.3 1.4 % more time."""
+
+PROMPT_ROOM = 64
+"""Prompt tokens at least that a step has room for beside its decodes, however few are left."""
+
+FEWEST = 8
+"""At least an eighth of the slots is in use while there are requests: so few cost a step hardly more than one."""
 
 
 @dataclass(slots=True)
@@ -79,13 +90,35 @@ class Engine(Protocol):
 
     def expected_tokens(self, request: Request) -> int: ...
 
+    def tokens_left(self) -> np.ndarray: ...
+
+    def limit_prompts(self, step_tokens: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Work of requests: new tokens, prompt tokens, and tokens in the cache times the steps that they are there."""
+
+    new: int
+    prompts: int
+    cached: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the end of a job is spread over the steps that its longest sequence takes anyway: so many ``sequences`` side
+    by side, and so many tokens in a step with prompts (``step_tokens``, 0: any number) once these have begun."""
+
+    sequences: int
+    step_tokens: int
+
 
 class Planner:
     """Requests in hand, given out in their planned order.
 
     A plan is made of all requests in hand and used up before the next one, so that none waits forever. At the end of a
-    job the rest of it is ordered again, the longest first (Graham 1969). With ``reorder`` False requests come out as
-    they went in.
+    job the rest of it is ordered again, the longest first (Graham 1969), and held back where that costs no step: see
+    :func:`spread`. With ``reorder`` False requests come out as they went in, and as soon as they are asked for.
     """
 
     def __init__(self, engine: Engine, reorder: bool = True):
@@ -95,6 +128,7 @@ class Planner:
         self._last: np.ndarray | None = None
         self._planned = False
         self._tail = 0  # requests at the end of the plan that go longest first if no others come
+        self._rest: deque[Rest] = deque()  # at the end of a job: what is left from each request on
 
     def __len__(self) -> int:
         return len(self._left)
@@ -103,9 +137,11 @@ class Planner:
         """Take requests in hand, beside those that are left."""
         self._left.extend(requests)
         self._planned = False
+        self._rest.clear()
+        self._engine.limit_prompts(0)
 
     def next(self, more: bool) -> Request | None:
-        """The request to start now, None if there is none. ``more``: others will be added."""
+        """The request to start now, None if there is none, or if it had better wait. ``more``: others will be added."""
         if not self._left:
             return None
         if self._reorder and not self._planned:
@@ -116,9 +152,27 @@ class Planner:
             _, expected = self._sizes()
             self._plan(np.argsort(np.argsort(-expected, kind="stable")))
             self._tail = 0
+            samples = np.array([request.sampling.samples for request in self._left], np.int64)
+            self._rest = deque(rest(*self._sizes(), samples))
+        if self._rest and self._had_better_wait(self._left[0], self._rest[0]):
+            return None
+        if self._rest:
+            self._rest.popleft()
         request = self._left.popleft()
         self._last = _keyed(request)
         return request
+
+    def _had_better_wait(self, request: Request, left: Rest) -> bool:
+        """Whether a request can wait for a place beside the longest sample under way: it must be sure to end with it,
+        whatever is expected."""
+        running = self._engine.tokens_left()
+        if not len(running) or request.sampling.max_tokens > running.max():
+            return False
+        wanted = spread(left, running, self._engine.max_slots, self._engine.kv_tokens)
+        if len(running) < wanted.sequences:
+            return False
+        self._engine.limit_prompts(wanted.step_tokens)
+        return True
 
     def _sizes(self) -> tuple[np.ndarray, np.ndarray]:
         """Prompt tokens and expected new tokens of what is left, int64 [N] each."""
@@ -155,6 +209,36 @@ def tail(prompts: np.ndarray, expected: np.ndarray, max_slots: int, kv_tokens: i
     cache = _sum_from_here(expected * (prompts + expected / 2)) / kv_tokens
     longest = np.maximum.accumulate(expected[::-1])[::-1]
     return int(np.count_nonzero(np.maximum(slots, cache) <= longest))
+
+
+def rest(prompts: np.ndarray, expected: np.ndarray, samples: np.ndarray) -> list[Rest]:
+    """Of requests with so many prompt tokens, new tokens a sample, and samples (int64 [N] each), in their order: what
+    is left from each of them on."""
+    cached = expected * (prompts + samples * expected / 2)
+    sums = (_sum_from_here(values).tolist() for values in (expected * samples, prompts, cached))
+    return [Rest(*values) for values in zip(*sums, strict=True)]
+
+
+def spread(left: Rest, running: np.ndarray, max_slots: int, kv_tokens: int) -> Spread:
+    """For what is left of a job, beside samples that will get so many more tokens (``running``, int64 [K]), the longest
+    of all among them.
+
+    The longest sample takes a step for every token, whatever else is computed. With all others beside it from the
+    beginning, the first steps are wide and the many after the last short sample has ended narrow: and a narrow step
+    takes as long as reading the weights does. As wide as all together need, every step does useful work during that
+    reading, and prompts take their place in steps that decode. They bring a step to the power of two next to what all
+    need: there matrix products lose least at their edges (Llama-3.1-8B on an H100, cuBLAS: 18.5 us a row of 512, 23.2
+    of 320).
+
+    Where the cache is what is scarce, all that fit should run: nothing is held back.
+    """
+    longest = int(running.max())
+    if left.cached + int(running @ running) / 2 > longest * kv_tokens / 4:
+        return Spread(left.new + len(running), 0)
+    new = left.new + int(running.sum())
+    sequences = max(math.ceil(SPARE * new / longest), max_slots // FEWEST)
+    power = max(round(math.log2((new + left.prompts) / longest)), math.ceil(math.log2(sequences + PROMPT_ROOM)))
+    return Spread(sequences, 1 << power)
 
 
 def shared_tokens(prompts: Sequence[np.ndarray], page_size: int) -> int:

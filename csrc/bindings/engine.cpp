@@ -27,8 +27,9 @@ std::span<const int32_t> view(const py::array_t<int32_t>& array) {
     return {array.data(), static_cast<size_t>(array.size())};
 }
 
-py::array_t<int32_t> copy(std::span<const int32_t> values) {
-    return py::array_t<int32_t>(static_cast<py::ssize_t>(values.size()), values.data());
+template <typename T>
+py::array_t<T> copy(std::span<const T> values) {
+    return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
 /// A numpy view of a vector inside `owner`, which it keeps alive.
@@ -69,7 +70,7 @@ PYBIND11_MODULE(_engine, module) {
         .def_readonly("seq_id", &Finished::seq_id)
         .def_property_readonly("reason",
                                [](const Finished& f) { return f.reason == FinishReason::kStop ? "stop" : "length"; })
-        .def_property_readonly("tokens", [](const Finished& f) { return copy(f.tokens); })
+        .def_property_readonly("tokens", [](const Finished& f) { return copy(std::span<const int32_t>(f.tokens)); })
         .def("__repr__", [](const Finished& f) {
             return "Finished(seq_id=" + std::to_string(f.seq_id) +
                    ", reason=" + (f.reason == FinishReason::kStop ? "'stop'" : "'length'") + ", " +
@@ -143,6 +144,8 @@ PYBIND11_MODULE(_engine, module) {
             py::arg("min_new_tokens") = 0, py::arg("expected_new_tokens") = 0, py::arg("compute_from") = kComputeLast,
             py::arg("family") = 0, py::arg("lookup") = true, py::arg("stop_token_ids") = py::tuple(),
             py::arg("generated") = py::tuple())
+        .def("limit_prompts", &Scheduler::limit_prompts, py::arg("step_tokens"))
+        .def("tokens_left", [](const Scheduler& self) { return copy(std::span<const int64_t>(self.tokens_left())); })
         .def("schedule", [](Scheduler& self) { return std::const_pointer_cast<Step>(self.schedule()); })
         .def(
             "update",

@@ -48,7 +48,8 @@ Scheduler::Scheduler(const SchedulerConfig& config)
     : config_(checked(config)),
       pool_(config.num_pages, config.page_size, config.hash_bits),
       forecast_(config.num_pages, config.page_size, config.max_seq_len),
-      table_(std::make_shared<PageTable>(config.max_slots, pages_for(config.max_seq_len))) {
+      table_(std::make_shared<PageTable>(config.max_slots, pages_for(config.max_seq_len))),
+      wanted_step_tokens_(config.max_step_tokens) {
     for (int32_t slot = 0; slot < config_.max_slots; ++slot)
         free_slots_.push(slot);
 }
@@ -102,6 +103,21 @@ void Scheduler::add(const NewSequence& request) {
     sequence->stop_token_ids = stop_token_ids_;
     waiting_.emplace(sequence->arrival, sequence.get());
     open_.emplace(request.id, std::move(sequence));
+}
+
+void Scheduler::limit_prompts(int32_t step_tokens) {
+    if (step_tokens < 0)
+        throw std::invalid_argument("step_tokens=" + std::to_string(step_tokens) + ": must be at least 0");
+    const int32_t most = config_.max_step_tokens;
+    wanted_step_tokens_ = step_tokens == 0 ? most : std::min(step_tokens, most);
+}
+
+std::vector<int64_t> Scheduler::tokens_left() const {
+    std::vector<int64_t> left;
+    left.reserve(open_.size());
+    for (const auto& [id, sequence] : open_)
+        left.push_back(std::max(1, predicted_new_tokens(*sequence) - sequence->sampled()));
+    return left;
 }
 
 std::shared_ptr<const Step> Scheduler::schedule() {
@@ -161,11 +177,12 @@ void Scheduler::schedule_decodes() {
         sample(sequence);
     }
     step_->num_decode = step_->num_seqs;
+    prompt_limit_ = step_->num_tokens < wanted_step_tokens_ / 4 ? config_.max_step_tokens : wanted_step_tokens_;
 }
 
 void Scheduler::schedule_prompts() {
     if (!running_.empty() && !running_.back()->decoding) prefill(*running_.back());
-    while (!preempted_ && !waiting_.empty() && !free_slots_.empty() && step_->num_tokens < config_.max_step_tokens &&
+    while (!preempted_ && !waiting_.empty() && !free_slots_.empty() && step_->num_tokens < prompt_limit_ &&
            (running_.empty() || running_.back()->decoding)) {
         if (!admit(*waiting_.begin()->second)) break;
         prefill(*running_.back());
@@ -187,8 +204,8 @@ bool Scheduler::admit(Sequence& sequence) {
     match_prefix(sequence);
     const auto matched = static_cast<int32_t>(prefix_.size());
     const int32_t to_compute = sequence.known() - matched * config_.page_size;
-    const int32_t budget_now = config_.max_step_tokens - step_->num_tokens;
-    const int32_t budget_later = config_.max_step_tokens - static_cast<int32_t>(running_.size());
+    const int32_t budget_now = prompt_limit_ - step_->num_tokens;
+    const int32_t budget_later = std::max(1, prompt_limit_ - static_cast<int32_t>(running_.size()));
     const int32_t prefill_steps = (std::max(to_compute - budget_now, 0) + budget_later - 1) / budget_later;
     const Lifetime life = predict(sequence, prefill_steps);
     if (!running_.empty() && !forecast_.fits(prefix_, life, config_.num_pages)) {
@@ -234,7 +251,8 @@ void Scheduler::match_prefix(const Sequence& sequence) {
 
 void Scheduler::prefill(Sequence& sequence) {
     const int32_t first = sequence.computed;
-    int32_t end = std::min(sequence.known(), first + config_.max_step_tokens - step_->num_tokens);
+    int32_t end = std::min(sequence.known(), first + prompt_limit_ - step_->num_tokens);
+    if (end <= first) return;
     while (sequence.num_pages < pages_for(end)) {
         // It is the last admitted: as long as there is something it can compute, nobody need be preempted.
         if (pool_.num_used() == config_.num_pages && sequence.num_pages * config_.page_size > first) {

@@ -92,6 +92,9 @@ class Scheduler {
     /// Queues a sequence. max_new_tokens is clipped to max_seq_len - prompt length. Throws std::invalid_argument if
     /// the id is open already, an argument is out of range, or the sequence could not run even alone.
     void add(const NewSequence& request);
+    /// From now on a step that decodes a quarter of `step_tokens` or more takes prompt tokens only up to that many
+    /// tokens in all (0: max_step_tokens again). Throws std::invalid_argument for a negative number.
+    void limit_prompts(int32_t step_tokens);
     /// The next step, or nullptr if nothing can run now. The Step stays unchanged while the caller keeps the pointer.
     /// Throws std::logic_error if two steps wait for their update(); with drafts, one.
     std::shared_ptr<const Step> schedule();
@@ -105,6 +108,8 @@ class Scheduler {
     /// Generated tokens known so far (a view, valid until the next call); throws std::out_of_range for an unknown id.
     std::span<const int32_t> tokens(int64_t seq_id) const;
 
+    /// How many more tokens each open sequence is taken to generate, in no order: what admission reckons with.
+    std::vector<int64_t> tokens_left() const;
     int32_t num_open() const { return static_cast<int32_t>(open_.size()); }
     int32_t num_waiting() const { return static_cast<int32_t>(waiting_.size()); }
     int32_t num_running() const { return config_.max_slots - static_cast<int32_t>(free_slots_.size()); }
@@ -152,6 +157,8 @@ class Scheduler {
     PagePool pool_;
     PageForecast forecast_;
     std::shared_ptr<PageTable> table_;
+    int32_t wanted_step_tokens_;
+    int32_t prompt_limit_ = 0;  // tokens of the step under construction that prompts may bring it to
 
     std::unordered_map<int64_t, std::unique_ptr<Sequence>> open_;
     std::unordered_map<const Sequence*, std::unique_ptr<Sequence>> leaving_;  // finished with tokens in flight

@@ -9,7 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchinfer.engine.planner import GRAIN, SIBLINGS, Plan, Planner, make_plan, shared_tokens, tail
+from batchinfer.engine.planner import (
+    GRAIN,
+    SIBLINGS,
+    Plan,
+    Planner,
+    Rest,
+    Spread,
+    make_plan,
+    rest,
+    shared_tokens,
+    spread,
+    tail,
+)
 from batchinfer.types import Request, SamplingParams
 
 
@@ -18,6 +30,14 @@ class Sizes:
 
     def __init__(self, max_slots: int = 4, kv_tokens: int = 10**9):
         self.max_slots, self.kv_tokens = max_slots, kv_tokens
+        self.running: list[int] = []  # what each sequence still gets
+        self.limit = 0
+
+    def tokens_left(self) -> np.ndarray:
+        return np.array(self.running, np.int64)
+
+    def limit_prompts(self, step_tokens: int) -> None:
+        self.limit = step_tokens
 
     def expected_tokens(self, request: Request) -> int:
         return request.sampling.max_tokens
@@ -138,6 +158,67 @@ def test_how_much_is_the_tail() -> None:
     assert tail(prompts, expected, max_slots=4, kv_tokens=10**9) == 31
     # With room for 56 tokens, four requests of 10 + 8 / 2 run at a time, whatever the slots.
     assert tail(np.full(100, 10), np.full(100, 8), max_slots=50, kv_tokens=56) == 4
+
+
+@pytest.mark.feature("engine", "at the end of a job short rows run beside the longest, not before them")
+def test_how_the_end_is_spread() -> None:
+    """900 steps of one sequence and 1,800 more tokens: three side by side, and a spare one."""
+    prompts, lengths, one = np.full(8, 100), np.full(8, 225), np.ones(8, np.int64)
+    left, longest = rest(prompts, lengths, one), np.array([900])
+    assert left[0] == Rest(1800, 800, 8 * 225 * 212.5)
+    assert left[-1] == Rest(225, 100, 225 * 212.5)
+    roomy = {"max_slots": 4, "kv_tokens": 10**6}
+    assert spread(left[0], longest, **roomy) == Spread(4, 128)
+    assert spread(left[4], longest, **roomy) == Spread(3, 128)
+    assert spread(rest(1000 * prompts, lengths, one)[0], longest, **roomy) == Spread(4, 1024)  # 3 and 889
+    assert spread(left[0], np.array([225]), **roomy).sequences >= 9  # they all end together
+    assert spread(rest(prompts, lengths, 2 * one)[0], longest, **roomy).sequences == 6
+    assert spread(left[0], longest, max_slots=1024, kv_tokens=10**6).sequences == 128
+    # All in the cache for as long as they take, 787,500 tokens times steps: a quarter of what 3,500 tokens can hold.
+    assert spread(left[0], longest, max_slots=16, kv_tokens=3500) == Spread(4, 128)
+    assert spread(left[0], longest, max_slots=16, kv_tokens=3499).step_tokens == 0
+
+
+@pytest.mark.feature("engine", "at the end of a job short rows run beside the longest, not before them")
+def test_short_rows_wait_for_their_place_beside_the_longest() -> None:
+    engine = Sizes(max_slots=16)
+    planner = Planner(engine)
+    planner.add(request(i, [1] * 10, tokens) for i, tokens in enumerate([900] + [225] * 8))
+    started = 0
+    while (given := planner.next(more=False)) is not None:
+        assert engine.limit == 0
+        engine.running.append(given.sampling.max_tokens)
+        started += 1
+    assert started == len(engine.running) == 4
+    assert engine.limit == 128
+    assert planner.next(more=False) is None
+    engine.running.pop()
+    assert planner.next(more=False) is not None
+    engine.running.append(225)
+    assert planner.next(more=False) is None
+    engine.running[0] = 225  # the longest has ended early: there is no reason to wait any more
+    engine.running.pop()
+    while (given := planner.next(more=False)) is not None:
+        engine.running.append(given.sampling.max_tokens)
+    assert len(engine.running) == 7
+    planner.add([request(10)])
+    assert engine.limit == 0
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40), slots=st.integers(1, 64))
+def test_nobody_waits_forever(lengths: list[int], slots: int) -> None:
+    engine = Sizes(max_slots=slots)
+    planner = Planner(engine)
+    planner.add(request(i, [i], tokens) for i, tokens in enumerate(lengths))
+    steps = 0
+    while len(planner) or engine.running:
+        while len(engine.running) < slots and (given := planner.next(more=False)) is not None:
+            engine.running.append(given.sampling.max_tokens)
+        assert engine.running
+        engine.running = [left - 1 for left in engine.running if left > 1]
+        steps += 1
+    # A list that never leaves a place empty (Graham 1966), with the places that spread() gives it.
+    assert steps <= max(lengths) + max(max(lengths), -(-sum(lengths) // slots))
 
 
 @given(prompts=prompt_lists(), page=st.sampled_from([4, 16, 32]))

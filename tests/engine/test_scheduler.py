@@ -478,3 +478,22 @@ def test_families_share_no_pages() -> None:
         s.check_integrity()
     assert computed == [15, 15, 3, 3, 15, 3]
     assert s.pages_cached == 9
+
+
+def test_prompts_can_be_limited_to_a_part_of_a_step() -> None:
+    s = scheduler()
+    s.limit_prompts(4)
+    s.add(0, range(10), max_new_tokens=20)
+    assert run(s).num_tokens == 10  # nothing decodes beside it
+    s.add(1, range(20, 30), max_new_tokens=20)
+    s.add(2, range(40, 46), max_new_tokens=20)
+    assert [computed(run(s)) for _ in range(5)] == [{0: 1, 1: 3}] * 3 + [{0: 1, 1: 1, 2: 2}, {0: 1, 1: 1, 2: 2}]
+    assert sorted(s.tokens_left().tolist()) == [20 - len(s.tokens(i)) for i in range(3)]
+    for i in range(3, 6):
+        s.add(i, range(60, 61 + i), max_new_tokens=9)
+    s.limit_prompts(2)
+    assert computed(run(s)) == {0: 1, 1: 1}  # what decodes goes on; the rest of the prompt waits
+    s.limit_prompts(0)
+    assert computed(run(s)) == {0: 1, 1: 1, 2: 2, 3: 4, 4: 1, 5: 2}  # of 4 and 5 a page is there
+    with pytest.raises(ValueError, match="step_tokens=-1"):
+        s.limit_prompts(-1)

@@ -72,6 +72,19 @@ def test_known_lengths_fill_the_batch_to_the_end(pages: int) -> None:
     assert planned.preemptions == 0
 
 
+def test_known_lengths_fill_every_step_until_the_longest_ends() -> None:
+    """With slots for all, the longest decides how many steps there are: 1,024. As they came, 623 of them have at most
+    128 sequences; spread out, hardly one."""
+    requests = make_requests("sharegpt", 50_000, 1000)
+    lengths = np.array([r.sampling.max_tokens for r in requests])
+    pool = replace(ROOMY, num_pages=60_000, max_slots=1024, max_step_tokens=8192)
+    as_it_came, planned = both(requests, lengths, pool)
+    assert planned.steps <= 1.01 * as_it_came.steps
+    assert np.count_nonzero(as_it_came.widths <= 128) > 500
+    assert np.count_nonzero(planned.widths <= 128) < 100
+    assert planned.widths.max() < as_it_came.widths.max() / 3
+
+
 def test_where_nothing_is_known_nothing_is_lost() -> None:
     """Chat-like lengths that nobody knows, and prompts that share nothing."""
     drawn = make_requests("sharegpt", 50_000, 1000)
