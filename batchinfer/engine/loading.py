@@ -30,11 +30,12 @@ from batchinfer.engine.memory import num_pages
 from batchinfer.engine.runner import make_runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
-from batchinfer.models.encoder import Encoder
+from batchinfer.models.encoder import BertEncoder
 from batchinfer.models.encoder_spec import EncoderSpec, encoder_spec
 from batchinfer.models.files import ModelError, OwnReading, Source
 from batchinfer.models.lora import load_adapter
 from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.modernbert import ModernBertEncoder
 from batchinfer.models.packing import bytes_of, most_bytes, pack, packable
 from batchinfer.models.spec import load_spec
 from batchinfer.models.tokenizer import Tokenizer, load_tokenizer
@@ -156,8 +157,15 @@ def _encoder_engine(
             raise ModelError(f"{key}={given} is not supported with an encoder ({spec.architecture})")
     dtype = DTYPES[engine.dtype]
     weights = _packed(model, engine.weights, spec, dtype, ops, source or OwnReading())
+    spec = replace(spec, head=pool.head)
+    modern = spec.modern
+    encoder = (
+        BertEncoder(spec, weights, ops, dtype)
+        if modern is None
+        else ModernBertEncoder(spec, modern, weights, ops, dtype)
+    )
     return EncoderEngine(
-        Encoder(replace(spec, head=pool.head), weights, ops, dtype),
+        encoder,
         tokenizer or load_tokenizer(model.path),
         pool,
         max_len=spec.resolve_length(engine.max_model_len),

@@ -222,9 +222,7 @@ def _windows(keys: Keys, traits: Traits, layers: int, nope: tuple[bool, ...]) ->
         return ()
     window, kinds = keys.count("sliding_window"), keys.config.get("layer_types")
     if kinds is not None and traits.windows != "all":
-        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in LAYER_TYPES for kind in kinds):
-            raise ModelError(f"{keys.where}: layer_types must be a list of {layers}: {' or '.join(LAYER_TYPES)}")
-        windowed = [kind == "sliding_attention" for kind in kinds]
+        windowed = [kind == "sliding_attention" for kind in layer_types(keys, layers)]
     else:
         pattern, cut = keys.count("sliding_window_pattern", 6), keys.config.get("max_window_layers", 28)
         if type(cut) is not int or cut < 0:
@@ -239,6 +237,14 @@ def _windows(keys: Keys, traits: Traits, layers: int, nope: tuple[bool, ...]) ->
         }[traits.windows]
         windowed = [rule(i) for i in range(layers)]
     return tuple(window * has for has in windowed) if any(windowed) else ()
+
+
+def layer_types(keys: Keys, layers: int) -> list[str]:
+    """What the config says of each layer. Raises ModelError."""
+    kinds = keys.config.get("layer_types")
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in LAYER_TYPES for kind in kinds):
+        raise ModelError(f"{keys.where}: layer_types must be a list of {layers}: {' or '.join(LAYER_TYPES)}")
+    return kinds
 
 
 def _experts(keys: Keys, traits: Traits, layers: int) -> ExpertSpec | None:

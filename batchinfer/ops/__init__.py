@@ -258,10 +258,12 @@ class Ops(Protocol):
         h reads key/value head h // (H // G). The order of additions depends on the sequence alone. K/V of this step's
         tokens are already in the caches."""
 
-    def attend_texts(self, qkv: Tensor, starts: Sequence[int], scale: float, out: Tensor) -> None:
-        """Attention of each token to all of its text, without a cache: qkv [T, 3, H, E] and out [T, H, E] of the dtype
-        of ``activations``; text i is the tokens starts[i]..starts[i + 1], from 0 to T, none of them empty. A text's
-        result does not depend on the others."""
+    def attend_texts(
+        self, qkv: Tensor, starts: Sequence[int], scale: float, out: Tensor, reach: int | None = None
+    ) -> None:
+        """Attention of each token to all of its text, or to the tokens up to ``reach`` before and behind it, without a
+        cache: qkv [T, 3, H, E] and out [T, H, E] of the dtype of ``activations``; text i is the tokens
+        starts[i]..starts[i + 1], from 0 to T, none of them empty. A text's result does not depend on the others."""
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         """out [T, I] = silu(gate_up[:, :I]) * gate_up[:, I:]."""

@@ -150,10 +150,14 @@ class ReferenceOps:
             out[tokens] = torch.einsum("hqk,khe->qhe", scores.softmax(dim=-1), read(v_cache)).to(out.dtype)
             lse[tokens] = scores.logsumexp(dim=-1).T.to(lse.dtype)
 
-    def attend_texts(self, qkv: Tensor, starts: Sequence[int], scale: float, out: Tensor) -> None:
+    def attend_texts(
+        self, qkv: Tensor, starts: Sequence[int], scale: float, out: Tensor, reach: int | None = None
+    ) -> None:
         for begin, end in pairwise(starts):
             q, k, v = qkv[begin:end].to(self.dtype).permute(1, 2, 0, 3)
-            out[begin:end] = ((scale * q @ k.mT).softmax(-1) @ v).transpose(0, 1)
+            place = torch.arange(end - begin)
+            far = (place[:, None] - place).abs() > (end - begin if reach is None else reach)
+            out[begin:end] = ((scale * q @ k.mT).masked_fill(far, -torch.inf).softmax(-1) @ v).transpose(0, 1)
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         gate, up = gate_up.to(self.dtype).chunk(2, dim=-1)
