@@ -30,6 +30,7 @@ from batchinfer.engine.memory import num_pages
 from batchinfer.engine.runner import make_runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
+from batchinfer.models.dense import load_dense
 from batchinfer.models.encoder import BertEncoder
 from batchinfer.models.encoder_spec import EncoderSpec, encoder_spec
 from batchinfer.models.files import ModelError, OwnReading, Source
@@ -137,6 +138,7 @@ def load_engine(
         weight_bytes=bytes_of(weights),
         trace=trace,
         pool=pool,
+        dense=() if pool is None else load_dense(model.path, pool.dense),
         adapters=len(adapters),
     )
 
@@ -172,6 +174,7 @@ def _encoder_engine(
         max_slots=engine.max_slots,
         max_step_tokens=engine.max_step_tokens,
         weight_bytes=bytes_of(weights),
+        dense=load_dense(model.path, pool.dense),
     )
 
 

@@ -18,7 +18,16 @@ import numpy as np
 import torch
 
 from batchinfer.models.encoder_spec import EncoderSpec, encoder_layout
-from batchinfer.models.files import Block, BlockReader, ModelError, OwnReading, Source, StoredTensor
+from batchinfer.models.files import (
+    Block,
+    BlockReader,
+    ModelError,
+    OwnReading,
+    Source,
+    StoredTensor,
+    open_for_reading,
+    read_at,
+)
 from batchinfer.models.gguf import is_gguf, read_gguf
 from batchinfer.models.gguf_blocks import FORMS, Form, codes_of
 from batchinfer.models.layout import MXFP4_ORDERS, TABLES, Layout, Part, layout
@@ -317,6 +326,16 @@ def _decode(data: memoryview, piece: Piece, path: str) -> torch.Tensor:
             f"{path}: tensor {tensor.name!r} is {tensor.dtype}, which cannot be dequantised: {error}"
         ) from None
     return torch.from_numpy(values).view(shape)
+
+
+def read_tensor(path: str, tensor: StoredTensor) -> torch.Tensor:
+    """A small tensor of values as a whole, float32. Raises ModelError."""
+    if tensor.dtype not in VALUES:
+        raise ModelError(f"{path}: tensor {tensor.name!r} is {tensor.dtype}; supported are {', '.join(VALUES)}")
+    data = bytearray(tensor.nbytes)
+    with open_for_reading(path) as (fd, _):
+        read_at(fd, tensor.offset, memoryview(data), path)
+    return torch.frombuffer(data, dtype=VALUES[tensor.dtype]).view(tensor.shape).float()
 
 
 def reorder(rows: torch.Tensor, part: Part) -> torch.Tensor:

@@ -178,7 +178,7 @@ def test_the_folder_decides_the_pooling(copy_of: Any, settings: dict[str, Any], 
 @pytest.mark.parametrize(
     ("modules", "settings", "message"),
     [
-        ([*MODULES, {"path": "2_Dense", "type": "x.Dense"}], {"pooling_mode": "mean"}, "the step 'Dense' is not"),
+        ([*MODULES, {"path": "2_LSTM", "type": "x.LSTM"}], {"pooling_mode": "mean"}, "the step 'LSTM' is not"),
         (MODULES, {"pooling_mode_max_tokens": True}, "pooling by max_tokens is not supported"),
         (MODULES, {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "cls_token, mean_tokens"),
         (MODULES, {}, "pooling by nothing is not supported"),
