@@ -54,28 +54,29 @@ class LatentInput:
             x_q = x
         queries = product(self.q_b, x_q, self.heads * used).view(tokens, self.heads, used)
         both = product(self.kv_a, x, spec.rank + rotated)
-        latent = both[:, : spec.rank].contiguous()
+        latent = torch.empty(tokens, spec.rank, dtype=out.dtype, device=out.device)
+        ops.copy(both[:, : spec.rank], latent)
         self.kv_norm(ops, latent, latent)
         expanded = product(self.kv_b, latent, self.heads * (spec.plain + spec.values)).view(tokens, self.heads, -1)
 
         q, k, v = out.view(tokens, 3, self.heads, self.width).unbind(1)
-        self._rotary(queries[..., spec.plain :], q)
-        self._rotary(both[:, None, spec.rank :], k)
-        q[..., rotated:used] = queries[..., : spec.plain]
-        k[..., rotated:used] = expanded[..., : spec.plain]
-        v[..., : spec.values] = expanded[..., spec.plain :]
+        self._rotary(ops, queries[..., spec.plain :], q)
+        self._rotary(ops, both[:, None, spec.rank :].expand(-1, self.heads, -1), k)
+        ops.copy(queries[..., : spec.plain], q[..., rotated:used])
+        ops.copy(expanded[..., : spec.plain], k[..., rotated:used])
+        ops.copy(expanded[..., spec.plain :], v[..., : spec.values])
         for head, end in ((q, used), (k, used), (v, spec.values)):
             if end < self.width:
-                head[..., end:] = 0
+                ops.copy(torch.zeros_like(out[:1, :1]).expand(head[..., end:].shape), head[..., end:])
 
-    def _rotary(self, values: Tensor, out: Tensor) -> None:
+    def _rotary(self, ops: Ops, values: Tensor, out: Tensor) -> None:
         """The first elements of heads ``out`` = values, which are pairs side by side, or in halves already."""
+        half = self.spec.rotated // 2
         if self.spec.interleaved:
-            half = self.spec.rotated // 2
-            out[..., :half] = values[..., 0::2]
-            out[..., half : 2 * half] = values[..., 1::2]
+            ops.copy(values[..., 0::2], out[..., :half])
+            ops.copy(values[..., 1::2], out[..., half : 2 * half])
         else:
-            out[..., : self.spec.rotated] = values
+            ops.copy(values, out[..., : 2 * half])
 
 
 @dataclass(frozen=True)
@@ -88,5 +89,6 @@ class LatentOutput:
 
     def __call__(self, ops: Ops, x: Tensor, out: Tensor, groups: Groups) -> None:
         """out [T, D] from x [T, H*E]."""
-        counting = x.view(len(x), self.heads, -1)[..., : self.values].flatten(1)
-        self.linear(ops, counting.contiguous(), out, groups)
+        counting = torch.empty(len(x), self.heads, self.values, dtype=x.dtype, device=x.device)
+        ops.copy(x.view(len(x), self.heads, -1)[..., : self.values], counting)
+        self.linear(ops, counting.flatten(1), out, groups)

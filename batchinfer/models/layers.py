@@ -119,7 +119,7 @@ class Workspace:
             y=buffer(kept, spec.width if spec.parallel else 0),
             qkv=buffer(kept, (h + 2 * g) * e),
             q=buffer(kept, h, e),
-            attn=buffer(read, h, e),
+            attn=buffer(kept if spec.sinks else read, h, e),  # sinks scale it, and it is rounded once
             lse=buffer(torch.float32, h),
             gate_up=buffer(kept, (1 + spec.gated) * spec.mlp_width),
             gated=buffer(read, spec.mlp_width),
@@ -168,14 +168,7 @@ def attend(
     ops.rope_and_cache(w.qkv, step.positions, step.kv_index, step.rope, k_cache, v_cache, w.q, layer.head_norm)
     ops.attention(w.q, k_cache, v_cache, step.plan, step.scale, w.attn, w.lse, step.softcap)
     if layer.sinks is not None:
-        sink(w.attn, w.lse, layer.sinks)
-
-
-def sink(attn: Tensor, lse: Tensor, sinks: Tensor) -> None:
-    """attn [T, H, E] of softmaxes that have a head's sink in their sums too, as a key without a value (Xiao et al.
-    2023, arXiv:2309.17453): the keys' share of the sum scales them."""
-    share = torch.stack((lse, sinks.expand_as(lse)), -1).softmax(-1)[..., 0]
-    attn.mul_(share.unsqueeze(-1))
+        ops.sink(w.attn, w.lse, layer.sinks)
 
 
 def project(ops: Ops, layer: Layer, w: Workspace, out: Tensor, groups: Groups = ()) -> None:

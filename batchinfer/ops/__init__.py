@@ -258,6 +258,14 @@ class Ops(Protocol):
         h reads key/value head h // (H // G). The order of additions depends on the sequence alone. K/V of this step's
         tokens are already in the caches."""
 
+    def sink(self, attn: Tensor, lse: Tensor, sinks: Tensor) -> None:
+        """attn [T, H, E], the output of ``attention`` with its ``lse``, in place becomes that of softmaxes with one
+        more score in their sums, ``sinks`` float32 [H] (Xiao et al. 2023, arXiv:2309.17453; GPT-OSS): the keys' share
+        of the sum scales it."""
+
+    def copy(self, x: Tensor, out: Tensor) -> None:
+        """out = x, of one shape and dtype, or one that broadcasts; both may be views with strides."""
+
     def attend_texts(
         self, qkv: Tensor, starts: Sequence[int], scale: float, out: Tensor, reach: int | None = None
     ) -> None:

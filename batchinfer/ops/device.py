@@ -23,6 +23,7 @@ from torch import Tensor
 
 from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.fields import SAMPLE_FIELDS
+from batchinfer.ops.sinks import share_of_keys
 from batchinfer.ops.texts import TextAttention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -227,6 +228,18 @@ class DeviceOps(TextAttention, ABC):
         self._check("out", out, q.dtype, q.shape)
         self._check("lse", lse, torch.float32, q.shape[:2])
         self._attention(q, k_cache, v_cache, plan, scale, out, lse, softcap)
+
+    def sink(self, attn: Tensor, lse: Tensor, sinks: Tensor) -> None:
+        tokens, heads, _ = shape_of("attn", attn, 3)
+        self._check("attn", attn, None, attn.shape)
+        self._check("lse", lse, torch.float32, (tokens, heads))
+        self._check("sinks", sinks, torch.float32, (heads,))
+        attn.mul_(share_of_keys(lse, sinks).unsqueeze(-1))
+
+    def copy(self, x: Tensor, out: Tensor) -> None:
+        if x.dtype is not out.dtype:
+            raise ValueError(f"out has dtype {out.dtype}: {x.dtype} is needed")
+        out.copy_(x)
 
     def sample(self, logits: Tensor, inputs: SampleInput) -> SampleOutput:
         rows, vocab = shape_of("logits", logits, 2)

@@ -20,6 +20,7 @@ from batchinfer.ops.experts import mix_by_expert
 from batchinfer.ops.fields import SAMPLE_FIELDS
 from batchinfer.ops.native_checks import DTYPES, address, check, check_segments, shape_of
 from batchinfer.ops.native_linear import NativeLinear
+from batchinfer.ops.sinks import share_of_keys
 from batchinfer.ops.texts import TextAttention
 
 if TYPE_CHECKING:
@@ -119,6 +120,21 @@ class NativeOps(NativeLinear, TextAttention):
             DTYPES[out.dtype],
             lse.data_ptr(),
         )
+
+    def sink(self, attn: Tensor, lse: Tensor, sinks: Tensor) -> None:
+        tokens, heads, _ = shape_of("attn", attn, 3)
+        check("attn", attn, torch.float32, attn.shape)
+        check("lse", lse, torch.float32, (tokens, heads))
+        check("sinks", sinks, torch.float32, (heads,))
+        attn.numpy()[...] *= share_of_keys(lse, sinks).unsqueeze(-1).numpy()
+
+    def copy(self, x: Tensor, out: Tensor) -> None:
+        """By numpy: torch would let its own threads work, which then spin on the cores that this backend's want."""
+        if x.dtype is not out.dtype:
+            raise ValueError(f"out has dtype {out.dtype}: {x.dtype} is needed")
+        if x.dtype is torch.bfloat16:  # numpy has none
+            x, out = x.view(torch.int16), out.view(torch.int16)
+        np.copyto(out.numpy(), x.numpy())
 
     def embed(self, ids: Tensor, table: Tensor, out: Tensor, scale: float = 1.0) -> None:
         tokens, width = shape_of("out", out, 2)

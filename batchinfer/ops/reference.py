@@ -150,6 +150,14 @@ class ReferenceOps:
             out[tokens] = torch.einsum("hqk,khe->qhe", scores.softmax(dim=-1), read(v_cache)).to(out.dtype)
             lse[tokens] = scores.logsumexp(dim=-1).T.to(lse.dtype)
 
+    def sink(self, attn: Tensor, lse: Tensor, sinks: Tensor) -> None:
+        lse, sinks = lse.to(self.dtype), sinks.to(self.dtype)
+        share = (lse - torch.logaddexp(lse, sinks.expand_as(lse))).exp()
+        attn.copy_(attn.to(self.dtype) * share.unsqueeze(-1))
+
+    def copy(self, x: Tensor, out: Tensor) -> None:
+        out.copy_(x)
+
     def attend_texts(
         self, qkv: Tensor, starts: Sequence[int], scale: float, out: Tensor, reach: int | None = None
     ) -> None:

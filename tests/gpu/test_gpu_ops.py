@@ -175,6 +175,16 @@ def test_routings(real_gpu, dtype, routing):
     assert_close(out, want, 4 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sinks(gpu, dtype):
+    attn, lse, sinks = randn(70, 8, 64, dtype=dtype), 5 * randn(70, 8, seed=1), 5 * randn(8, seed=2)
+    want = attn.double()
+    TRUTH.sink(want, lse.double(), sinks.double())
+    out = put(attn)
+    gpu.sink(out, put(lse), put(sinks))
+    assert_close(out, want)
+
+
 def test_rejects_wrong_tensors(gpu):
     x, weight = put(randn(3, 64)), put(randn(64))
     with pytest.raises(ValueError, match="out has shape"):

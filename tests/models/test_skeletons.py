@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from models.test_deepseek import V2_LITE, V3, spec
 from models.test_heads import vectors
 from models.test_parity import prompts
 from models.tiny_models import TinyModel
 
-from batchinfer.models.layers import sink
 from batchinfer.models.layout import num_parameters
 from batchinfer.types import PoolSpec
 
@@ -77,15 +75,6 @@ def test_the_smaller_gpt_oss() -> None:
     assert (got.windows[:3], got.max_positions, got.sinks) == ((128, 0, 128), 131072, True)
     assert (got.rope.truncate, got.rope.factor, round(got.rope.magnitude, 4)) == (False, 32.0, 1.3466)
     assert (got.experts.mxfp4, got.experts.clamp.alpha, got.experts.renormalise) == (True, 1.702, True)
-
-
-def test_a_sink_is_a_key_without_a_value() -> None:
-    torch.manual_seed(0)
-    scores, values, sinks = torch.randn(5, 3, 9), torch.randn(9, 8), torch.tensor([-2.0, 0.5, 40.0])
-    with_sink = torch.cat((scores, sinks.expand(5, 3).unsqueeze(2)), 2).softmax(2)[..., :-1]
-    attn = scores.softmax(2) @ values
-    sink(attn, scores.logsumexp(2), sinks)
-    torch.testing.assert_close(attn, with_sink @ values)
 
 
 @pytest.mark.feature("models", "GPT-OSS and DeepSeek: a row's states are the same bits in any batch, on the CPU")
