@@ -136,9 +136,6 @@ def _check_engine(value: dict[str, Any]) -> None:
     if value["engine.max_step_tokens"] < value["engine.max_slots"]:
         reason = f"a step must hold one token of each of engine.max_slots={value['engine.max_slots']} sequences"
         raise _refused("engine.max_step_tokens", value["engine.max_step_tokens"], reason)
-    if value["engine.lookup"] and device not in ("auto", "cpu", "reference"):
-        reason = f"drafts are computed on the CPU only as yet, and engine.device is {device}: set it to 0"
-        raise _refused("engine.lookup", value["engine.lookup"], reason)
     if length == 1:
         raise _refused(
             "engine.max_model_len", length, "a sequence is a prompt token and a new one at least: 0, or >= 2"

@@ -34,7 +34,7 @@ from batchinfer.models.dense import load_dense
 from batchinfer.models.encoder import BertEncoder
 from batchinfer.models.encoder_spec import EncoderSpec, encoder_spec
 from batchinfer.models.files import ModelError, OwnReading, Source
-from batchinfer.models.lora import load_adapter
+from batchinfer.models.lora import Grouped, Stacked, load_adapter, pack_adapters
 from batchinfer.models.model_spec import ModelSpec
 from batchinfer.models.modernbert import ModernBertEncoder
 from batchinfer.models.packing import bytes_of, most_bytes, pack, packable
@@ -73,11 +73,6 @@ def load_engine(
         ops = op_list.load(engine.device, threads, rank=rank_on_node, ops=engine.ops)
     except RuntimeError as error:
         raise JobError(f"engine.device={engine.device}: {error}", ExitCode.UNFIT) from None
-    if engine.lookup and ops.device.type != "cpu":
-        raise JobError(
-            f"engine.lookup={engine.lookup}: drafts are for the CPU as yet, and this is a GPU: set it to 0",
-            ExitCode.USAGE,
-        )
     encoder = encoder_spec(model.path)
     if encoder is not None:
         return _encoder_engine(encoder, ops, model, engine, tokenizer, source, pool)
@@ -88,8 +83,8 @@ def load_engine(
     spec = spec if pool is None else spec.with_head(pool.head)
     dtype = DTYPES[engine.dtype]
     max_len = spec.resolve_length(engine.max_model_len)
-    adapters = [load_adapter(folder, spec, ops, dtype) for _, folder in sorted(model.adapters.items())]
-    adapted = {name for adapter in adapters for name in adapter}
+    adapters = [load_adapter(folder, spec) for _, folder in sorted(model.adapters.items())]
+    adapted = pack_adapters(adapters, ops, dtype, Grouped if ops.device.type == "cpu" else Stacked)
     tokens = () if pool is None else pool.tokens
     weights = _packed(model, engine.weights, spec, dtype, ops, source or OwnReading(), tokens, adapted)
     spec = spec.with_token_head(len(tokens)) if tokens else spec
@@ -102,7 +97,7 @@ def load_engine(
         max_step_tokens=engine.max_step_tokens,
         max_samples=min(engine.max_slots * (1 + engine.lookup), engine.max_step_tokens),
         pooling=None if pool is None else pool.pooling,
-        adapters=adapters,
+        adapters=adapted,
     )
     runner = make_runner(decoder, engine.page_size, engine.max_slots)
     pages = engine.num_pages or num_pages(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.models.layers import Linear, Norm
-from batchinfer.models.lora import Groups
+from batchinfer.models.lora import Rows
 from batchinfer.models.model_spec import LatentSpec
 from batchinfer.ops import Ops
 
@@ -37,14 +37,14 @@ class LatentInput:
     kv_norm: Norm
     kv_b: Linear
 
-    def __call__(self, ops: Ops, x: Tensor, out: Tensor, groups: Groups) -> None:
+    def __call__(self, ops: Ops, x: Tensor, out: Tensor, rows: Rows) -> None:
         """out [T, 3*H*E] = q, k and v of x, as ``Ops.rope_and_cache`` takes them."""
         spec, tokens = self.spec, len(x)
         rotated, used = spec.rotated, spec.rotated + spec.plain
 
         def product(linear: Linear, given: Tensor, width: int) -> Tensor:
             result = torch.empty(tokens, width, dtype=out.dtype, device=out.device)
-            linear(ops, given, result, groups)
+            linear(ops, given, result, rows)
             return result
 
         if self.q_a is not None and self.q_norm is not None:
@@ -87,8 +87,8 @@ class LatentOutput:
     heads: int
     values: int
 
-    def __call__(self, ops: Ops, x: Tensor, out: Tensor, groups: Groups) -> None:
+    def __call__(self, ops: Ops, x: Tensor, out: Tensor, rows: Rows) -> None:
         """out [T, D] from x [T, H*E]."""
         counting = torch.empty(len(x), self.heads, self.values, dtype=x.dtype, device=x.device)
         ops.copy(x.view(len(x), self.heads, -1)[..., : self.values], counting)
-        self.linear(ops, counting.flatten(1), out, groups)
+        self.linear(ops, counting.flatten(1), out, rows)
