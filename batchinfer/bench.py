@@ -103,7 +103,7 @@ def _costs(config: Config, stats: EngineStats) -> Costs:
     """What steps take of the model. Of quantised weights they read all but the embedding."""
     spec, itemsize = load_spec(config.model.path), DTYPES[config.engine.dtype].itemsize
     costs = Costs.of(spec, itemsize)
-    if config.engine.weights == "auto":
+    if config.engine.weights == "auto" and spec.scheme is None:
         return costs
     return costs.quantised(stats.weight_bytes - itemsize * spec.vocab_size * spec.width)
 

@@ -126,7 +126,7 @@ def _check_engine(value: dict[str, Any]) -> None:
     device, ops = value["engine.device"], value["engine.ops"]
     if ops != "auto" and device in ("cpu", "reference"):
         raise _refused("engine.ops", ops, f"it chooses among the kernels of a GPU, and engine.device is {device}")
-    if value["engine.weights"] != "auto" and device not in ("auto", "cpu", "reference"):
+    if value["engine.weights"] == "int8" and device not in ("auto", "cpu", "reference"):
         raise _refused("engine.weights", value["engine.weights"], f"it is for the CPU, and engine.device is {device}")
     if page_size & (page_size - 1):
         raise _refused("engine.page_size", page_size, "it must be a power of two")

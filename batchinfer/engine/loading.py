@@ -26,7 +26,7 @@ from batchinfer.config import EngineConfig, ModelConfig
 from batchinfer.engine.encoder_engine import EncoderEngine
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.lengths import LengthPredictor
-from batchinfer.engine.memory import num_pages
+from batchinfer.engine.memory import GIB, num_pages
 from batchinfer.engine.runner import make_runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
@@ -37,7 +37,8 @@ from batchinfer.models.files import ModelError, OwnReading, Source
 from batchinfer.models.lora import Grouped, Stacked, load_adapter, pack_adapters
 from batchinfer.models.model_spec import ModelSpec
 from batchinfer.models.modernbert import ModernBertEncoder
-from batchinfer.models.packing import bytes_of, most_bytes, pack, packable
+from batchinfer.models.packing import Suiting, Weights, bytes_of, most_bytes, pack, packable
+from batchinfer.models.scheme import Scheme
 from batchinfer.models.spec import load_spec
 from batchinfer.models.tokenizer import Tokenizer, load_tokenizer
 from batchinfer.models.weights import dummy_weights, load_weights, with_token_head
@@ -186,7 +187,10 @@ def _packed(
     """The weights by name, packed for ``ops``: by this rank, or by another one of its node. ``form``:
     engine.weights. ``tokens``: the only ones that the LM head is asked for, if there are some. ``adapted``: names of
     those that adapters add to."""
-    if form != "auto" and "quantised weights" in ops.lacks:
+    scheme = spec.scheme if isinstance(spec, ModelSpec) else None
+    groups = scheme is not None and "groups of codes" not in ops.lacks
+    keep = form == "keep" or (form == "auto" and groups)
+    if form != "auto" and "quantised weights" in ops.lacks and not (keep and groups):
         raise JobError(
             f"engine.weights={form} is for the CPU, and {type(ops).__name__} has not got it yet: set "
             "engine.device=cpu, or engine.weights=auto",
@@ -202,10 +206,27 @@ def _packed(
     if model.dummy_weights:
         weights = dummy_weights(spec, dtype, ops.device)
     else:
-        weights = load_weights(model.path, spec, dtype, source, keep=form == "keep")
+        weights = load_weights(model.path, spec, dtype, source, keep)
+    suiting = Suiting(ops, dtype)
+    weights = suiting(weights)
     if tokens:
         spec, weights = spec.with_token_head(len(tokens)), with_token_head(weights, spec, tokens)
-    to_int8 = form == "int8"
+    packed = _pack(spec, weights, dtype, ops, source, form == "int8", adapted)
+    if scheme is not None and not model.dummy_weights:
+        _say(_how_kept(scheme, suiting, keep, dtype, bytes_of(packed)))
+    return packed
+
+
+def _pack(
+    spec: ModelSpec | EncoderSpec,
+    weights: Weights,
+    dtype: torch.dtype,
+    ops: Ops,
+    source: Source,
+    to_int8: bool,
+    adapted: Collection[str],
+) -> dict[str, Any]:
+    """Pack them, for the other ranks of the node too where these wait for them."""
     if not (can_share(ops) and source.shares):
         return pack(spec, weights, ops, to_int8, adapted)
     try:
@@ -219,6 +240,19 @@ def _packed(
     found = mapped(fd, ops)
     source.give(fd)
     return found
+
+
+def _how_kept(scheme: Scheme, suiting: Suiting, keep: bool, dtype: torch.dtype, size: int) -> str:
+    """What has become of a quantised checkpoint, of which ``size`` bytes are in memory."""
+    in_dtype = str(dtype).removeprefix("torch.")
+    if not keep:
+        what = f"are dequantised to {in_dtype}"
+    elif suiting.dense:
+        total = suiting.kept + suiting.dense
+        what = f"stay codes in {suiting.kept} of {total} matrices, the others are dequantised to {in_dtype}"
+    else:
+        what = "stay codes"
+    return f"the model's weights, {scheme}, {what}: {size / GIB:.2f} GiB with all others"
 
 
 def _say(text: str) -> None:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from batchinfer.engine.roofline import Costs
 from batchinfer.models.model_spec import ModelSpec
 
-LAUNCH_BOUND = 2e11
-"""Floating-point operations in a layer that an H100 does in the 0.3 ms of its launch: 1,640 tokens of Llama-3.2-1B,
-6,400 of Qwen3-0.6B, 460 of Llama-3.1-8B."""
+LAUNCH_BOUND = 1.3e11
+"""Floating-point operations in a layer that an H100 does in the 0.2 ms of its launch: 1,070 tokens of Llama-3.2-1B,
+4,200 of Qwen3-0.6B, 300 of Llama-3.1-8B."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Literal
 from batchinfer.models.architectures import ARCHITECTURES, Names
 from batchinfer.models.model_spec import LatentSpec, ModelSpec
 from batchinfer.models.mxfp4 import MXFP4_BLOCK
+from batchinfer.models.scheme import Component
 
 Order = Literal["", "pairs", "transposed", "transposed_pairs", "by_head", "blocks", "block_pairs", "scales"]
 MXFP4_ORDERS = ("blocks", "block_pairs", "scales")
@@ -35,7 +36,7 @@ class Part:
     ``order`` of what is stored: "pairs": each of ``heads`` heads has its rotary pairs side by side, not in halves;
     "transposed"; "transposed_pairs": both; "by_head": q, k, v of one head, then of the next; "blocks" and "scales": the
     two parts of a matrix in MXFP4 (models/mxfp4.py), of which "block_pairs" has rows that are pairs. ``offset`` is
-    added.
+    added. ``component``: the tensor is one of those that these rows are stored as.
     """
 
     target: str
@@ -44,6 +45,7 @@ class Part:
     order: Order = ""
     heads: int = 0
     offset: float = 0.0
+    component: Component | None = None
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from batchinfer.models.architectures import QKNorm
 from batchinfer.models.files import ModelError
 from batchinfer.models.rope import RopeSpec
+from batchinfer.models.scheme import Scheme
 from batchinfer.ops import Clamp, Scores
 from batchinfer.types import Head
 
@@ -93,7 +94,8 @@ class ModelSpec:
     MLP, ``post_norm`` behind. ``parallel``: attention and MLP read the same residual. ``norm_offset`` is added to the
     norms' stored weights. ``sinks``: each head's softmax has a learned score in its sum. ``latent``: the
     heads are made as it says. ``embed_scale``, ``score_scale`` and ``logit_scale`` multiply embeddings, attention's
-    scores and logits; the soft caps (0: none) bound the latter two.
+    scores and logits; the soft caps (0: none) bound the latter two. ``scheme``: what its files store quantised matrices
+    as.
     """
 
     architecture: str
@@ -134,6 +136,7 @@ class ModelSpec:
     logit_softcap: float = 0.0
     head: Head = "tokens"
     classes: int = 0  # of a classification head
+    scheme: Scheme | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 

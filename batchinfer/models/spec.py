@@ -17,6 +17,7 @@ from batchinfer.models.latent_spec import latent_from_config, routed
 from batchinfer.models.model_spec import MAX_LAYERS, Activation, ExpertSpec, ModelSpec, checked, token_ids
 from batchinfer.models.mxfp4 import MXFP4_BLOCK
 from batchinfer.models.rope import local_rope_from_config, rope_from_config
+from batchinfer.models.scheme import scheme_from_config
 from batchinfer.ops import Clamp
 
 PLAIN: dict[str, Activation] = {
@@ -68,7 +69,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
     name, head = known
     traits = ARCHITECTURES[name]
     keys = _renamed(config, traits, where)
-    _refuse_unsupported(keys, traits)
+    _refuse_unsupported(keys)
 
     heads, width = keys.count("num_attention_heads"), keys.count("hidden_size")
     latent = latent_from_config(keys) if traits.latent else None
@@ -131,6 +132,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
             score_softcap=_cap(keys, "attn_logit_softcapping") if traits.soft_caps else 0.0,
             logit_softcap=_cap(keys, "final_logit_softcapping") if traits.soft_caps else 0.0,
             classes=len(labels(config, where)) if head == "classes" else 0,
+            scheme=None if traits.stacked_experts and is_mxfp4(keys) else scheme_from_config(keys),
             bos_id=(token_ids(config.get("bos_token_id")) or (None,))[0],
             eos_ids=token_ids(config.get("eos_token_id")),
         ),
@@ -152,7 +154,7 @@ def is_mxfp4(keys: Keys) -> bool:
 
 
 def refuse_quantised(keys: Keys) -> None:
-    """Raise ModelError for a config of quantised weights."""
+    """Raise ModelError for a config of quantised weights: of encoders, which are small."""
     quantisation = keys.config.get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else quantisation
@@ -162,9 +164,7 @@ def refuse_quantised(keys: Keys) -> None:
         )
 
 
-def _refuse_unsupported(keys: Keys, traits: Traits) -> None:
-    if not (traits.stacked_experts and is_mxfp4(keys)):
-        refuse_quantised(keys)
+def _refuse_unsupported(keys: Keys) -> None:
     for key, harmless in HARMLESS.items():
         value = keys.config.get(key, harmless)
         if value is not harmless:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models.tiny_models import TinyModel
+from models.tiny_models import TinyModel, edit_json
 from safetensors.torch import load_file, save_file
 
 from batchinfer.models.decoder import KVCache
@@ -94,7 +94,6 @@ def test_the_smaller_published_model() -> None:
         (V3, {"n_group": 7}, "6 of 64 experts cannot come from topk_group=4 of n_group=7 groups"),
         (V3, {"n_group": 64, "topk_group": 8}, "topk_group=8 of n_group=64 groups of equal size"),
         (V3, {"n_group": 16, "topk_group": 1}, "6 of 64 experts cannot come from topk_group=1 of n_group=16"),
-        (V3, {"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\)"),
     ],
 )
 def test_configs_that_are_refused(base: dict[str, Any], changes: dict[str, Any], message: str) -> None:
@@ -113,3 +112,26 @@ def test_the_layer_that_guesses_ahead_is_left_out(tiny: Callable[[str], TinyMode
     save_file(tensors | {"model.layers.1.eh_proj.weight": torch.zeros(3, 5)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"layers\.1\.eh_proj\.weight', for which Deepseek"):
         dict(load_weights(str(tmp_path), load_spec(str(tmp_path)), torch.float32))
+
+
+@pytest.mark.feature("models", "DeepSeek-V3 in float8, in blocks of 128, as it is published")
+def test_a_checkpoint_in_float8(tiny: Callable[[str], TinyModel], tmp_path: Any) -> None:
+    source = tiny("deepseek-v3").folder
+    tensors, values = {}, {}
+    for name, weight in load_file(source / "model.safetensors").items():
+        tensors[name] = values[name] = weight
+        if name.endswith("_proj.weight") or "kv_a_proj" in name:
+            scale = torch.full([-(-size // 128) for size in weight.shape], 0.5)
+            tensors[name] = (2 * weight).to(torch.float8_e4m3fn)
+            tensors[name.replace("weight", "weight_scale_inv")] = scale
+            values[name] = tensors[name].float() / 2
+    quantised = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    folders = tmp_path / "float8", tmp_path / "plain"
+    for folder, stored in zip(folders, (tensors, values), strict=True):
+        folder.mkdir()
+        (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+        save_file(stored, folder / "model.safetensors")
+    edit_json(folders[0] / "config.json", quantization_config=quantised)
+    got, want = (dict(load_weights(str(folder), load_spec(str(folder)), torch.float32)) for folder in folders)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in got)

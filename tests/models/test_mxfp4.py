@@ -89,7 +89,7 @@ def test_what_a_packed_checkpoint_may_not_be(packed: tuple[Path, Path]) -> None:
     config = json.loads((folder / "config.json").read_text())
     for changes, message in (
         ({"intermediate_size": 80}, "intermediate_size must be a multiple of 32, MXFP4's block"),
-        ({"quantization_config": {"quant_method": "awq"}}, r"quantization_config \(awq\) is not supported"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config has quant_method='hqq'"),
     ):
         edit_json(folder / "config.json", **changes)
         with pytest.raises(ModelError, match=message):

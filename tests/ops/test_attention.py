@@ -95,7 +95,7 @@ def check(ops: NativeOps, case: Case, atol: float = 2e-5, lse_atol: float = 2e-5
     and every probability may be off by half a unit of its 8 bits."""
     exact, slack = ReferenceOps(torch.float64), 0.0
     out, lse = attend(ops, case)
-    if "bf16" in ops.isa and case.k_cache.dtype is torch.bfloat16:
+    if ops.bf16_dot and case.k_cache.dtype is torch.bfloat16:
         case = dataclasses.replace(case, q=case.q.bfloat16().float())
         sizes, _ = attend(exact, dataclasses.replace(case, v_cache=case.v_cache.abs()), torch.float64)
         slack = sizes * 2**-8
