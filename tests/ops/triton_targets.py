@@ -20,13 +20,8 @@ import torch
 import triton
 from ops.group_cases import draw
 
-<<<<<<< HEAD
-from batchinfer.ops import AttentionInput, Experts, HeadNorm, Rope, SampleInput
-from batchinfer.ops.triton.compiling import CompilingOps
-=======
 from batchinfer.ops import AttentionInput, Clamp, Experts, HeadNorm, Rope, SampleInput
-from batchinfer.ops.triton.backend import TritonOps
->>>>>>> skeletons
+from batchinfer.ops.triton.compiling import CompilingOps
 from batchinfer.ops.triton.grouped import FROM_DENSE, Groups
 from batchinfer.ops.triton.targets import TARGETS
 
@@ -77,17 +72,11 @@ class CompiledOps(CompilingOps):
         if name.startswith("group_"):
             name = f"{name} {'float' if options['FLOAT8'] else 'int'}{options['BITS']}"
         if name.endswith("products") or name.startswith("group_products"):
-<<<<<<< HEAD
-            name = f"{name} {options['ROWS']}"
-        if name not in self.named:
-            self.named[name] = kernel.warmup(*args, grid=grid, **options)
-=======
             name = f"{name} {options['ROWS']}{' clamped' * options.get('CLAMPED', False)}"
         if name == "route" and options["KEPT"] < options["GROUPS"]:
             name = "route of groups"
-        if name not in self.kernels:
-            self.kernels[name] = kernel.warmup(*args, grid=grid, **options)
->>>>>>> skeletons
+        if name not in self.named:
+            self.named[name] = kernel.warmup(*args, grid=grid, **options)
 
 
 def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
