@@ -24,7 +24,7 @@ def fingerprint(
     prompt = template_text(source.name) if source.kind == "template" else source.name
     return {
         **({"task": config.task.name} if config.task.name != "generate" else {}),
-        **({"pool": dataclasses.asdict(pool)} if pool is not None else {}),
+        **({"pool": _pool(pool)} if pool is not None else {}),
         **({"rerank": _rerank(config.rerank)} if config.task.name == "rerank" else {}),
         "model": dict(model),
         **({"adapter_column": config.input.adapter_column} if config.input.adapter_column else {}),
@@ -54,6 +54,12 @@ def numeric(config: Config) -> dict[str, Any]:
     if config.engine.kv_dtype != "auto":
         engine["kv_dtype"] = config.engine.kv_dtype
     return {"engine": engine, "batchinfer": __version__}
+
+
+def _pool(pool: PoolSpec) -> dict[str, Any]:
+    """Layers that a model lacks are no part of it, so that plans from before there were any stay valid."""
+    fields = dataclasses.asdict(pool)
+    return fields if pool.dense else {key: value for key, value in fields.items() if key != "dense"}
 
 
 def _rerank(settings: RerankConfig) -> dict[str, Any]:

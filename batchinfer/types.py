@@ -206,14 +206,26 @@ Head = Literal["tokens", "classes", "hidden"]
 """What a model does with a hidden state: it foretells a token (LM head), tells classes apart, or leaves it as it is."""
 
 
+@dataclass(frozen=True)
+class DenseSpec:
+    """A linear layer for pooled states: ``folder`` within the model's, ``digest`` of its weights."""
+
+    folder: str
+    inputs: int
+    outputs: int
+    bias: bool
+    activation: str
+    digest: str
+
+
 @dataclass(frozen=True, slots=True)
 class PoolSpec:
     """How a text becomes ``width`` numbers, where nothing is generated.
 
     Its final hidden states are pooled, and go through ``head``; of an LM head only the rows of ``tokens`` matter. Then
-    the first ``width`` values are kept, and ``activation`` makes the result of them: "normalise" to length 1,
-    "softmax", "sigmoid", or "" as they are. ``labels`` name the values of a classification. ``pad_id``: tokens of this
-    id at a text's end do not count.
+    they go through the layers ``dense``, the first ``width`` values are kept, and ``activation`` makes the result of
+    them: "normalise" to length 1, "softmax", "sigmoid", or "" as they are. ``labels`` name the values of a
+    classification. ``pad_id``: tokens of this id at a text's end do not count.
     """
 
     pooling: Pooling
@@ -223,6 +235,7 @@ class PoolSpec:
     labels: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
     pad_id: int | None = None
+    dense: tuple[DenseSpec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

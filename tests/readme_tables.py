@@ -91,6 +91,10 @@ def models() -> str:
             ("MLP without a gate", not traits.gated),
             ("MLP beside attention", traits.parallel),
             ("mixture of experts", traits.experts),
+            ("attention sinks", traits.sinks),
+            ("latent attention", traits.latent),
+            ("experts in groups", traits.latent),
+            ("experts in MXFP4 or plain", traits.stacked_experts),
         )
         notes = [note for note, has in possible if has]
         file = f"`{gguf[name]}`" if name in gguf else ""

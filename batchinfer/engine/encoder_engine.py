@@ -8,7 +8,7 @@ from collections import deque
 import numpy as np
 import torch
 
-from batchinfer.engine.pooled import finish
+from batchinfer.engine.pooled import Layers, finish
 from batchinfer.engine.refusal import refusal
 from batchinfer.models.encoder import Encoder, EncoderInput
 from batchinfer.models.tokenizer import Tokenizer
@@ -30,12 +30,14 @@ class EncoderEngine:
         max_slots: int,
         max_step_tokens: int,
         weight_bytes: int = 0,
+        dense: Layers = (),
     ):
         self.tokenizer = tokenizer
         self.vocab_size = encoder.spec.vocab_size
         self.max_seq_len = max_len + 1  # as if a token came after the text
         self.max_slots = max_slots
         self.kv_tokens = max_slots * max_len
+        self._dense = dense
         self._encoder, self._pool, self._max_step_tokens = encoder, pool, max_step_tokens
         self._waiting: deque[Request] = deque()
         self._refused: list[Completion] = []
@@ -87,7 +89,7 @@ class EncoderEngine:
         self._count(batch, time.perf_counter() - begin)
         none = np.zeros(0, np.int32)
         for request, row in zip(batch, values, strict=True):
-            sample = Sample(none, "", "pooled", vector=finish(row, self._pool))
+            sample = Sample(none, "", "pooled", vector=finish(row, self._pool, self._dense))
             done.append(Completion(request.id, len(request.prompt), (sample,)))
         return done
 

@@ -26,7 +26,7 @@ from batchinfer.engine.open_work import (
     stack,
     unstack,
 )
-from batchinfer.engine.pooled import cache_rules, pooled_sample, record_states, trimmed
+from batchinfer.engine.pooled import Layers, cache_rules, pooled_sample, record_states, trimmed
 from batchinfer.engine.refusal import refusal
 from batchinfer.engine.runner import Runner
 from batchinfer.engine.seeds import sample_seed
@@ -72,9 +72,10 @@ class Engine:
         weight_bytes: int = 0,
         trace: Trace | None = None,
         pool: PoolSpec | None = None,
+        dense: Layers = (),
         adapters: int = 0,
     ):
-        self._pool = pool
+        self._pool, self._dense = pool, dense
         self._adapters = adapters
         self.vocab_size = vocab_size
         self._lengths = lengths
@@ -446,7 +447,7 @@ class Engine:
             sample = Sample(request.prompt[request.scored_from :], "", "scored", sequence.scores)
             self._stats.output_tokens -= 1  # the one that came with it is of no use
         elif self._pool:
-            sample = pooled_sample(sequence.state, len(request.prompt), self._pool)
+            sample = pooled_sample(sequence.state, len(request.prompt), self._pool, self._dense)
             self._stats.output_tokens -= 1
         else:
             if not self._beams.is_beam(request.id):

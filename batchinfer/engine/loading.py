@@ -31,11 +31,13 @@ from batchinfer.engine.memory import GIB, num_pages, trim_heap
 from batchinfer.engine.runner import make_runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
-from batchinfer.models.encoder import Encoder
+from batchinfer.models.dense import load_dense
+from batchinfer.models.encoder import BertEncoder
 from batchinfer.models.encoder_spec import EncoderSpec, encoder_spec
 from batchinfer.models.files import ModelError, OwnReading, Source
 from batchinfer.models.lora import Grouped, Stacked, load_adapter, pack_adapters
 from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.modernbert import ModernBertEncoder
 from batchinfer.models.packing import Suiting, Weights, bytes_of, most_bytes, pack, packable
 from batchinfer.models.scheme import Scheme
 from batchinfer.models.spec import load_spec
@@ -134,6 +136,7 @@ def load_engine(
         weight_bytes=bytes_of(weights),
         trace=trace,
         pool=pool,
+        dense=() if pool is None else load_dense(model.path, pool.dense),
         adapters=len(adapters),
     )
 
@@ -154,14 +157,22 @@ def _encoder_engine(
             raise ModelError(f"{key}={given} is not supported with an encoder ({spec.architecture})")
     dtype = DTYPES[engine.dtype]
     weights = _packed(model, engine.weights, spec, dtype, ops, source or OwnReading())
+    spec = replace(spec, head=pool.head)
+    modern = spec.modern
+    encoder = (
+        BertEncoder(spec, weights, ops, dtype)
+        if modern is None
+        else ModernBertEncoder(spec, modern, weights, ops, dtype)
+    )
     return EncoderEngine(
-        Encoder(replace(spec, head=pool.head), weights, ops, dtype),
+        encoder,
         tokenizer or load_tokenizer(model.path),
         pool,
         max_len=spec.resolve_length(engine.max_model_len),
         max_slots=engine.max_slots,
         max_step_tokens=engine.max_step_tokens,
         weight_bytes=bytes_of(weights),
+        dense=load_dense(model.path, pool.dense),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as TypeSequence
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from batchinfer.types import PoolSpec, Sample
 
 SMALLEST_NORM = 1e-12
 """A shorter vector is not brought to length 1: as in torch.nn.functional.normalize."""
+
+Layers = TypeSequence[Callable[[np.ndarray], np.ndarray]]
 
 
 def trimmed(prompt: np.ndarray, pool: PoolSpec | None) -> np.ndarray:
@@ -51,14 +54,16 @@ def record_states(step: Step, states: np.ndarray, pool: PoolSpec, sequences: Map
             sequence.state += states[i]
 
 
-def pooled_sample(state: np.ndarray, tokens: int, pool: PoolSpec) -> Sample:
+def pooled_sample(state: np.ndarray, tokens: int, pool: PoolSpec, dense: Layers = ()) -> Sample:
     """The answer of a text of so many tokens, all of them computed."""
-    vector = finish(state / tokens if pool.pooling == "mean" else state, pool)
+    vector = finish(state / tokens if pool.pooling == "mean" else state, pool, dense)
     return Sample(np.zeros(0, np.int32), "", "pooled", vector=vector)
 
 
-def finish(values: np.ndarray, pool: PoolSpec) -> np.ndarray:
-    """float32 [width] of pooled values float64."""
+def finish(values: np.ndarray, pool: PoolSpec, dense: Layers = ()) -> np.ndarray:
+    """float32 [width] of pooled values float64; ``dense``: the layers that the pool names."""
+    for layer in dense:
+        values = layer(values)
     values = values[: pool.width]
     if pool.activation == "normalise":
         values = values / max(float(np.linalg.norm(values)), SMALLEST_NORM)

@@ -39,8 +39,7 @@ class Costs:
     def of(cls, spec: ModelSpec, itemsize: int) -> Costs:
         """``itemsize``: bytes of a weight, and of an entry of the cache. Sliding windows are left out: beyond them,
         models that have some can be faster than this."""
-        attention = spec.width * spec.head_dim * 2 * (spec.heads + spec.kv_heads)
-        every = spec.layers * attention + sum(_mlp_weights(spec, i) for i in range(spec.layers))
+        every = spec.layers * _attention_weights(spec) + sum(_mlp_weights(spec, i) for i in range(spec.layers))
         output = spec.vocab_size * spec.width
         costs = cls(
             token_flops=2 * every,
@@ -62,12 +61,21 @@ class Costs:
         return replace(self, weight_bytes=share * self.weight_bytes, expert_bytes=share * self.expert_bytes)
 
 
+def _attention_weights(spec: ModelSpec) -> int:
+    latent = spec.latent
+    if latent is None:
+        return spec.width * spec.head_dim * 2 * (spec.heads + spec.kv_heads)
+    queries = spec.heads * (latent.plain + latent.rotated) * (latent.query_rank or spec.width)
+    shared = spec.width * (latent.query_rank + latent.rank + latent.rotated)
+    return queries + shared + spec.heads * ((latent.plain + latent.values) * latent.rank + latent.values * spec.width)
+
+
 def _mlp_weights(spec: ModelSpec, layer: int) -> int:
     """Weights of a layer's MLP that every token meets."""
     experts = spec.experts
     if experts is None or not spec.mixed(layer):
         return (2 + spec.gated) * spec.width * spec.mlp_width
-    return spec.width * (3 * experts.shared_width + len(experts.widths))
+    return spec.width * (3 * experts.shared_width + experts.logits)
 
 
 def distinct_experts(tokens: int, experts: int, per_token: int) -> float:

@@ -9,6 +9,9 @@ tokenizer.py      text <-> ids                       gguf_tokenizer.py   the sam
 chat.py           chat templates in a sandbox         pool_spec.py       what a task makes of a text but more text
 labels.py         classes of a classification head    peft_files.py      what an adapter's files hold
 lora.py           adapters beside the weights         encoder.py         BERT and its like (encoder_spec.py)
+latent.py         DeepSeek's attention (latent_spec)  modernbert.py      that encoder (modernbert_spec.py)
+mxfp4.py          GPT-OSS's experts to values         sentence_modules.py  folders of sentence-transformers
+dense.py          layers behind pooling
 
-Only weights.py, lora.py, layers.py, decoder.py and encoder.py need torch.
+Only weights.py, mxfp4.py, lora.py, layers.py, latent.py, decoder.py, encoder.py and modernbert.py need torch.
 """

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from batchinfer.models.files import ModelError
+from batchinfer.ops import Scores
 from batchinfer.types import Head
 
 QKNorm = Literal["", "head", "all"]
@@ -87,6 +88,10 @@ class Traits:
     soft_caps: bool = False
     multipliers: bool = False  # Granite's
     experts: bool = False
+    stacked_experts: bool = False  # GPT-OSS's: one tensor of all of them, biases, a gate that is cut
+    sinks: bool = False  # a learned score of each head that every softmax has in its sum
+    latent: bool = False  # DeepSeek's attention: keys and values of all heads from a few values
+    scores: Scores = "softmax"  # of experts
     transposed: bool = False  # matrices are stored [in, out]
     qkv_by_head: bool = False  # stored as q, k, v of the first head, then of the next
 
@@ -97,6 +102,8 @@ GEMMA |= {"o_bias": "attention_bias", "norm_offset": 1.0, "scaled_embedding": Tr
 GEMMA_KEYS = {"hidden_act": "hidden_activation"}
 GEMMA_NAMES = Names(mlp_norm="pre_feedforward_layernorm")
 QWEN_WINDOWS = {"windows": "late", "window_switch": "use_sliding_window"}
+DEEPSEEK = {"names": Names(shared_expert="mlp.shared_experts."), "keys": {"num_experts": "n_routed_experts"}}
+DEEPSEEK |= {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "experts": True, "latent": True}
 BIASED = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
 
 ARCHITECTURES = {
@@ -174,6 +181,23 @@ ARCHITECTURES = {
         layer_norm=True,
         gated=False,
         windows="all",
+    ),
+    "GptOssForCausalLM": Traits(
+        names=Names(router="mlp.router"),
+        keys={"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
+        defaults={"attention_bias": True, "norm_topk_prob": True, "head_dim": 64, "rope_theta": 150000.0},
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        windows="even",
+        experts=True,
+        stacked_experts=True,
+        sinks=True,
+    ),
+    "DeepseekV2ForCausalLM": Traits(defaults={"first_k_dense_replace": 0, "topk_method": "greedy"}, **DEEPSEEK),
+    "DeepseekV3ForCausalLM": Traits(
+        defaults={"first_k_dense_replace": 3, "topk_method": "noaux_tc", "norm_topk_prob": True},
+        scores="sigmoid",
+        **DEEPSEEK,
     ),
     "GPT2LMHeadModel": Traits(
         names=Names(

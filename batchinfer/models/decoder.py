@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchinfer.models.latent import LATENT_NORM_EPS, LatentInput, LatentOutput
 from batchinfer.models.layers import (
     Attention,
     Copies,
@@ -25,7 +26,7 @@ from batchinfer.models.layers import (
     project,
 )
 from batchinfer.models.lora import NO_ADAPTERS, AdapterRows, Adapters
-from batchinfer.models.model_spec import LayerKind, ModelSpec
+from batchinfer.models.model_spec import ExpertSpec, LatentSpec, LayerKind, ModelSpec
 from batchinfer.ops import AttentionInput, Experts, HeadNorm, Ops, Rope
 from batchinfer.ops.quantized import kv_row
 from batchinfer.types import Pooling
@@ -241,6 +242,33 @@ class Decoder:
         return Scores(*(torch.cat(parts) for parts in zip(*slices, strict=True)))
 
 
+def _experts(spec: ExpertSpec, got: Mapping[str, Any], prefix: str) -> Experts:
+    """Of the layer whose weights' names begin with ``prefix``."""
+    parts = ("gate_up", "down")
+    gate_up, down = (tuple(got[f"{prefix}experts.{j}.{part}"] for j in range(len(spec.widths))) for part in parts)
+    biases: dict[str, Tensor] = {}
+    if spec.stacked:
+        for part in parts:
+            each = [got[f"{prefix}experts.{j}.{part}_bias"] for j in range(spec.count)]
+            biases[f"{part}_bias"] = torch.stack(each)
+    return Experts(
+        gate_up,
+        down,
+        spec.widths,
+        spec.per_token,
+        spec.renormalise,
+        shared=spec.shared_width > 0,
+        shared_gate=spec.shared_gate,
+        scores=spec.scores,
+        scale=spec.scale,
+        correction=got.get(prefix + "router_correction"),
+        groups=spec.groups,
+        kept_groups=spec.kept_groups,
+        clamp=spec.clamp,
+        **biases,
+    )
+
+
 def _assemble(spec: ModelSpec, got: Mapping[str, Any], adapters: Mapping[str, Adapters]) -> tuple:
     """(layers, embedding [V, D], table of positions or None, final norm, packed head or None)."""
 
@@ -253,29 +281,37 @@ def _assemble(spec: ModelSpec, got: Mapping[str, Any], adapters: Mapping[str, Ad
             return None
         return Norm(weight * scale, got.get(f"{name}_bias"), spec.norm_eps, spec.layer_norm)
 
+    def latent(prefix: str, sizes: LatentSpec) -> tuple[LatentInput, LatentOutput]:
+        heads, width = spec.heads, spec.head_dim
+        q_a, q_norm = None, None
+        if sizes.query_rank:
+            q_a, q_norm = linear(prefix + "q_a"), Norm(got[prefix + "q_a_norm"], None, LATENT_NORM_EPS)
+        kv_norm = Norm(got[prefix + "kv_a_norm"], None, LATENT_NORM_EPS)
+        q_b, kv_a, kv_b = (linear(prefix + name) for name in ("q_b", "kv_a", "kv_b"))
+        reads = LatentInput(sizes, heads, width, q_a, q_norm, q_b, kv_a, kv_norm, kv_b)
+        return reads, LatentOutput(linear(prefix + "o"), heads, sizes.values)
+
     def mlp(prefix: str, layer: int) -> Mlp | Mixture:
         if spec.experts is None or not spec.mixed(layer):
             return Mlp(linear(prefix + "gate_up"), linear(prefix + "down"))
-        mixture, parts = spec.experts, ("gate_up", "down")
-        widths = mixture.widths
-        gate_up, down = (tuple(got[f"{prefix}experts.{j}.{part}"] for j in range(len(widths))) for part in parts)
-        experts = Experts(gate_up, down, widths, mixture.per_token, mixture.renormalise, mixture.shared_width > 0)
-        return Mixture(linear(prefix + "router"), experts)
+        return Mixture(linear(prefix + "router"), _experts(spec.experts, got, prefix))
 
     layers = []
     for i in range(spec.layers):
         prefix = f"layers.{i}."
         heads = HeadNorm(got[prefix + "q_norm"], got[prefix + "k_norm"], spec.norm_eps) if spec.qk_norm else None
+        qkv, o = latent(prefix, spec.latent) if spec.latent else (linear(prefix + "qkv"), linear(prefix + "o"))
         layers.append(
             Layer(
                 attn_norm=norm(prefix + "attn_norm"),
-                qkv=linear(prefix + "qkv"),
+                qkv=qkv,
                 head_norm=heads,
-                o=linear(prefix + "o"),
+                o=o,
                 attn_post_norm=norm(prefix + "attn_post_norm"),
                 mlp_norm=norm(prefix + "mlp_norm"),
                 mlp=mlp(prefix, i),
                 mlp_post_norm=norm(prefix + "mlp_post_norm"),
+                sinks=got.get(prefix + "sinks"),
             )
         )
     # The head is linear, so a scale of its logits may as well stand in the norm before it.

@@ -1,8 +1,9 @@
-"""The one encoder, driven by EncoderSpec: texts in, their final hidden states out. Every token sees its whole text, and
-nothing is kept for later, so that there is no cache."""
+"""Encoders: texts in, their final hidden states out; here that of BERT and its like. Every token sees its whole text,
+and nothing is kept for later, so that there is no cache."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,11 +38,32 @@ class _Layer:
     mlp_norm: Norm
 
 
-class Encoder:
+class Encoder(ABC):
+    """What encoders have in common: how texts' states become one."""
+
+    def __init__(self, spec: EncoderSpec, ops: Ops, dtype: torch.dtype):
+        self.spec, self.ops, self.kept = spec, ops, ops.activations(dtype)
+
+    @abstractmethod
+    def states(self, texts: EncoderInput) -> Tensor:
+        """Final hidden states [T, width] of the dtype of activations."""
+
+    def pool(self, texts: EncoderInput, pooling: Pooling) -> Tensor:
+        """float64 [S, width], the texts' pooled states; with a classification head its values [S, classes]."""
+        states, starts = self.states(texts), torch.tensor(texts.starts, device=self.ops.device)
+        if pooling == "mean":
+            return torch.segment_reduce(states.double(), "mean", offsets=starts, axis=0)
+        return states.index_select(0, starts[:-1] if pooling == "cls" else starts[1:] - 1).double()
+
+    def buffer(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.kept, device=self.ops.device)
+
+
+class BertEncoder(Encoder):
     """Holds packed weights, what :func:`batchinfer.models.packing.pack` makes."""
 
     def __init__(self, spec: EncoderSpec, weights: Mapping[str, Any], ops: Ops, dtype: torch.dtype):
-        self.spec, self.ops, self.kept = spec, ops, ops.activations(dtype)
+        super().__init__(spec, ops, dtype)
 
         def linear(name: str) -> Linear:
             return Linear(weights[name], weights[f"{name}_bias"])
@@ -63,10 +85,9 @@ class Encoder:
         self.head = (linear("dense"), linear("classes")) if spec.head == "classes" else None
 
     def states(self, texts: EncoderInput) -> Tensor:
-        """Final hidden states [T, width] of the dtype of activations."""
         ops, spec, count = self.ops, self.spec, len(texts.token_ids)
-        x, y, delta, attn = (self._buffer(count, spec.width) for _ in range(4))
-        qkv, up = self._buffer(count, 3 * spec.width), self._buffer(count, spec.mlp_width)
+        x, y, delta, attn = (self.buffer(count, spec.width) for _ in range(4))
+        qkv, up = self.buffer(count, 3 * spec.width), self.buffer(count, spec.mlp_width)
         words, positions, types = self.tables
         ops.embed(texts.token_ids, words, y)
         for ids, table in ((texts.positions, positions), (texts.types, types)):
@@ -86,20 +107,12 @@ class Encoder:
         return x
 
     def pool(self, texts: EncoderInput, pooling: Pooling) -> Tensor:
-        """float64 [S, width], the texts' pooled states; with a classification head its values [S, classes], of each
-        first token."""
-        states, starts = self.states(texts), torch.tensor(texts.starts, device=self.ops.device)
-        if self.head is not None:
-            dense, classes = self.head
-            first = states.index_select(0, starts[:-1])
-            inner = torch.empty_like(first)
-            values = torch.empty(len(first), self.spec.classes, dtype=torch.float32, device=first.device)
-            dense(self.ops, first, inner, ())
-            classes(self.ops, inner.tanh_(), values, ())
-            return values.double()
-        if pooling == "mean":
-            return torch.segment_reduce(states.double(), "mean", offsets=starts, axis=0)
-        return states.index_select(0, starts[:-1] if pooling == "cls" else starts[1:] - 1).double()
-
-    def _buffer(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.kept, device=self.ops.device)
+        if self.head is None:
+            return super().pool(texts, pooling)
+        dense, classes = self.head
+        first = super().pool(texts, "cls").to(self.kept)
+        inner = torch.empty_like(first)
+        values = torch.empty(len(first), self.spec.classes, dtype=torch.float32, device=first.device)
+        dense(self.ops, first, inner, ())
+        classes(self.ops, inner.tanh_(), values, ())
+        return values.double()

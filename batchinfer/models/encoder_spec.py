@@ -16,11 +16,12 @@ from batchinfer.models.gguf import is_gguf
 from batchinfer.models.labels import labels
 from batchinfer.models.layout import Layout
 from batchinfer.models.model_spec import MAX_LAYERS, Activation
-from batchinfer.models.spec import PLAIN, refuse_quantised
+from batchinfer.models.modernbert_spec import FAMILY, ModernBert, modernbert, modernbert_layout, plain_activation
+from batchinfer.models.spec import refuse_quantised
 from batchinfer.types import Head
 
 ENCODERS = {"Bert": "bert.", "Roberta": "roberta.", "XLMRoberta": "roberta."}
-"""Families by what their names begin with, and the root of the names of their weights."""
+"""BERT's families by what their names begin with, and the root of the names of their weights."""
 
 SUFFIXES: dict[str, Head] = {"Model": "hidden", "ForMaskedLM": "hidden", "ForSequenceClassification": "classes"}
 
@@ -31,7 +32,8 @@ HARMLESS = {"position_embedding_type": "absolute", "is_decoder": False, "add_cro
 @dataclass(frozen=True)
 class EncoderSpec:
     """``family``: a key of ENCODERS. ``position_rows`` of the table of positions, that of position 0 is
-    ``position_offset``; ``type_rows``: kinds of texts (first, second)."""
+    ``position_offset``; ``type_rows``: kinds of texts (first, second). ``modern`` is None but for ModernBERT,
+    which has neither table."""
 
     architecture: str
     family: str
@@ -47,6 +49,7 @@ class EncoderSpec:
     activation: Activation
     head: Head
     classes: int
+    modern: ModernBert | None = None
 
     tied_head: ClassVar[bool] = False
     fused_gate: ClassVar[bool] = False
@@ -73,7 +76,7 @@ def encoder_spec(model_path: str) -> EncoderSpec | None:
     config = read_json(where)
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    for family in ENCODERS:
+    for family in (*ENCODERS, FAMILY):
         for suffix, head in SUFFIXES.items():
             if name == family + suffix:
                 return _spec(name, family, head, config, where)
@@ -83,17 +86,15 @@ def encoder_spec(model_path: str) -> EncoderSpec | None:
 def _spec(name: str, family: str, head: Head, config: Mapping[str, Any], where: str) -> EncoderSpec:
     keys = Keys({key: value for key, value in config.items() if value is not None}, where)
     refuse_quantised(keys)
-    for key, harmless in HARMLESS.items():
+    modern = family == FAMILY
+    for key, harmless in HARMLESS.items() if not modern else ():
         if keys.config.get(key, harmless) != harmless:
             raise ModelError(f"{where}: {key}={keys.config[key]!r} is not supported; it must be {harmless}")
-    activation = keys.config.get("hidden_act", "gelu")
-    if activation not in PLAIN:
-        raise ModelError(f"{where}: hidden_act={activation!r} is not supported; it must be one of {', '.join(PLAIN)}")
     width, heads = keys.count("hidden_size"), keys.count("num_attention_heads")
     layers, offset = keys.count("num_hidden_layers"), 0
     if width % heads or layers > MAX_LAYERS:
         raise ModelError(f"{where}: {layers} layers with {heads} heads of {width} values together make no sense")
-    if family != "Bert":  # positions are counted from the padding token's on, which has one itself
+    if family not in ("Bert", FAMILY):  # positions are counted from the padding token's on, which has one itself
         pad = keys.config.get("pad_token_id", 1)
         if type(pad) is not int or pad < 0:
             raise ModelError(f"{where}: pad_token_id={pad!r} must be a token id, from which positions are counted")
@@ -108,17 +109,20 @@ def _spec(name: str, family: str, head: Head, config: Mapping[str, Any], where: 
         vocab_size=keys.count("vocab_size"),
         position_rows=keys.count("max_position_embeddings"),
         position_offset=offset,
-        type_rows=keys.count("type_vocab_size"),
-        norm_eps=keys.number("layer_norm_eps", 1e-12),
-        activation=PLAIN[activation],
+        type_rows=1 if modern else keys.count("type_vocab_size"),
+        norm_eps=keys.number("norm_eps", 1e-5) if modern else keys.number("layer_norm_eps", 1e-12),
+        activation=plain_activation(keys, "hidden_activation" if modern else "hidden_act"),
         head=head,
         classes=len(labels(config, where)) if head == "classes" else 0,
+        modern=modernbert(config, where, layers, width // heads) if modern else None,
     )
 
 
 def encoder_layout(spec: EncoderSpec) -> Layout:
     """Where each stored tensor goes: words, positions, types, norm; of each layer qkv, o, attn_norm, up, down,
     mlp_norm; and of a classification head dense and classes. All but the tables have a bias."""
+    if spec.modern is not None:
+        return modernbert_layout(spec, spec.modern)
     root, d = ENCODERS[spec.family], spec.width
     plan = Layout(root)
     tables = {"word": spec.vocab_size, "position": spec.position_rows, "token_type": spec.type_rows}

@@ -35,19 +35,29 @@ def model_fingerprint(model_path: str, tokenizer: Tokenizer | None = None) -> di
     if is_gguf(model_path):
         file = read_gguf(model_path)
         config = {key: value for key, value in file.metadata.items() if not key.startswith("tokenizer.")}
-        files = [(file.path, file.header_bytes, file.size)]
+        weights = _digest_of([(file.path, file.header_bytes, file.size)])
     else:
         config = read_json(os.path.join(model_path, "config.json"))
-        files = [(file.path, 8 + len(file.header), file.size) for file in open_folder(model_path)]
-    weights = hashlib.sha256()
-    for path, header_bytes, size in files:
-        weights.update(_file_digest(path, header_bytes, size))
+        weights = weights_digest(model_path)
     canonical = json.dumps(config, sort_keys=True, ensure_ascii=True)
     return {
         "config": hashlib.sha256(canonical.encode()).hexdigest(),
-        "weights": weights.hexdigest(),
+        "weights": weights,
         "tokenizer": (tokenizer or load_tokenizer(model_path)).fingerprint,
     }
+
+
+def weights_digest(folder: str) -> str:
+    """sha256 (hex) of headers, sizes and samples of a folder's weights. Raises ModelError."""
+    return _digest_of([(file.path, 8 + len(file.header), file.size) for file in open_folder(folder)])
+
+
+def _digest_of(files: list[tuple[str, int, int]]) -> str:
+    """Of files, each with the bytes of its header and its size."""
+    digest = hashlib.sha256()
+    for path, header_bytes, size in files:
+        digest.update(_file_digest(path, header_bytes, size))
+    return digest.hexdigest()
 
 
 def adapter_fingerprints(adapters: Mapping[str, str]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from batchinfer.models.lora import Adapters, Rows
 from batchinfer.models.model_spec import ModelSpec
 from batchinfer.ops import Experts, HeadNorm, Ops, Rope
+
+if TYPE_CHECKING:
+    from batchinfer.models.latent import LatentInput, LatentOutput
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,14 @@ class Layer:
     """Weights of one layer; norms are None where the architecture has none. qkv is merged in this order."""
 
     attn_norm: Norm | None
-    qkv: Linear
+    qkv: Linear | LatentInput
     head_norm: HeadNorm | None
-    o: Linear
+    o: Linear | LatentOutput
     attn_post_norm: Norm | None
     mlp_norm: Norm | None
     mlp: Mlp | Mixture
     mlp_post_norm: Norm | None
+    sinks: Tensor | None = None  # float32 [H]
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,11 @@ class Workspace:
             y=buffer(kept, spec.width if spec.parallel else 0),
             qkv=buffer(kept, (h + 2 * g) * e),
             q=buffer(kept, h, e),
-            attn=buffer(read, h, e),
+            attn=buffer(kept if spec.sinks else read, h, e),  # sinks scale it, and it is rounded once
             lse=buffer(torch.float32, h),
             gate_up=buffer(kept, (1 + spec.gated) * spec.mlp_width),
             gated=buffer(read, spec.mlp_width),
-            router=buffer(torch.float32, 0 if spec.experts is None else len(spec.experts.widths)),
+            router=buffer(torch.float32, 0 if spec.experts is None else spec.experts.logits),
         )
 
     def first(self, tokens: int) -> Workspace:
@@ -173,6 +177,8 @@ def attend(
     if step.copies is not None:
         _copy(ops, layer, w, step, step.copies, k_cache, v_cache)
     ops.attention(w.q, k_cache, v_cache, step.plan, step.scale, w.attn, w.lse, step.softcap)
+    if layer.sinks is not None:
+        ops.sink(w.attn, w.lse, layer.sinks)
 
 
 def _copy(
@@ -217,7 +223,7 @@ def _mlp(ops: Ops, spec: ModelSpec, mlp: Mlp, x: Tensor, w: Workspace, rows: Row
 
 
 def _mix(ops: Ops, mixture: Mixture, x: Tensor, w: Workspace) -> None:
-    ops.linear(x, mixture.router.weight, w.router)
+    ops.linear(x, mixture.router.weight, w.router, mixture.router.bias)
     ops.mix_experts(x, w.router, mixture.experts, w.delta)
 
 

@@ -4,9 +4,10 @@ The names and shapes of what weights are streamed as (``Layout.targets``, each o
 
     embed [V, D], positions [rows, D], norm [D], lm_head [V, D] (absent when tied; classes [C, D] of a classifier stand
     in its place, or nothing), and for every layer i, as ``layers.i.NAME``: attn_norm, attn_post_norm, mlp_norm,
-    mlp_post_norm [D]; qkv [(H+2G)*E, D]; o [D, H*E]; q_norm, k_norm [E] or [H*E], [G*E]; gate_up [2*I, D] ([I, D]
-    without a gate); down [D, I]; or of a mixture: router [X, D] (one row more for a shared expert), experts.j.gate_up,
-    experts.j.down, the shared expert last. Biases have the name of their matrix or norm with ``_bias``.
+    mlp_post_norm [D]; qkv [(H+2G)*E, D], or with latent attention what _add_latent makes; o [D, H*E]; q_norm, k_norm
+    [E] or [H*E], [G*E]; sinks [H]; gate_up [2*I, D] ([I, D] without a gate); down [D, I]; or of a mixture: router
+    [X, D] (one row more for a weighed shared expert), router_correction [X], experts.j.gate_up, experts.j.down, the
+    shared expert last. Biases have the name of their matrix or norm with ``_bias``.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from batchinfer.models.architectures import ARCHITECTURES, Names
-from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.model_spec import LatentSpec, ModelSpec
+from batchinfer.models.mxfp4 import MXFP4_BLOCK
 from batchinfer.models.scheme import Component
 
-Order = Literal["", "pairs", "transposed", "by_head"]
-
+Order = Literal["", "pairs", "transposed", "transposed_pairs", "by_head", "blocks", "block_pairs", "scales"]
+MXFP4_ORDERS = ("blocks", "block_pairs", "scales")
 
 TABLES = ("embed", "positions", "word", "position", "token_type")
 """Matrices of which rows are gathered."""
@@ -32,8 +34,9 @@ class Part:
     """Where a stored tensor goes: ``shape`` rows from ``row`` on of ``target``.
 
     ``order`` of what is stored: "pairs": each of ``heads`` heads has its rotary pairs side by side, not in halves;
-    "transposed"; "by_head": q, k, v of one head, then of the next. ``offset`` is added. ``component``: the tensor is
-    one of those that these rows are stored as.
+    "transposed"; "transposed_pairs": both; "by_head": q, k, v of one head, then of the next; "blocks" and "scales": the
+    two parts of a matrix in MXFP4 (models/mxfp4.py), of which "block_pairs" has rows that are pairs. ``offset`` is
+    added. ``component``: the tensor is one of those that these rows are stored as.
     """
 
     target: str
@@ -47,18 +50,26 @@ class Part:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """The shape in the file."""
-        return self.shape[::-1] if self.order == "transposed" else self.shape
+        return self.shape[::-1] if self.order.startswith("transposed") else self.shape
+
+    @property
+    def pairs(self) -> bool:
+        return self.order.endswith("pairs")
 
 
 @dataclass
 class Layout:
     """``parts``: stored name -> Part. ``targets``: streamed name -> shape. ``ignored``: stored names without a use.
-    ``root`` is what some checkpoints leave out before a name."""
+    ``root`` is what some checkpoints leave out before a name. ``stacks``: stored names of several tensors in one, which
+    are as many parts: NAME[0], NAME[1] ... ``ignored_under``: nor is there a use for what begins so, the layer of
+    DeepSeek-V3 that guesses the token after the next."""
 
     root: str = ""
     parts: dict[str, Part] = field(default_factory=dict)
     targets: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    stacks: set[str] = field(default_factory=set)
+    ignored_under: str | None = None
 
     def add(
         self,
@@ -86,6 +97,12 @@ class Layout:
         self.targets[target] = (row, columns) if columns else (row,)
         if bias:
             self.targets[f"{target}_bias"] = (row,)
+
+    def add_stack(self, targets: list[str], name: str, shape: tuple[int, ...], order: Order) -> None:
+        """Matrices (or vectors) of one shape, all in one stored tensor."""
+        self.stacks.add(name)
+        for j, target in enumerate(targets):
+            self.parts[f"{name}[{j}]"] = Part(target, 0, shape, order, heads=1)
 
     def name(self, stored: str) -> str:
         """The name in ``parts`` of a stored tensor's name."""
@@ -139,6 +156,8 @@ def layout(spec: ModelSpec, gguf: bool = False) -> Layout:
     if spec.head == "hidden":
         unused.add(f"{CLASSES}.weight")
     plan.ignored = frozenset(unused)
+    if spec.latent is not None:
+        plan.ignored_under = names.root + names.layer.format(spec.layers)
     return plan
 
 
@@ -164,12 +183,18 @@ def _add_layer(plan: Layout, spec: ModelSpec, names: Names, i: int, gguf: bool) 
 
     if spec.pre_norm:
         _add_norm(plan, spec, f"{ours}attn_norm", stored + names.attn_norm, gguf)
-    plan.add(f"{ours}qkv", full(names.qkv), (q, kv, kv), d, spec.qkv_bias, orders, heads)
+    if spec.latent is not None:
+        q = _add_latent(plan, spec, spec.latent, ours, stored + "self_attn.")
+    else:
+        plan.add(f"{ours}qkv", full(names.qkv), (q, kv, kv), d, spec.qkv_bias, orders, heads)
     if spec.qk_norm:
         widths = (spec.head_dim, spec.head_dim) if spec.qk_norm == "head" else (q, kv)
         for kind, name, width in zip("qk", (names.q_norm, names.k_norm), widths, strict=True):
             _add_norm(plan, spec, f"{ours}{kind}_norm", stored + name, gguf, width)
     plan.add(f"{ours}o", full((names.o,)), (d,), q, spec.o_bias, (matrix,))
+    if spec.sinks:
+        plan.parts[f"{stored}self_attn.sinks"] = Part(f"{ours}sinks", 0, (spec.heads,))
+        plan.targets[f"{ours}sinks"] = (spec.heads,)
     if spec.post_norm:
         _add_norm(plan, spec, f"{ours}attn_post_norm", stored + names.attn_post_norm, gguf)
     if spec.pre_norm:
@@ -185,20 +210,65 @@ def _add_layer(plan: Layout, spec: ModelSpec, names: Names, i: int, gguf: bool) 
         _add_norm(plan, spec, f"{ours}mlp_post_norm", stored + names.mlp_post_norm, gguf)
 
 
+def _add_latent(plan: Layout, spec: ModelSpec, latent: LatentSpec, ours: str, stored: str) -> int:
+    """q_b [H*(plain+rotated), query rank], of the latent queries q_a [query rank, D] with their q_a_norm, or [.., D]
+    without; kv_a [rank+rotated, D], kv_a_norm [rank], kv_b [H*(plain+values), rank]. The width of what ``o`` reads."""
+
+    def matrix(target: str, name: str, rows: int, columns: int, bias: bool = False) -> None:
+        plan.add(ours + target, (stored + name,), (rows,), columns, bias)
+
+    if latent.query_rank:
+        matrix("q_a", "q_a_proj", latent.query_rank, spec.width, spec.qkv_bias)
+        _add_norm(plan, spec, f"{ours}q_a_norm", stored + "q_a_layernorm", False, latent.query_rank)
+    name = "q_b_proj" if latent.query_rank else "q_proj"
+    matrix("q_b", name, spec.heads * (latent.plain + latent.rotated), latent.query_rank or spec.width)
+    matrix("kv_a", "kv_a_proj_with_mqa", latent.rank + latent.rotated, spec.width, spec.qkv_bias)
+    _add_norm(plan, spec, f"{ours}kv_a_norm", stored + "kv_a_layernorm", False, latent.rank)
+    matrix("kv_b", "kv_b_proj", spec.heads * (latent.plain + latent.values), latent.rank)
+    return spec.heads * latent.values
+
+
 def _add_experts(plan: Layout, spec: ModelSpec, names: Names, ours: str, stored: str) -> None:
     """The router and the experts; a shared expert's gate is the router's last row, and it itself the last expert."""
     experts = spec.experts
     assert experts is not None
     routers, rows = (stored + names.router,), (experts.count,)
     places = [stored + names.expert.format(j) for j in range(experts.count)]
-    if experts.shared_width:
+    if experts.shared_width and experts.shared_gate:
         routers, rows = (*routers, stored + names.shared_router), (*rows, 1)
+    if experts.shared_width:
         places.append(stored + names.shared_expert)
-    plan.add(f"{ours}router", routers, rows, spec.width)
+    plan.add(f"{ours}router", routers, rows, spec.width, bias=experts.stacked)
+    if experts.correction:
+        target = f"{ours}router_correction"
+        plan.parts[f"{stored}{names.router}.e_score_correction_bias"] = Part(target, 0, (experts.count,))
+        plan.targets[target] = (experts.count,)
+    if experts.stacked:
+        _add_stacked(plan, spec, ours, stored + "mlp.experts.")
+        return
     for j, (place, width) in enumerate(zip(places, experts.widths, strict=True)):
         gate_up = tuple(place + name for name in names.expert_gate_up)
         plan.add(f"{ours}experts.{j}.gate_up", gate_up, (width, width), spec.width)
         plan.add(f"{ours}experts.{j}.down", (place + names.expert_down,), (spec.width,), width)
+
+
+def _add_stacked(plan: Layout, spec: ModelSpec, ours: str, stored: str) -> None:
+    """Experts as GPT-OSS has them: matrices [in, out], of which gates and values alternate; or in MXFP4, [out, in]."""
+    experts = spec.experts
+    assert experts is not None
+    shapes = {"gate_up": (2 * experts.width, spec.width), "down": (spec.width, experts.width)}
+    for kind, (rows, columns) in shapes.items():
+        name, pairs = f"{stored}{kind}_proj", kind == "gate_up"
+        targets = [f"{ours}experts.{j}.{kind}" for j in range(experts.count)]
+        biases = [f"{target}_bias" for target in targets]
+        plan.targets |= dict.fromkeys(targets, (rows, columns)) | dict.fromkeys(biases, (rows,))
+        plan.add_stack(biases, f"{name}_bias", (rows,), "pairs" if pairs else "")
+        if experts.mxfp4:
+            blocks = (rows, columns // MXFP4_BLOCK, MXFP4_BLOCK // 2)
+            plan.add_stack(targets, f"{name}_blocks", blocks, "block_pairs" if pairs else "blocks")
+            plan.add_stack(targets, f"{name}_scales", blocks[:2], "scales")
+        else:
+            plan.add_stack(targets, name, (rows, columns), "transposed_pairs" if pairs else "transposed")
 
 
 def _add_norm(plan: Layout, spec: ModelSpec, target: str, name: str, gguf: bool, width: int = 0) -> None:

@@ -16,10 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from batchinfer.models.files import StoredTensor, open_for_reading, read_at
 from batchinfer.models.model_spec import ModelSpec
 from batchinfer.models.peft_files import AdapterFile, read_adapter
-from batchinfer.models.weights import DTYPES, reorder
+from batchinfer.models.weights import read_tensor, reorder
 from batchinfer.ops import Ops
 
 Groups = tuple[tuple[int, Tensor], ...]
@@ -130,20 +129,12 @@ def load_adapter(folder: str, spec: ModelSpec) -> Adapter:
 def _merged(adapter: AdapterFile, target: str) -> Factors:
     """Of a matrix that is merged of several, the As stand one below the other, and each B in the rows of its part."""
     factors = [f for f in adapter.factors if f.part.target == target]
-    a = torch.cat([_read(adapter, f.a) for f in factors])
+    a = torch.cat([read_tensor(adapter.file.path, f.a) for f in factors])
     b = torch.zeros(adapter.rows[target], len(a))
     column = 0
     for f in factors:
         rank = f.a.shape[0]
         place = b[f.part.row : f.part.row + f.part.shape[0], column : column + rank]
-        place.copy_(reorder(_read(adapter, f.b), f.part) * adapter.scale)
+        place.copy_(reorder(read_tensor(adapter.file.path, f.b), f.part) * adapter.scale)
         column += rank
     return Factors(a, b)
-
-
-def _read(adapter: AdapterFile, tensor: StoredTensor) -> Tensor:
-    """float32."""
-    data = bytearray(tensor.nbytes)
-    with open_for_reading(adapter.file.path) as (fd, _):
-        read_at(fd, tensor.offset, memoryview(data), adapter.file.path)
-    return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).view(tensor.shape).float()

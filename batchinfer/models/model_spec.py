@@ -9,10 +9,14 @@ from batchinfer.models.architectures import QKNorm
 from batchinfer.models.files import ModelError
 from batchinfer.models.rope import RopeSpec
 from batchinfer.models.scheme import Scheme
+from batchinfer.ops import Clamp, Scores
 from batchinfer.types import Head
 
 MAX_LAYERS = 10_000
 """Names are made for every tensor of every layer before the files are compared with them."""
+
+HEAD_MULTIPLE = 16
+"""Of the width of heads, for every backend's kernels."""
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 
@@ -23,7 +27,8 @@ class ExpertSpec:
     through, weighted by the router's softmax (``renormalise``: divided by the sum of what was chosen).
 
     ``shared_width`` > 0: one more, that every token goes through, weighted by a sigmoid. ``layers``: which layers are
-    mixtures.
+    mixtures. ``stacked``: those of GPT-OSS, stored as one tensor of all, with biases, which the router has too;
+    ``mxfp4``: and in that format. The rest is as in :class:`batchinfer.ops.Experts`; ``correction``: there is one.
     """
 
     count: int
@@ -32,11 +37,44 @@ class ExpertSpec:
     renormalise: bool
     shared_width: int
     layers: tuple[bool, ...]
+    stacked: bool = False
+    mxfp4: bool = False
+    clamp: Clamp | None = None
+    shared_gate: bool = True
+    scores: Scores = "softmax"
+    scale: float = 1.0
+    correction: bool = False
+    groups: int = 1
+    kept_groups: int = 1
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Of all experts, the shared one last."""
         return (self.width,) * self.count + ((self.shared_width,) if self.shared_width else ())
+
+    @property
+    def logits(self) -> int:
+        """Rows of the router."""
+        return self.count + (self.shared_width > 0 and self.shared_gate)
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """Latent attention: keys and values are products of ``rank`` values of a token, queries of ``query_rank`` (0: of
+    the token itself). A head's queries and keys have ``plain`` elements and ``rotated`` ones, which all keys share, its
+    values ``values``. ``interleaved``: pairs that rotate are stored side by side, not in halves."""
+
+    query_rank: int
+    rank: int
+    plain: int
+    rotated: int
+    values: int
+    interleaved: bool
+
+    @property
+    def cached_width(self) -> int:
+        """Elements of a head in the cache, for keys and values alike: a multiple of what kernels ask for."""
+        return -(-max(self.plain + self.rotated, self.values) // HEAD_MULTIPLE) * HEAD_MULTIPLE
 
 
 class LayerKind(NamedTuple):
@@ -54,8 +92,10 @@ class ModelSpec:
     of no account; ``local_rope``: that of the windowed layers. ``nope``: which layers do not rotate. ``position_rows``:
     rows of the table of learned positions, that of position 0 is ``position_offset``. ``pre_norm`` before attention and
     MLP, ``post_norm`` behind. ``parallel``: attention and MLP read the same residual. ``norm_offset`` is added to the
-    norms' stored weights. ``embed_scale``, ``score_scale`` and ``logit_scale`` multiply embeddings, attention's scores
-    and logits; the soft caps (0: none) bound the latter two. ``scheme``: what its files store quantised matrices as.
+    norms' stored weights. ``sinks``: each head's softmax has a learned score in its sum. ``latent``: the
+    heads are made as it says. ``embed_scale``, ``score_scale`` and ``logit_scale`` multiply embeddings, attention's
+    scores and logits; the soft caps (0: none) bound the latter two. ``scheme``: what its files store quantised matrices
+    as.
     """
 
     architecture: str
@@ -87,6 +127,8 @@ class ModelSpec:
     activation: Activation = "silu"
     gated: bool = True
     experts: ExpertSpec | None = None
+    sinks: bool = False
+    latent: LatentSpec | None = None
     embed_scale: float = 1.0
     score_scale: float = 0.0  # 0: one over the root of head_dim
     logit_scale: float = 1.0

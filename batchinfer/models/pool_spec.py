@@ -10,25 +10,13 @@ import os
 
 from batchinfer.config import VECTOR_TASKS, Config, EmbedConfig, RerankConfig
 from batchinfer.models.encoder_spec import EncoderSpec, encoder_spec
-from batchinfer.models.files import ModelError, read_json, read_json_objects
-from batchinfer.models.gguf import is_gguf
+from batchinfer.models.files import ModelError, read_json
 from batchinfer.models.labels import activation, labels
 from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.sentence_modules import read_modules
 from batchinfer.models.spec import load_spec
 from batchinfer.models.tokenizer import Tokenizer, load_tokenizer
-from batchinfer.types import ExitCode, JobError, Pooling, PoolSpec
-
-MODES: dict[str, Pooling] = {
-    "lasttoken": "last",
-    "mean_tokens": "mean",
-    "mean": "mean",
-    "cls_token": "cls",
-    "cls": "cls",
-}
-"""What 1_Pooling/config.json may say: "pooling_mode_" and this is true, or this is the "pooling_mode"."""
-
-MODULES = ("Transformer", "Pooling", "Normalize")
-"""Steps of a sentence-transformers model that are known here."""
+from batchinfer.types import ExitCode, JobError, PoolSpec
 
 
 def pool_spec(config: Config) -> PoolSpec | None:
@@ -52,19 +40,22 @@ def pool_spec(config: Config) -> PoolSpec | None:
 
 def embed_spec(path: str, spec: ModelSpec | EncoderSpec, settings: EmbedConfig) -> PoolSpec:
     """Of the task embed."""
-    if settings.dimensions > spec.width:
+    modules, pooling = read_modules(path), settings.pooling
+    width = modules.dense[-1].outputs if modules.dense else spec.width
+    if modules.dense and modules.dense[0].inputs != spec.width:
+        raise ModelError(f"{path}: {modules.dense[0].folder} must take the model's {spec.width} values")
+    if settings.dimensions > width:
         raise JobError(
-            f"embed.dimensions={settings.dimensions} is more than the {spec.width} that the vectors of {path} have",
+            f"embed.dimensions={settings.dimensions} is more than the {width} that the vectors of {path} have",
             ExitCode.USAGE,
         )
-    folder, pooling = _pooling_folder(path), settings.pooling
     if pooling == "auto":
-        usual = "mean" if isinstance(spec, EncoderSpec) else "last"
-        pooling = usual if folder is None else _mode(os.path.join(folder, "config.json"))
+        pooling = modules.mode() or ("mean" if isinstance(spec, EncoderSpec) else "last")
     return PoolSpec(
         pooling,  # type: ignore[arg-type]
-        settings.dimensions or spec.width,
+        settings.dimensions or width,
         activation="normalise" if settings.normalize else "",
+        dense=modules.dense,
     )
 
 
@@ -107,38 +98,3 @@ def yes_no_spec(path: str, spec: ModelSpec | EncoderSpec, settings: RerankConfig
             raise ModelError(f"rerank.{key}={text!r} is {len(found)} tokens of {path}; it must be one")
         ids.append(int(found[0]))
     return PoolSpec("last", len(ids), head="tokens", activation="softmax", tokens=tuple(ids))
-
-
-def _pooling_folder(path: str) -> str | None:
-    """Where a sentence-transformers folder says how it pools; None for any other. Raises ModelError for steps that are
-    not known."""
-    where = os.path.join(path, "modules.json")
-    if is_gguf(path) or not os.path.exists(where):
-        return None
-    found = None
-    for module in read_json_objects(where):
-        kind = str(module.get("type", "")).rpartition(".")[2]
-        if kind not in MODULES:
-            raise ModelError(f"{where}: the step {kind!r} is not supported; supported are {', '.join(MODULES)}")
-        if kind == "Pooling":
-            folder = str(module.get("path", ""))
-            if os.path.isabs(folder) or os.pardir in folder.split("/"):
-                raise ModelError(f"{where}: the path {folder!r} must lie in the model's folder")
-            found = os.path.join(path, folder)
-    return found
-
-
-def _mode(where: str) -> Pooling:
-    config = read_json(where)
-    if "pooling_mode" in config:  # the newer form
-        modes = [str(config["pooling_mode"])]
-    else:
-        modes = [
-            key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on
-        ]
-    if len(modes) != 1 or modes[0] not in MODES:
-        raise ModelError(
-            f"{where}: pooling by {', '.join(modes) or 'nothing'} is not supported; supported is one of "
-            f"{', '.join(MODES)} (embed.pooling overrides it)"
-        )
-    return MODES[modes[0]]

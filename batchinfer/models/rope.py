@@ -24,7 +24,8 @@ class RopeSpec:
     """What decides the rotation angles. ``width`` is the rotated part of a head, in elements (even).
 
     ``trained_positions`` is the length up to which the model was trained before scaling; ``magnitude`` multiplies
-    cosines and sines (yarn and longrope, else 1). ``short`` and ``long`` divide the frequencies, one per pair.
+    cosines and sines (yarn and longrope, else 1), ``score_magnitude`` the scores of DeepSeek's attention. ``short`` and
+    ``long`` divide the frequencies, one per pair.
     """
 
     type: str
@@ -33,6 +34,7 @@ class RopeSpec:
     trained_positions: int
     factor: float = 1.0
     magnitude: float = 1.0
+    score_magnitude: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
@@ -95,12 +97,15 @@ class RopeSpec:
 
 
 def yarn_magnitude(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
-    """Yarn's scale of cosines and sines where the config does not state it (arXiv:2309.00071, equation 22)."""
+    """Yarn's scale of cosines and sines where the config does not state it."""
+    if mscale and mscale_all_dim:
+        return yarn_scale(factor, mscale) / yarn_scale(factor, mscale_all_dim)
+    return yarn_scale(factor)
 
-    def scale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
+def yarn_scale(factor: float, weight: float = 1.0) -> float:
+    """arXiv:2309.00071, equation 22."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def longrope_magnitude(factor: float, trained_positions: int) -> float:
@@ -166,6 +171,7 @@ def _from_parameters(
         )
         stated = yarn_magnitude(factor, mscale, mscale_all_dim)
         given["magnitude"] = inner.number("attention_factor", stated)
+        given["score_magnitude"] = yarn_scale(factor, mscale_all_dim) ** 2 if mscale_all_dim else 1.0
         # Qwen's configs keep the trained length in max_position_embeddings; rope_scaling alone says how far it reaches.
         max_positions = max(max_positions, int(factor * trained))
     if kind == "longrope":

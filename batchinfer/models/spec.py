@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from batchinfer.models.architectures import ARCHITECTURES, Traits, named_architecture, unknown_architecture
@@ -12,9 +13,12 @@ from batchinfer.models.files import Keys, ModelError, read_json
 from batchinfer.models.gguf import is_gguf, read_gguf
 from batchinfer.models.gguf_spec import spec_from_gguf
 from batchinfer.models.labels import labels
+from batchinfer.models.latent_spec import latent_from_config, routed
 from batchinfer.models.model_spec import MAX_LAYERS, Activation, ExpertSpec, ModelSpec, checked, token_ids
+from batchinfer.models.mxfp4 import MXFP4_BLOCK
 from batchinfer.models.rope import local_rope_from_config, rope_from_config
 from batchinfer.models.scheme import scheme_from_config
+from batchinfer.ops import Clamp
 
 PLAIN: dict[str, Activation] = {
     "gelu": "gelu",
@@ -68,15 +72,19 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
     _refuse_unsupported(keys)
 
     heads, width = keys.count("num_attention_heads"), keys.count("hidden_size")
-    if keys.config.get("head_dim") is None and width % heads:
+    latent = latent_from_config(keys) if traits.latent else None
+    if latent is None and keys.config.get("head_dim") is None and width % heads:
         raise ModelError(f"{where}: hidden_size={width} is not a multiple of num_attention_heads={heads}; set head_dim")
-    layers, head_dim = keys.count("num_hidden_layers"), keys.count("head_dim", width // heads)
+    layers = keys.count("num_hidden_layers")
+    head_dim = latent.cached_width if latent else keys.count("head_dim", width // heads)
     if layers > MAX_LAYERS:
         raise ModelError(f"{where}: num_hidden_layers={layers} is more than any model has ({MAX_LAYERS})")
     max_positions, rope, local_rope = keys.count("max_position_embeddings"), None, None
     position_rows = 0 if traits.rope else max_positions + traits.positions_offset
     if traits.rope:
-        rope, max_positions = rope_from_config(keys, head_dim, max_positions, traits.partial_rope)
+        rope, max_positions = rope_from_config(
+            keys, latent.rotated if latent else head_dim, max_positions, traits.partial_rope
+        )
     if traits.local_rope:
         local_rope = local_rope_from_config(keys, head_dim, max_positions)
     nope = _nope(keys, layers) if traits.nope_layers else ()
@@ -87,7 +95,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
             layers=layers,
             width=width,
             heads=heads,
-            kv_heads=keys.count("num_key_value_heads", heads),
+            kv_heads=heads if latent else keys.count("num_key_value_heads", heads),
             head_dim=head_dim,
             mlp_width=keys.count("intermediate_size", 4 * width if name == "GPT2LMHeadModel" else None),
             vocab_size=keys.count("vocab_size"),
@@ -113,14 +121,18 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
             parallel=bool(traits.parallel) and keys.flag(traits.parallel),
             activation=_activation(keys, traits),
             gated=traits.gated,
-            experts=_experts(keys, layers) if traits.experts else None,
+            experts=_experts(keys, traits, layers) if traits.experts else None,
+            sinks=traits.sinks,
+            latent=latent,
             embed_scale=_embed_scale(keys, traits, width) / residual,
-            score_scale=_score_scale(keys, traits, head_dim),
+            score_scale=_score_scale(keys, traits, head_dim)
+            if latent is None
+            else (latent.plain + latent.rotated) ** -0.5 * rope.score_magnitude,
             logit_scale=1 / keys.number("logits_scaling", 1.0) if traits.multipliers else 1.0,
             score_softcap=_cap(keys, "attn_logit_softcapping") if traits.soft_caps else 0.0,
             logit_softcap=_cap(keys, "final_logit_softcapping") if traits.soft_caps else 0.0,
             classes=len(labels(config, where)) if head == "classes" else 0,
-            scheme=scheme_from_config(keys),
+            scheme=None if traits.stacked_experts and is_mxfp4(keys) else scheme_from_config(keys),
             bos_id=(token_ids(config.get("bos_token_id")) or (None,))[0],
             eos_ids=token_ids(config.get("eos_token_id")),
         ),
@@ -133,6 +145,12 @@ def _renamed(config: Mapping[str, Any], traits: Traits, where: str) -> Keys:
     given = {key: value for key, value in config.items() if value is not None}
     theirs = {ours: given[name] for ours, name in traits.keys.items() if name in given}
     return Keys({**traits.defaults, **given, **theirs}, where, traits.keys)
+
+
+def is_mxfp4(keys: Keys) -> bool:
+    """Whether the experts are stored in MXFP4 (models/mxfp4.py)."""
+    quantisation = keys.config.get("quantization_config")
+    return isinstance(quantisation, dict) and quantisation.get("quant_method") == "mxfp4"
 
 
 def refuse_quantised(keys: Keys) -> None:
@@ -204,9 +222,7 @@ def _windows(keys: Keys, traits: Traits, layers: int, nope: tuple[bool, ...]) ->
         return ()
     window, kinds = keys.count("sliding_window"), keys.config.get("layer_types")
     if kinds is not None and traits.windows != "all":
-        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in LAYER_TYPES for kind in kinds):
-            raise ModelError(f"{keys.where}: layer_types must be a list of {layers}: {' or '.join(LAYER_TYPES)}")
-        windowed = [kind == "sliding_attention" for kind in kinds]
+        windowed = [kind == "sliding_attention" for kind in layer_types(keys, layers)]
     else:
         pattern, cut = keys.count("sliding_window_pattern", 6), keys.config.get("max_window_layers", 28)
         if type(cut) is not int or cut < 0:
@@ -223,14 +239,34 @@ def _windows(keys: Keys, traits: Traits, layers: int, nope: tuple[bool, ...]) ->
     return tuple(window * has for has in windowed) if any(windowed) else ()
 
 
-def _experts(keys: Keys, layers: int) -> ExpertSpec | None:
+def layer_types(keys: Keys, layers: int) -> list[str]:
+    """What the config says of each layer. Raises ModelError."""
+    kinds = keys.config.get("layer_types")
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in LAYER_TYPES for kind in kinds):
+        raise ModelError(f"{keys.where}: layer_types must be a list of {layers}: {' or '.join(LAYER_TYPES)}")
+    return kinds
+
+
+def _experts(keys: Keys, traits: Traits, layers: int) -> ExpertSpec | None:
     step, dense = keys.count("decoder_sparse_step", 1), keys.config.get("mlp_only_layers", [])
     if not isinstance(dense, list) or any(type(item) is not int for item in dense):
         raise ModelError(f"{keys.where}: mlp_only_layers={dense!r} must be a list of layers")
+    first = keys.config.get("first_k_dense_replace", 0)
+    if type(first) is not int or first < 0:
+        raise ModelError(f"{keys.where}: first_k_dense_replace={first!r} must be a number of layers")
     count, chosen = keys.count("num_experts"), keys.count("num_experts_per_tok")
     if chosen > count:
         raise ModelError(f"{keys.where}: num_experts_per_tok={chosen} is more than num_experts={count}")
-    mixed = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+    mixed = tuple(i >= first and i not in dense and (i + 1) % step == 0 for i in range(layers))
     shared = keys.count("shared_expert_intermediate_size") if keys.config.get("shared_expert_intermediate_size") else 0
-    width = keys.count("moe_intermediate_size")
-    return ExpertSpec(count, chosen, width, keys.flag("norm_topk_prob"), shared, mixed) if any(mixed) else None
+    spec = ExpertSpec(count, chosen, keys.count("moe_intermediate_size"), keys.flag("norm_topk_prob"), shared, mixed)
+    if traits.stacked_experts:
+        clamp = Clamp(keys.number("swiglu_alpha", 1.702), keys.number("swiglu_limit", 7.0))
+        spec = replace(spec, stacked=True, mxfp4=is_mxfp4(keys), clamp=clamp)
+        for key in ("hidden_size", "moe_intermediate_size") if spec.mxfp4 else ():
+            if keys.count(key) % MXFP4_BLOCK:
+                key = keys.names.get(key, key)
+                raise ModelError(f"{keys.where}: {key} must be a multiple of {MXFP4_BLOCK}, MXFP4's block")
+    if traits.latent:
+        spec = routed(spec, keys, traits)
+    return spec if any(mixed) else None

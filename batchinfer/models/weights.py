@@ -12,17 +12,27 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from batchinfer.models.encoder_spec import EncoderSpec, encoder_layout
-from batchinfer.models.files import Block, BlockReader, ModelError, OwnReading, Source, StoredTensor
+from batchinfer.models.files import (
+    Block,
+    BlockReader,
+    ModelError,
+    OwnReading,
+    Source,
+    StoredTensor,
+    open_for_reading,
+    read_at,
+)
 from batchinfer.models.gguf import is_gguf, read_gguf
 from batchinfer.models.gguf_blocks import FORMS, Form, codes_of
-from batchinfer.models.layout import TABLES, Layout, Part, layout
+from batchinfer.models.layout import MXFP4_ORDERS, TABLES, Layout, Part, layout
 from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.mxfp4 import MXFP4_BLOCK, dequantised
 from batchinfer.models.safetensors import open_folder
 from batchinfer.models.scheme import Scheme
 from batchinfer.models.stored_matrix import Gathered, quantised_layout
@@ -42,6 +52,9 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 CODES = {"I32": torch.int32, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
 """Of what quantised matrices are stored as."""
+
+BYTES = {"U8": torch.uint8}
+"""Of MXFP4's two parts."""
 
 IGNORED = re.compile(
     r".*rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias|.*attention\.(masked_)?bias|.*\.self_attn\.[kv]_scale"
@@ -89,7 +102,10 @@ def load_weights(
     if scheme is not None:
         dtypes = {tensor.name: tensor.dtype for _, tensors in files for tensor in tensors}
         plan = quantised_layout(plan, scheme, dtypes)
-    stored = [(path, [tensor for tensor in tensors if not _unused(tensor.name, plan)]) for path, tensors in files]
+    stored = [
+        (path, [tensor for tensor in unstacked(tensors, plan) if not _unused(tensor.name, plan)])
+        for path, tensors in files
+    ]
     _check(stored, plan, spec, model_path)
     every = [tensor for _, tensors in stored for tensor in tensors]
     coded = Counter((part.target, part.row) for part in plan.parts.values() if part.component is not None)
@@ -104,7 +120,7 @@ def load_weights(
     for tensor in every:
         missing[plan.parts[plan.name(tensor.name)].target] += math.prod(tensor.shape)
     of_codes = {target for target, _ in coded}
-    open_targets: dict[str, Mapping[str, Dense | Kept | Coded]] = {}
+    open_targets: dict[str, Mapping[str, Dense | Kept | Coded | Mxfp4]] = {}
     with BlockReader() as reader:
         for block, data in zip(blocks, source.stream(blocks, reader.read), strict=True):
             for piece in block.pieces:
@@ -113,7 +129,7 @@ def load_weights(
                     shape = plan.targets[part.target]
                     open_targets.setdefault(part.target, {part.target: Coded(shape, dtype, scheme, coded, keep)})
                 elif part.target not in open_targets:
-                    open_targets[part.target] = _begin(part.target, plan, dtype, forms, spec.tied_head)
+                    open_targets[part.target] = _begin(part, plan, dtype, forms, spec.tied_head)
                 for one in open_targets[part.target].values():
                     one.put(data, piece, part, block.path)
                 missing[part.target] -= piece.rows * math.prod(piece.tensor.shape[1:])
@@ -135,6 +151,26 @@ class Dense:
 
     def put(self, data: memoryview, piece: Piece, part: Part, path: str) -> None:
         _put(_decode(data, piece, path), piece, part, self.value[part.row : part.row + part.shape[0]])
+
+
+class Mxfp4:
+    """A target in ``dtype`` that is stored as two tensors, while their parts come."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
+        self._dtype, self._pairs = dtype, False
+        blocks = shape[1] // MXFP4_BLOCK
+        self._blocks = torch.empty(shape[0], blocks, MXFP4_BLOCK // 2, dtype=torch.uint8)
+        self._scales = torch.empty(shape[0], blocks, dtype=torch.uint8)
+
+    def put(self, data: memoryview, piece: Piece, part: Part, path: str) -> None:
+        out = self._scales if part.order == "scales" else self._blocks
+        out[piece.row : piece.row + piece.rows] = _decode(data, piece, path, BYTES)
+        self._pairs |= part.pairs
+
+    @property
+    def value(self) -> torch.Tensor:
+        values = dequantised(self._blocks, self._scales, self._dtype)
+        return torch.cat((values[::2], values[1::2])) if self._pairs else values
 
 
 class Kept:
@@ -225,15 +261,34 @@ def kept_forms(stored: Sequence[StoredTensor], plan: Layout) -> dict[str, Form]:
 
 
 def _begin(
-    target: str, plan: Layout, dtype: torch.dtype, forms: dict[str, Form], tied: bool
-) -> dict[str, Dense | Kept]:
-    """What is to be made of a target. Rows of tables are gathered, which takes values."""
+    part: Part, plan: Layout, dtype: torch.dtype, forms: dict[str, Form], tied: bool
+) -> dict[str, Dense | Kept | Mxfp4]:
+    """What is to be made of a part's target. Rows of tables are gathered, which takes values."""
+    target = part.target
     shape, form = plan.targets[target], forms.get(target)
+    if part.order in MXFP4_ORDERS:
+        return {target: Mxfp4(shape, dtype)}
     dense = Dense(shape, dtype if len(shape) == 2 else torch.float32)
     if form is None or target in TABLES:
         head = {"lm_head": Kept(shape, form)} if form and tied and target == "embed" else {}
         return {**head, target: dense}
     return {target: Kept(shape, form)}
+
+
+def unstacked(tensors: Iterable[StoredTensor], plan: Layout) -> Iterator[StoredTensor]:
+    """The tensors, each one that the layout has as a stack as so many that follow each other."""
+    for tensor in tensors:
+        if plan.stacks.isdisjoint((tensor.name, plan.root + tensor.name)) or 0 in (
+            *tensor.shape[:1],
+            len(tensor.shape),
+        ):
+            yield tensor
+            continue
+        count, *shape = tensor.shape
+        size = tensor.nbytes // count
+        for j in range(count):
+            name, offset = f"{tensor.name}[{j}]", tensor.offset + j * size
+            yield replace(tensor, name=name, shape=tuple(shape), offset=offset, nbytes=size)
 
 
 def cut(path: str, tensors: Sequence[StoredTensor]) -> list[WeightBlock]:
@@ -299,7 +354,10 @@ def _stored(model_path: str) -> list[tuple[str, tuple[StoredTensor, ...]]]:
 
 
 def _unused(name: str, plan: Layout) -> bool:
-    return name in plan.ignored or IGNORED.fullmatch(name) is not None
+    beyond = plan.ignored_under is not None and (plan.root + name.removeprefix(plan.root)).startswith(
+        plan.ignored_under
+    )
+    return beyond or name in plan.ignored or IGNORED.fullmatch(name) is not None
 
 
 def _check(
@@ -315,8 +373,8 @@ def _check(
             raise ModelError(f"{path} holds the tensor {tensor.name!r} twice, with and without {plan.root!r} before it")
         seen.add(name)
         wanted = plan.parts[name].stored_shape
-        component = plan.parts[name].component
-        shapes, dtypes = (component.shapes, component.dtypes) if component else ((wanted,), tuple(DTYPES))
+        component, values = plan.parts[name].component, BYTES if plan.parts[name].order in MXFP4_ORDERS else DTYPES
+        shapes, dtypes = (component.shapes, component.dtypes) if component else ((wanted,), tuple(values))
         if tensor.shape not in shapes:
             raise ModelError(
                 f"{path}: tensor {tensor.name!r} has the shape {tensor.shape}; the config makes it "
@@ -347,9 +405,19 @@ def _decode(data: memoryview, piece: Piece, path: str, dtypes: Mapping[str, torc
     return torch.from_numpy(values).view(shape)
 
 
+def read_tensor(path: str, tensor: StoredTensor) -> torch.Tensor:
+    """A small tensor of values as a whole, float32. Raises ModelError."""
+    if tensor.dtype not in DTYPES:
+        raise ModelError(f"{path}: tensor {tensor.name!r} is {tensor.dtype}; supported are {', '.join(DTYPES)}")
+    data = bytearray(tensor.nbytes)
+    with open_for_reading(path) as (fd, _):
+        read_at(fd, tensor.offset, memoryview(data), path)
+    return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).view(tensor.shape).float()
+
+
 def reorder(rows: torch.Tensor, part: Part) -> torch.Tensor:
     """The rows of a part [N, ...] in the decoder's order."""
-    if part.order == "pairs":  # rows (2j, 2j+1) of each head -> (j, j + E/2)
+    if part.pairs:  # rows (2j, 2j+1) of each head -> (j, j + E/2)
         return rows.view(part.heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
     if part.order == "by_head":  # [H, 3, E] -> [3, H, E]
         return rows.view(part.heads, 3, -1, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
@@ -359,11 +427,11 @@ def reorder(rows: torch.Tensor, part: Part) -> torch.Tensor:
 def _put(values: torch.Tensor, piece: Piece, part: Part, out: torch.Tensor) -> None:
     """Rows of the stored tensor into its part ``out``, which is brought into the decoder's order with the last."""
     here = slice(piece.row, piece.row + piece.rows)
-    target = out.T if part.order == "transposed" else out
+    target = out.T if part.order.startswith("transposed") else out
     target[here].copy_(values)
     if here.stop < piece.tensor.shape[0]:
         return
-    if part.order in ("pairs", "by_head"):
+    if part.pairs or part.order == "by_head":
         out.copy_(reorder(out, part))
     if part.offset:
         out.add_(part.offset)

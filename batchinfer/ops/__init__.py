@@ -65,12 +65,29 @@ class HeadNorm:
 
 
 @dataclass(frozen=True)
-class Experts:
-    """Gated MLPs (SiLU), packed: gate_up[j] [2*I, D] and down[j] [D, I], with I = widths[j].
+class Clamp:
+    """GPT-OSS's gate in place of silu(gate) * up: gate * sigmoid(alpha * gate) * (up + 1), where gate is at most
+    ``limit``, and up at most that on either side."""
 
-    A token goes through its ``top_k`` of them, weighted by the router's softmax (over all of them; ``renormalise``:
-    divided by the sum of the chosen ones). ``shared``: the last one is no choice, all tokens go through it, weighted by
-    the sigmoid of the router's last logit (Qwen2-MoE).
+    alpha: float
+    limit: float
+
+
+Scores = Literal["softmax", "sigmoid"]
+"""What a router's logits become: together, or each by itself."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Gated MLPs (SiLU, or ``clamp``), packed: gate_up[j] [2*I, D] and down[j] [D, I], with I = widths[j]; biases
+    float32 [X, 2*I] and [X, D] of all X choices, or None.
+
+    A token goes through the ``top_k`` of the choices with the best ``scores``, weighted by these times ``scale``
+    (``renormalise``: divided by their sum first). ``correction`` float32 [X] is added for the choice alone. With
+    ``groups`` of equal size, only the ``kept_groups`` best of them have choices, by their best score (softmax), or the
+    sum of their two best (sigmoid). ``shared``: the last MLP is no choice, all tokens go through it, weighted by the
+    sigmoid of the router's last logit (Qwen2-MoE), or as it is where there is no ``shared_gate`` (DeepSeek-V2, V3:
+    arXiv:2405.04434, arXiv:2412.19437).
     """
 
     gate_up: tuple[Any, ...]
@@ -79,6 +96,25 @@ class Experts:
     top_k: int
     renormalise: bool
     shared: bool = False
+    shared_gate: bool = True
+    scores: Scores = "softmax"
+    scale: float = 1.0
+    correction: Tensor | None = None
+    groups: int = 1
+    kept_groups: int = 1
+    clamp: Clamp | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    @property
+    def choices(self) -> int:
+        """Experts that a router chooses from."""
+        return len(self.down) - self.shared
+
+    @property
+    def logits(self) -> int:
+        """What a router gives for each token."""
+        return self.choices + (self.shared and self.shared_gate)
 
 
 @dataclass(frozen=True)
@@ -233,10 +269,20 @@ class Ops(Protocol):
         h reads key/value head h // (H // G). The order of additions depends on the sequence alone. K/V of this step's
         tokens are already in the caches."""
 
-    def attend_texts(self, qkv: Tensor, starts: Sequence[int], scale: float, out: Tensor) -> None:
-        """Attention of each token to all of its text, without a cache: qkv [T, 3, H, E] and out [T, H, E] of the dtype
-        of ``activations``; text i is the tokens starts[i]..starts[i + 1], from 0 to T, none of them empty. A text's
-        result does not depend on the others."""
+    def sink(self, attn: Tensor, lse: Tensor, sinks: Tensor) -> None:
+        """attn [T, H, E], the output of ``attention`` with its ``lse``, in place becomes that of softmaxes with one
+        more score in their sums, ``sinks`` float32 [H] (Xiao et al. 2023, arXiv:2309.17453; GPT-OSS): the keys' share
+        of the sum scales it."""
+
+    def copy(self, x: Tensor, out: Tensor) -> None:
+        """out = x, of one shape and dtype, or one that broadcasts; both may be views with strides."""
+
+    def attend_texts(
+        self, qkv: Tensor, starts: Sequence[int], scale: float, out: Tensor, reach: int | None = None
+    ) -> None:
+        """Attention of each token to all of its text, or to the tokens up to ``reach`` before and behind it, without a
+        cache: qkv [T, 3, H, E] and out [T, H, E] of the dtype of ``activations``; text i is the tokens
+        starts[i]..starts[i + 1], from 0 to T, none of them empty. A text's result does not depend on the others."""
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         """out [T, I] = silu(gate_up[:, :I]) * gate_up[:, I:]."""
@@ -250,7 +296,7 @@ class Ops(Protocol):
 
     def mix_experts(self, x: Tensor, router: Tensor, experts: Experts, out: Tensor) -> None:
         """out [T, D] = the weighted sum of the outputs of x's experts (Shazeer et al. 2017, arXiv:1701.06538). router
-        float32 [T, X]: the logits. Of equal logits the smaller expert is chosen; a token's sum is in the order of the
+        float32 [T, experts.logits]. Of equal logits the smaller expert is chosen; a token's sum is in the order of the
         experts' numbers, whatever tokens stand beside it. out may be x."""
 
     def gather_rows(self, x: Tensor, index: Tensor, out: Tensor) -> None:

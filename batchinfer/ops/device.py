@@ -24,6 +24,7 @@ from torch import Tensor
 from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.fields import SAMPLE_FIELDS
 from batchinfer.ops.grouped import GroupQuantized
+from batchinfer.ops.sinks import share_of_keys
 from batchinfer.ops.texts import TextAttention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -158,7 +159,7 @@ class DeviceOps(TextAttention, ABC):
     def mix_experts(self, x: Tensor, router: Tensor, experts: Experts, out: Tensor) -> None:
         tokens, width = shape_of("x", x, 2)
         self._check("x", x, experts.down[0].dtype, (tokens, width))
-        self._check("router", router, torch.float32, (tokens, len(experts.down)))
+        self._check("router", router, torch.float32, (tokens, experts.logits))
         self._check("out", out, x.dtype, (tokens, width))
         shared = None
         if experts.shared:
@@ -232,6 +233,18 @@ class DeviceOps(TextAttention, ABC):
         self._check("out", out, q.dtype, q.shape)
         self._check("lse", lse, torch.float32, q.shape[:2])
         self._attention(q, k_cache, v_cache, plan, scale, out, lse, softcap)
+
+    def sink(self, attn: Tensor, lse: Tensor, sinks: Tensor) -> None:
+        tokens, heads, _ = shape_of("attn", attn, 3)
+        self._check("attn", attn, None, attn.shape)
+        self._check("lse", lse, torch.float32, (tokens, heads))
+        self._check("sinks", sinks, torch.float32, (heads,))
+        attn.mul_(share_of_keys(lse, sinks).unsqueeze(-1))
+
+    def copy(self, x: Tensor, out: Tensor) -> None:
+        if x.dtype is not out.dtype:
+            raise ValueError(f"out has dtype {out.dtype}: {x.dtype} is needed")
+        out.copy_(x)
 
     def sample(self, logits: Tensor, inputs: SampleInput) -> SampleOutput:
         rows, vocab = shape_of("logits", logits, 2)

@@ -23,6 +23,7 @@ from batchinfer.ops.fields import SAMPLE_FIELDS
 from batchinfer.ops.native_checks import DTYPES, address, check, check_caches, check_segments, shape_of
 from batchinfer.ops.native_linear import NativeLinear
 from batchinfer.ops.quantized import kv_row
+from batchinfer.ops.sinks import share_of_keys
 from batchinfer.ops.texts import TextAttention
 
 if TYPE_CHECKING:
@@ -149,6 +150,21 @@ class NativeOps(NativeLinear, TextAttention):
             DTYPES[out.dtype],
             lse.data_ptr(),
         )
+
+    def sink(self, attn: Tensor, lse: Tensor, sinks: Tensor) -> None:
+        tokens, heads, _ = shape_of("attn", attn, 3)
+        check("attn", attn, torch.float32, attn.shape)
+        check("lse", lse, torch.float32, (tokens, heads))
+        check("sinks", sinks, torch.float32, (heads,))
+        attn.numpy()[...] *= share_of_keys(lse, sinks).unsqueeze(-1).numpy()
+
+    def copy(self, x: Tensor, out: Tensor) -> None:
+        """By numpy: torch would let its own threads work, which then spin on the cores that this backend's want."""
+        if x.dtype is not out.dtype:
+            raise ValueError(f"out has dtype {out.dtype}: {x.dtype} is needed")
+        if x.dtype is torch.bfloat16:  # numpy has none
+            x, out = x.view(torch.int16), out.view(torch.int16)
+        np.copyto(out.numpy(), x.numpy())
 
     def embed(self, ids: Tensor, table: Tensor, out: Tensor, scale: float = 1.0) -> None:
         tokens, width = shape_of("out", out, 2)
@@ -299,7 +315,7 @@ class NativeOps(NativeLinear, TextAttention):
     def mix_experts(self, x: Tensor, router: Tensor, experts: Experts, out: Tensor) -> None:
         tokens, width = shape_of("x", x, 2)
         check("x", x, torch.float32, (tokens, width))
-        check("router", router, torch.float32, (tokens, len(experts.down)))
+        check("router", router, torch.float32, (tokens, experts.logits))
         check("out", out, torch.float32, (tokens, width))
         mix_by_expert(self, x, router, experts, out)
 

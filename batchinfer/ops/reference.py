@@ -17,6 +17,7 @@ from torch import Tensor
 from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.grouped import GroupQuantized
 from batchinfer.ops.quantized import Quantized, decode_kv, encode_kv, product
+from batchinfer.ops.reference_experts import mix
 from batchinfer.ops.reference_sampler import sample
 
 
@@ -152,10 +153,22 @@ class ReferenceOps:
             out[tokens] = torch.einsum("hqk,khe->qhe", scores.softmax(dim=-1), read(v_cache)).to(out.dtype)
             lse[tokens] = scores.logsumexp(dim=-1).T.to(lse.dtype)
 
-    def attend_texts(self, qkv: Tensor, starts: Sequence[int], scale: float, out: Tensor) -> None:
+    def sink(self, attn: Tensor, lse: Tensor, sinks: Tensor) -> None:
+        lse, sinks = lse.to(self.dtype), sinks.to(self.dtype)
+        share = (lse - torch.logaddexp(lse, sinks.expand_as(lse))).exp()
+        attn.copy_(attn.to(self.dtype) * share.unsqueeze(-1))
+
+    def copy(self, x: Tensor, out: Tensor) -> None:
+        out.copy_(x)
+
+    def attend_texts(
+        self, qkv: Tensor, starts: Sequence[int], scale: float, out: Tensor, reach: int | None = None
+    ) -> None:
         for begin, end in pairwise(starts):
             q, k, v = qkv[begin:end].to(self.dtype).permute(1, 2, 0, 3)
-            out[begin:end] = ((scale * q @ k.mT).softmax(-1) @ v).transpose(0, 1)
+            place = torch.arange(end - begin)
+            far = (place[:, None] - place).abs() > (end - begin if reach is None else reach)
+            out[begin:end] = ((scale * q @ k.mT).masked_fill(far, -torch.inf).softmax(-1) @ v).transpose(0, 1)
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         gate, up = gate_up.to(self.dtype).chunk(2, dim=-1)
@@ -175,18 +188,7 @@ class ReferenceOps:
             out.copy_(_gelu_tanh(x))
 
     def mix_experts(self, x: Tensor, router: Tensor, experts: Experts, out: Tensor) -> None:
-        mixed = torch.zeros(x.shape, dtype=self.dtype)
-        choices = router.to(self.dtype)[:, : len(experts.down) - experts.shared].softmax(dim=-1)
-        for t, row in enumerate(x.to(self.dtype)):
-            chosen = sorted(choices[t].argsort(descending=True, stable=True)[: experts.top_k].tolist())
-            total = choices[t, chosen].sum() if experts.renormalise else 1.0
-            weights = [(j, choices[t, j] / total) for j in chosen]
-            if experts.shared:
-                weights.append((len(experts.down) - 1, router[t, -1].to(self.dtype).sigmoid()))
-            for j, weight in weights:
-                gate, up = self._product(row, experts.gate_up[j]).chunk(2)
-                mixed[t] += weight * self._product(gate * gate.sigmoid() * up, experts.down[j])
-        out.copy_(mixed)
+        out.copy_(mix(x.to(self.dtype), router.to(self.dtype), experts, self._product))
 
     def gather_rows(self, x: Tensor, index: Tensor, out: Tensor) -> None:
         _check_range("index", index, len(x))

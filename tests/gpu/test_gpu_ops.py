@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu.backend import DEVICE, SYCL, put
+from ops.expert_cases import ROUTINGS, options_of
 
 from batchinfer.ops import Experts, HeadNorm, Rope
 from batchinfer.ops.reference import ReferenceOps
@@ -149,6 +150,39 @@ def test_mixtures_of_experts(real_gpu, dtype, tokens, count, shared):
     TRUTH.mix_experts(x, router, pack(TRUTH), want)
     real_gpu.mix_experts(put(x), put(router), pack(real_gpu), out)
     assert_close(out, want, 4 * TOLERANCE[dtype])  # two products, what is between them, and the sum
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.feature("engine", "CUDA: routings of GPT-OSS and DeepSeek (by Triton kernels)")
+def test_routings(real_gpu, dtype, routing):
+    """Biases and the clamped gate with two of them, a shared expert with the others."""
+    biased = routing in ("softmax", "sigmoid of groups")
+    widths = (96,) * 48 + (() if biased else (160,))
+    given = options_of(routing, 48, 96, 256, biased, 3) | {"top_k": 5, "shared": not biased, "shared_gate": False}
+    gate_up = [(randn(2 * w, 256, seed=i) / 16).to(dtype) for i, w in enumerate(widths)]
+    down = [(randn(256, w, seed=i) / 10).to(dtype) for i, w in enumerate(widths)]
+    x, router = randn(300, 256, dtype=dtype), 2 * randn(300, 48, seed=1)
+
+    def pack(ops, place) -> Experts:
+        packed = (tuple(ops.pack_weight(weight) for weight in weights) for weights in (gate_up, down))
+        options = {key: place(value) if isinstance(value, torch.Tensor) else value for key, value in given.items()}
+        return Experts(*packed, widths, **options)
+
+    want, out = torch.empty(x.shape, dtype=torch.float64), empty_like(x)
+    TRUTH.mix_experts(x, router, pack(TRUTH, lambda t: t), want)
+    real_gpu.mix_experts(put(x), put(router), pack(real_gpu, put), out)
+    assert_close(out, want, 4 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sinks(gpu, dtype):
+    attn, lse, sinks = randn(70, 8, 64, dtype=dtype), 5 * randn(70, 8, seed=1), 5 * randn(8, seed=2)
+    want = attn.double()
+    TRUTH.sink(want, lse.double(), sinks.double())
+    out = put(attn)
+    gpu.sink(out, put(lse), put(sinks))
+    assert_close(out, want)
 
 
 def test_rejects_wrong_tensors(gpu):

@@ -14,6 +14,10 @@ BOOLEANS = (True, False)
 WINDOWS = (None, 5, 17, 40, 200)
 BIASES = {"attention_bias": BOOLEANS, "mlp_bias": BOOLEANS}
 EXPERTS = {"num_experts": (3, 8), "num_experts_per_tok": (1, 3), "moe_intermediate_size": (24, 40)}
+LATENT = {"q_lora_rank": (None, 24), "kv_lora_rank": (16, 40), "v_head_dim": (8, 24), "n_shared_experts": (1, 2)}
+LATENT |= {"qk_nope_head_dim": (8, 24), "qk_rope_head_dim": (8, 16), "first_k_dense_replace": (0, 1, 2)}
+LATENT |= {"n_routed_experts": (8,), "num_experts_per_tok": (1, 3), "moe_intermediate_size": (24, 40)}
+LATENT |= {"routed_scaling_factor": (1.0, 2.5)}
 LATE = {"use_sliding_window": BOOLEANS, "sliding_window": (6, 30), "max_window_layers": (0, 1)}
 SQUARE = ("head_dim", "num_key_value_heads")
 """Keys that a family lacks: its heads are as wide as they fit, and as many for keys as for queries."""
@@ -81,6 +85,30 @@ FAMILIES = {
     "Starcoder2ForCausalLM": Family(
         "Starcoder2", {"use_bias": BOOLEANS, "sliding_window": WINDOWS}, ("default", "linear"), ("head_dim",)
     ),
+    "GptOssForCausalLM": Family(
+        "GptOss",
+        {
+            "attention_bias": BOOLEANS,
+            "sliding_window": (5, 17, 200),
+            "num_local_experts": (3, 8),
+            "num_experts_per_tok": (1, 3),
+        },
+        ("default", "yarn"),
+    ),
+    "DeepseekV2ForCausalLM": Family(
+        "DeepseekV2",
+        LATENT | {"topk_method": ("greedy", "group_limited_greedy"), "n_group": (2,), "topk_group": (1,)},
+        ("default", "yarn"),
+        SQUARE,
+    ),
+    "DeepseekV3ForCausalLM": Family(
+        "DeepseekV3",
+        LATENT
+        | {"n_group": (1, 2), "topk_group": (1,), "norm_topk_prob": BOOLEANS, "rope_interleave": BOOLEANS}
+        | {"attention_bias": BOOLEANS, "num_key_value_heads": (None,)},
+        ("default", "yarn"),
+        SQUARE,
+    ),
     "GPT2LMHeadModel": Family(
         "GPT2",
         {"activation_function": ("gelu_new", "gelu", "relu")},
@@ -137,9 +165,22 @@ def draw_config(architecture: str, seed: int) -> Any:
         given["word_embed_proj_dim"] = given["hidden_size"]
     if family.ropes and family.model not in ("GPTNeoX", "Gemma3Text"):
         given["rope_parameters"] = draw_rope(rng.choice(family.ropes), head_dim, rng)
+        if given["rope_parameters"]["rope_type"] == "yarn" and "Deepseek" in family.model:
+            given["rope_parameters"] |= {"mscale": rng.choice((0.7, 1.0)), "mscale_all_dim": rng.choice((0.0, 0.7))}
         if given["rope_parameters"]["rope_type"] == "longrope":
             given["original_max_position_embeddings"] = given["rope_parameters"]["original_max_position_embeddings"]
     return getattr(transformers, f"{family.model}Config")(**given)
+
+
+def vary(model: Any, large: tuple[str, ...], deviation: float = 0.2) -> None:
+    """Random weights of any kind: biases, norms and buffers come as zeros and ones, which hide mistakes. ``large``:
+    parts of the names of what has the deviation 1."""
+    for name, weight in model.named_parameters():
+        norm = name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight"))
+        weight.data.normal_(float(norm), 1.0 if any(part in name for part in large) else deviation)
+    for name, buffer in model.named_buffers():
+        if "correction" in name:
+            buffer.normal_(0.0, deviation)
 
 
 def draw_rope(kind: str, width: int, rng: Random) -> dict[str, Any]:
@@ -150,6 +191,7 @@ def draw_rope(kind: str, width: int, rng: Random) -> dict[str, Any]:
         rope["factor"] = rng.choice((2.0, 4.0))
     if kind in ("yarn", "llama3"):
         rope["original_max_position_embeddings"] = 32
+        rope |= {"truncate": False} if kind == "yarn" and rng.choice(BOOLEANS) else {}
     if kind == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     if kind == "longrope":

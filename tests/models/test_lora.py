@@ -35,6 +35,9 @@ MODULES = {
     "gpt-neox": ("query_key_value", "dense_4h_to_h"),
     "opt": ("q_proj", "out_proj", "fc1"),
     "qwen3-moe": ("q_proj", "v_proj"),
+    "gpt-oss": ("q_proj", "o_proj"),
+    "deepseek-v2": ("q_proj", "kv_b_proj"),
+    "deepseek-v3": ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"),
 }
 """What the adapters of a tiny model adapt."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from models.drawn_models import vary
 
 COMMON = {
     "vocab_size": 97,
@@ -28,6 +29,9 @@ ROPE = {"rope_theta": 10000.0}
 TRAINED = {"original_max_position_embeddings": 32}
 MHA = {"num_key_value_heads": None}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 24, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8}
+LATENT |= {"v_head_dim": 16, "n_routed_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+LATENT |= {"n_group": 4, "topk_group": 2, "n_shared_experts": 2, "first_k_dense_replace": 1}
 
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -114,6 +118,35 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
     "starcoder2": ("Starcoder2", {"sliding_window": 21, "norm_epsilon": 1e-5}),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "head_dim": 16,
+            "sliding_window": 11,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "rope_parameters": {**ROPE, **TRAINED, "rope_type": "yarn", "factor": 2.0, "truncate": False},
+        },
+    ),
+    "deepseek-v2": (
+        "DeepseekV2",
+        {**LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0},
+    ),
+    "deepseek-v3": (
+        "DeepseekV3",
+        {
+            **LATENT,
+            "q_lora_rank": 40,
+            "rope_parameters": {
+                **ROPE,
+                **TRAINED,
+                "rope_type": "yarn",
+                "factor": 2.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.7,
+            },
+        },
+    ),
     "gpt2": ("GPT2", {**MHA, "intermediate_size": None, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "gpt-neox": ("GPTNeoX", {**MHA, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}),
     "gpt-neox-sequential": ("GPTNeoX", {**MHA, "use_parallel_residual": False, "attention_bias": False}),
@@ -147,8 +180,7 @@ def build_model(name: str, folder: Path) -> TinyModel:
     torch.manual_seed(len(name))
     config = getattr(transformers, f"{family}Config")(**{**COMMON, **settings})
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    for key, weight in model.named_parameters():  # biases and norms come as zeros and ones, which hide mistakes
-        weight.data.normal_(1.0 if "norm" in key or "ln_" in key else 0.0, 0.2)
+    vary(model, large=())
     model.save_pretrained(folder)
     ids = torch.randint(3, config.vocab_size, (2, 45))
     with torch.inference_mode():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ops.expert_cases import ROUTINGS, options_of
 from torch import Tensor
 
 from batchinfer.ops import Experts, Ops
@@ -50,6 +51,22 @@ def test_against_float64(case: dict[str, Any], tokens: int, seed: int) -> None:
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     for i in range(min(tokens, 3)):  # a token alone has the same bits
         assert torch.equal(mix(NATIVE, x[i : i + 1], router[i : i + 1], make(NATIVE, **case))[0], got[i])
+
+
+@pytest.mark.feature("CPU kernels", "mixtures of experts: groups, sigmoids, corrections, biases, the clamped gate")
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("shared", ["", "whole", "weighed"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_routings_against_float64(routing: str, shared: str, biased: bool) -> None:
+    g = torch.Generator().manual_seed(len(routing))
+    case: dict[str, Any] = {"widths": (16,) * 12 + ((40,) if shared else ()), "top_k": 5, "shared": bool(shared)}
+    case |= {"shared_gate": shared == "weighed"} | options_of(routing, 12, 16, WIDTH, biased, 3)
+    exact, native = make(EXACT, **case), make(NATIVE, **case)
+    x, router = torch.randn(23, WIDTH, generator=g), 2 * torch.randn(23, exact.logits, generator=g)
+    want, got = mix(EXACT, x, router, exact, torch.float64), mix(NATIVE, x, router, native)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    for i in (0, 7, 22):  # a token alone has the same bits
+        assert torch.equal(mix(NATIVE, x[i : i + 1], router[i : i + 1], native)[0], got[i])
 
 
 @pytest.mark.parametrize("ops", [NATIVE, EXACT], ids=["native", "reference"])

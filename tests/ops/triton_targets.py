@@ -20,7 +20,7 @@ import torch
 import triton
 from ops.group_cases import draw
 
-from batchinfer.ops import AttentionInput, Experts, HeadNorm, Rope, SampleInput
+from batchinfer.ops import AttentionInput, Clamp, Experts, HeadNorm, Rope, SampleInput
 from batchinfer.ops.triton.compiling import CompilingOps
 from batchinfer.ops.triton.grouped import FROM_DENSE, Groups
 from batchinfer.ops.triton.targets import TARGETS
@@ -72,7 +72,9 @@ class CompiledOps(CompilingOps):
         if name.startswith("group_"):
             name = f"{name} {'float' if options['FLOAT8'] else 'int'}{options['BITS']}"
         if name.endswith("products") or name.startswith("group_products"):
-            name = f"{name} {options['ROWS']}"
+            name = f"{name} {options['ROWS']}{' clamped' * options.get('CLAMPED', False)}"
+        if name == "route" and options["KEPT"] < options["GROUPS"]:
+            name = "route of groups"
         if name not in self.named:
             self.named[name] = kernel.warmup(*args, grid=grid, **options)
 
@@ -93,6 +95,9 @@ def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
     ops.gelu_mul(torch.zeros(3, 8192, dtype=dtype), torch.zeros_like(x))
     mix(ops, 3, dtype)
     mix(ops, 900, dtype)  # 450 for an expert
+    biases = {"gate_up_bias": torch.zeros(16, 2 * 768), "down_bias": torch.zeros(16, 2048)}
+    mix(ops, 3, dtype, clamp=Clamp(1.702, 7.0), **biases)
+    mix(ops, 3, dtype, scores="sigmoid", correction=torch.zeros(16), groups=4, kept_groups=2)
     for rows in (3, 100, FROM_DENSE):
         multiply(ops, rows, "int4 with zeros", dtype)
     for rows in (3, FROM_DENSE):
@@ -114,9 +119,9 @@ def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
     ops.sample(torch.zeros(3, 128_256), inputs)
 
 
-def mix(ops: CompiledOps, tokens: int, dtype: torch.dtype) -> None:
+def mix(ops: CompiledOps, tokens: int, dtype: torch.dtype, **options: Any) -> None:
     gate_up, down = torch.zeros(2 * 768, 2048, dtype=dtype), torch.zeros(2048, 768, dtype=dtype)
-    experts = Experts((gate_up,) * 16, (down,) * 16, (768,) * 16, top_k=8, renormalise=True)
+    experts = Experts((gate_up,) * 16, (down,) * 16, (768,) * 16, top_k=8, renormalise=True, **options)
     x = torch.zeros(tokens, 2048, dtype=dtype)
     ops.mix_experts(x, torch.zeros(tokens, 16), experts, x)
 

@@ -11,14 +11,26 @@ import triton
 import triton.language as tl
 
 LEAST = tl.constexpr(-3.0e38)  # in place of a logit that is no number
+SMALLEST_SUM = tl.constexpr(1e-20)  # of weights that are divided by it
 ALIGNMENT = tl.constexpr(16)  # bytes, of the weights
 
 
 @triton.jit
 def route(
-    router, chosen, weights, logits, CHOICES: tl.constexpr, TOP_K: tl.constexpr, RENORMALISE: tl.constexpr,
+    router,
+    correction,  # [CHOICES] or None
+    chosen,
+    weights,
+    logits,
+    scale,
+    CHOICES: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """chosen int32, weights float32 [tokens, TOP_K] from the first CHOICES of a token's ``logits`` logits. Grid:
     (tokens,)."""
     t = tl.program_id(0).to(tl.int64)
@@ -26,17 +38,48 @@ def route(
     inside = j < CHOICES
     logit = tl.load(router + t * logits + j, inside, other=float("-inf"))
     logit = tl.where(inside & ((logit != logit) | (logit < LEAST)), LEAST, logit)
-    share = tl.exp(logit - tl.max(logit, axis=0))
-    share = share / tl.sum(share, axis=0)
-    left = logit
+    if SIGMOID:
+        share = 1 / (1 + tl.exp(-logit))
+        key = share
+        if correction is not None:
+            key += tl.load(correction + j, inside, other=0.0)
+        key = tl.where(inside, key, float("-inf"))
+    else:
+        share = tl.exp(logit - tl.max(logit, axis=0))
+        share = share / tl.sum(share, axis=0)
+        key = logit
+    if KEPT < GROUPS:
+        key = in_best_groups(key, j, CHOICES // GROUPS, SIGMOID, GROUPS, KEPT, BLOCK)
+    picked = j < 0
     for _ in range(TOP_K):
-        left = tl.where(j == tl.argmax(left, axis=0, tie_break_left=True), float("-inf"), left)
-    picked = inside & (left == float("-inf"))
+        best = j == tl.argmax(key, axis=0, tie_break_left=True)
+        picked |= best
+        key = tl.where(best, float("-inf"), key)
     if RENORMALISE:
-        share = share / tl.sum(tl.where(picked, share, 0.0), axis=0)
+        share = share / tl.maximum(tl.sum(tl.where(picked, share, 0.0), axis=0), SMALLEST_SUM)
     place = t * TOP_K + tl.cumsum(picked.to(tl.int32), axis=0) - 1
     tl.store(chosen + place, j, picked)
-    tl.store(weights + place, share, picked)
+    tl.store(weights + place, share * scale, picked)
+
+
+@triton.jit
+def in_best_groups(
+    key, j, size, PAIRS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """key, but -inf outside of the KEPT best groups of ``size``: by their best key, or the sum of the PAIRS' two."""
+    score = tl.full([BLOCK], float("-inf"), tl.float32)  # that of group g at place g
+    for g in range(GROUPS):
+        mine = tl.where(j // size == g, key, float("-inf"))
+        best = tl.max(mine, axis=0)
+        if PAIRS:
+            best += tl.max(tl.where(j == tl.argmax(mine, axis=0, tie_break_left=True), float("-inf"), mine), axis=0)
+        score = tl.where(j == g, best, score)
+    kept = j < 0
+    for _ in range(KEPT):
+        best_group = tl.argmax(score, axis=0, tie_break_left=True)
+        kept |= j // size == best_group
+        score = tl.where(j == best_group, float("-inf"), score)
+    return tl.where(kept, key, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -89,9 +132,13 @@ def weight_of(table, expert, like):
 def gated_products(
     x,  # [tokens, WIDTH]
     table,  # int64 [experts]: addresses of the weights [2 * INNER, WIDTH], gates first
+    bias,  # [experts, 2 * INNER] or None
     out,  # [assignments in the order of ``order``, INNER]
     order,
     starts,
+    alpha,
+    limit,
+    CLAMPED: tl.constexpr,
     TOP_K: tl.constexpr,
     EXPERTS: tl.constexpr,
     EXPERT_BLOCK: tl.constexpr,
@@ -101,7 +148,7 @@ def gated_products(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """out = SiLU(gate) * up. Grid: (most tiles, cdiv(INNER, COLUMNS))."""
+    """out = SiLU(gate) * up, or ``batchinfer.ops.Clamp``. Grid: (most tiles, cdiv(INNER, COLUMNS))."""
     expert, first, count = tile_of(starts, tl.program_id(0), EXPERTS, EXPERT_BLOCK, ROWS)
     if expert < EXPERTS:
         i = tl.arange(0, ROWS)
@@ -120,14 +167,25 @@ def gated_products(
             at = weight + column[None, :] * WIDTH + d[:, None]
             gate = tl.dot(a, tl.load(at, there, other=0.0), gate, input_precision="ieee")
             up = tl.dot(a, tl.load(at + INNER * WIDTH, there, other=0.0), up, input_precision="ieee")
+        if bias is not None:
+            mine = bias + expert * (2 * INNER) + column
+            gate += tl.load(mine, columns, other=0.0)[None, :]
+            up += tl.load(mine + INNER, columns, other=0.0)[None, :]
+        if CLAMPED:
+            gate = tl.minimum(gate, limit)
+            up = tl.minimum(tl.maximum(up, -limit), limit) + 1
+            gate = gate / (1 + tl.exp(-alpha * gate))
+        else:
+            gate = gate / (1 + tl.exp(-gate))
         to = out + (first + i).to(tl.int64)[:, None] * INNER + column[None, :]
-        tl.store(to, gate / (1 + tl.exp(-gate)) * up, rows[:, None] & columns[None, :])
+        tl.store(to, gate * up, rows[:, None] & columns[None, :])
 
 
 @triton.jit
 def down_products(
     x,  # [assignments in the order of ``order``, INNER]
     table,  # int64 [experts]: addresses of the weights [WIDTH, INNER]
+    bias,  # [experts, WIDTH] or None
     out,  # [assignments, WIDTH]
     order,
     starts,
@@ -157,6 +215,8 @@ def down_products(
             )
             at = weight + column[None, :] * INNER + d[:, None]
             total = tl.dot(a, tl.load(at, deep[:, None] & columns[None, :], other=0.0), total, input_precision="ieee")
+        if bias is not None:
+            total += tl.load(bias + expert * WIDTH + column, columns, other=0.0)[None, :]
         to = out + assignment.to(tl.int64)[:, None] * WIDTH + column[None, :]
         tl.store(to, total, rows[:, None] & columns[None, :])
 
@@ -165,12 +225,13 @@ def down_products(
 def add_up(
     parts,  # [tokens, TOP_K, width]
     weights,  # [tokens, TOP_K]
-    shared,  # [tokens, width] or None, weighted by the sigmoid of the last of ``logits`` logits
+    shared,  # [tokens, width] or None, SHARED_GATE: weighted by the sigmoid of the last of ``logits`` logits
     router,
     out,
     logits,
     width,
     TOP_K: tl.constexpr,
+    SHARED_GATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: (tokens, cdiv(width, BLOCK))."""
@@ -182,6 +243,8 @@ def add_up(
         part = tl.load(parts + (t * TOP_K + k) * width + column, inside, other=0.0).to(tl.float32)
         total += tl.load(weights + t * TOP_K + k) * part
     if shared is not None:
-        gate = tl.load(router + t * logits + logits - 1)
-        total += tl.load(shared + t * width + column, inside, other=0.0).to(tl.float32) / (1 + tl.exp(-gate))
+        one = tl.load(shared + t * width + column, inside, other=0.0).to(tl.float32)
+        if SHARED_GATE:
+            one = one / (1 + tl.exp(-tl.load(router + t * logits + logits - 1)))
+        total += one
     tl.store(out + t * width + column, total, inside)

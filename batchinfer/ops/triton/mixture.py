@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from batchinfer.ops import Experts
+from batchinfer.ops import Clamp, Experts
 from batchinfer.ops.triton import experts as kernels
 from batchinfer.ops.triton.blocks import expert_blocks, power_of_2, row_block
 
@@ -34,16 +34,25 @@ class Mixture:
         """``Ops.mix_experts`` by ``launch(kernel, grid, arguments ..., options=...)``; ``shared`` [T, D]: what the
         shared expert makes of x."""
         tokens, width = x.shape
-        logits = router.shape[1]
-        choices, top_k, inner = logits - experts.shared, experts.top_k, experts.widths[0]
+        logits, choices = experts.logits, experts.choices
+        top_k, inner = experts.top_k, experts.widths[0]
         count = tokens * top_k
         gate_up, down = self._addresses(experts, choices)
         chosen, order = (x.new_empty(count, dtype=torch.int32) for _ in range(2))
         starts, weights = x.new_empty(choices + 1, dtype=torch.int32), x.new_empty(count, dtype=torch.float32)
         gated, parts = x.new_empty(count, inner), x.new_empty(count, width)
         together = power_of_2(choices)
-        options = {"CHOICES": choices, "TOP_K": top_k, "RENORMALISE": experts.renormalise, "BLOCK": together}
-        launch(kernels.route, (tokens,), router, chosen, weights, logits, **options, num_warps=1)
+        options = {
+            "CHOICES": choices,
+            "TOP_K": top_k,
+            "RENORMALISE": experts.renormalise,
+            "SIGMOID": experts.scores == "sigmoid",
+            "GROUPS": experts.groups,
+            "KEPT": experts.kept_groups,
+            "BLOCK": together,
+        }
+        routed = (router, experts.correction, chosen, weights, logits, experts.scale)
+        launch(kernels.route, (tokens,), *routed, **options, num_warps=1)
         launch(kernels.arrange, (choices,), chosen, order, starts, count, BLOCK=1024)
         blocks = expert_blocks(cdiv(count, choices), x.element_size(), self._shared, self._rdna)
         tiles = min(cdiv(count, blocks.rows) + choices, count)
@@ -59,12 +68,16 @@ class Mixture:
             "num_stages": blocks.stages,
         }
         grid = (tiles, cdiv(inner, blocks.columns))
-        launch(kernels.gated_products, grid, x, gate_up, gated, order, starts, TOP_K=top_k, **shape)
+        clamp = experts.clamp or Clamp(0.0, 0.0)
+        given = (x, gate_up, experts.gate_up_bias, gated, order, starts, clamp.alpha, clamp.limit)
+        clamped = experts.clamp is not None
+        launch(kernels.gated_products, grid, *given, CLAMPED=clamped, TOP_K=top_k, **shape)
         grid = (tiles, cdiv(width, blocks.columns))
-        launch(kernels.down_products, grid, gated, down, parts, order, starts, **shape)
+        launch(kernels.down_products, grid, gated, down, experts.down_bias, parts, order, starts, **shape)
         block = row_block(width)
         grid = (tokens, cdiv(width, block))
-        launch(kernels.add_up, grid, parts, weights, shared, router, out, logits, width, TOP_K=top_k, BLOCK=block)
+        options = {"TOP_K": top_k, "SHARED_GATE": experts.shared_gate, "BLOCK": block}
+        launch(kernels.add_up, grid, parts, weights, shared, router, out, logits, width, **options)
 
     def _addresses(self, experts: Experts, choices: int) -> tuple[Tensor, Tensor]:
         key = experts.gate_up[0].data_ptr()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from ops.expert_cases import ROUTINGS, options_of
 
 from batchinfer.ops import Experts, Ops
 from batchinfer.ops.reference import ReferenceOps
@@ -58,6 +59,24 @@ def test_against_float64(ops, dtype, tokens, width, widths, top_k, renormalise, 
     if tokens:
         ops.mix_experts(x, router, experts, x)  # in place
         assert torch.equal(x, got)
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.feature(
+    "Triton kernels (interpreted)", "mixtures of experts: groups, sigmoids, corrections, biases, the clamped gate"
+)
+def test_routings_against_float64(ops, routing, biased):
+    g = torch.Generator().manual_seed(len(routing))
+    options = {"top_k": 5} | options_of(routing, 12, 20, 48, biased, 3)
+    if not biased:
+        options |= {"shared": True, "shared_gate": False}
+    widths = (20,) * 12 + ((32,) if not biased else ())
+    x, router = torch.randn(7, 48, generator=g), 2 * torch.randn(7, 12, generator=g)
+    router[0] = 0.5  # ties: the smaller experts are chosen, and the smaller groups
+    want = mix(TRUTH, x, router, make(TRUTH, widths, 48, torch.float32, **options), torch.float64)
+    got = mix(ops, x, router, make(ops, widths, 48, torch.float32, **options), torch.float32)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_logits_that_are_no_numbers_stay_within_their_rows(ops):
