@@ -38,7 +38,7 @@ class Replay:
 
     def forward(self, step: StepInput) -> tuple[Tensor, Scores | None]:
         tokens, samples = shape = len(step.token_ids), len(step.sample_row)
-        plain = step.score is None and not (step.adapters.tokens or step.adapters.samples)
+        plain = step.score is None and step.copies is None and not (step.adapters.tokens or step.adapters.samples)
         if not (self._able and plain and samples and tokens <= MOST_TOKENS):
             return self._decoder.forward(step, self._cache)
         recorded = self._programs.pop(shape, None)
