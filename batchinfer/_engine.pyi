@@ -140,8 +140,8 @@ class Scheduler:
         there are; TypeError for non-integers.
         """
     def limit_prompts(self, step_tokens: int) -> None:
-        """From now on a step that decodes a quarter of ``step_tokens`` or more takes prompt tokens only up to that many
-        tokens in all (0: max_step_tokens again). ValueError for a negative number."""
+        """From now on a step takes prompt tokens only up to ``step_tokens`` tokens in all (0: max_step_tokens again);
+        its decodes go on, however many they are. ValueError for a negative number."""
     def tokens_left(self) -> _Int64:
         """How many more tokens each open sequence is taken to generate, int64 [num_open] in no order: what admission
         reckons with."""
@@ -171,6 +171,9 @@ class Scheduler:
     @property
     def num_steps_ahead(self) -> int:
         """Steps not yet updated: 0, 1 or 2."""
+    @property
+    def max_steps_ahead(self) -> int:
+        """The most that there may be of these: 2, with drafts 1."""
     @property
     def pages_used(self) -> int:
         """Pages that running sequences hold; with cached and free ones, num_pages."""

@@ -54,9 +54,11 @@ class Opening:
 
 
 def identify(model_path: str) -> dict[str, str]:
-    """Digests of everything in the model's files that decides the results."""
-    from batchinfer.models.identity import model_fingerprint
+    """Digests of everything in the model's files that decides the results. A model that can't run is refused here,
+    before there is a plan that names it: with the right one in its place the same command would be another job."""
+    from batchinfer.models.identity import check_model, model_fingerprint
 
+    check_model(model_path)
     return model_fingerprint(model_path)
 
 

@@ -126,7 +126,7 @@ def _check_engine(value: dict[str, Any]) -> None:
     device, ops = value["engine.device"], value["engine.ops"]
     if ops != "auto" and device in ("cpu", "reference"):
         raise _refused("engine.ops", ops, f"it chooses among the kernels of a GPU, and engine.device is {device}")
-    if value["engine.weights"] != "auto" and device not in ("auto", "cpu", "reference"):
+    if value["engine.weights"] == "int8" and device not in ("auto", "cpu", "reference"):
         raise _refused("engine.weights", value["engine.weights"], f"it is for the CPU, and engine.device is {device}")
     if page_size & (page_size - 1):
         raise _refused("engine.page_size", page_size, "it must be a power of two")
@@ -136,9 +136,6 @@ def _check_engine(value: dict[str, Any]) -> None:
     if value["engine.max_step_tokens"] < value["engine.max_slots"]:
         reason = f"a step must hold one token of each of engine.max_slots={value['engine.max_slots']} sequences"
         raise _refused("engine.max_step_tokens", value["engine.max_step_tokens"], reason)
-    if value["engine.lookup"] and device not in ("auto", "cpu", "reference"):
-        reason = f"drafts are computed on the CPU only as yet, and engine.device is {device}: set it to 0"
-        raise _refused("engine.lookup", value["engine.lookup"], reason)
     if length == 1:
         raise _refused(
             "engine.max_model_len", length, "a sequence is a prompt token and a new one at least: 0, or >= 2"

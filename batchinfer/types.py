@@ -7,6 +7,7 @@ completions to rows; the engine never learns what a row is.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Literal
@@ -316,7 +317,8 @@ class StepWork:
     """What the steps of one kind computed, and how long the device took for it; sums.
 
     ``context``: positions whose keys and values were read, each sequence's on its own; ``pairs``: (query, key) pairs of
-    attention. With the model's shape they give the least time that the steps could have taken (roofline.py).
+    attention; ``sizes``: how many steps had how many tokens. With the model's shape they give the least time that the
+    steps could have taken (roofline.py).
     """
 
     steps: int = 0
@@ -325,6 +327,7 @@ class StepWork:
     samples: int = 0
     context: int = 0
     pairs: int = 0
+    sizes: Counter[int] = field(default_factory=Counter)
 
     def __sub__(self, before: StepWork) -> StepWork:
         return StepWork(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))

@@ -70,6 +70,10 @@ class FakeEngine:
     def expected_tokens(self, request: Request) -> int:
         return request.sampling.max_tokens
 
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
     def tokens_left(self) -> np.ndarray:
         return np.ones(self.num_open, np.int64)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from models.tiny_models import COMMON
 
 from batchinfer.__main__ import main
+from batchinfer.bench import process_age
 
 
 @pytest.mark.feature("commands", "bench: named workloads on random weights, without tokenizer or input")
@@ -20,6 +23,9 @@ def test_a_workload_needs_no_weights_and_no_input(tmp_path: Path, capsys: pytest
     assert main(["bench", f"model.path={tmp_path}", *options, *engine]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["repetition"] for line in lines] == [0, 1]
+    start, later = (line["seconds_to_first_token"] for line in lines)
+    assert lines[0]["load_seconds"] < start < process_age() - lines[0]["seconds"]
+    assert later is None
     for line in lines:
         assert line["name"] == "samples"
         assert line["requests"] == 2
@@ -38,3 +44,13 @@ def test_a_workload_needs_no_weights_and_no_input(tmp_path: Path, capsys: pytest
         assert 0 < line["device_idle_share"] < 1
         assert line["ms_per_step"].keys() == line["seconds_by_part"].keys()
         assert line["measured_gflop_per_s"] > 0 < line["measured_gb_per_s"]
+
+
+def test_the_age_of_a_process_counts_from_its_start() -> None:
+    before = time.perf_counter()
+    with subprocess.Popen(["sleep", "30"]) as child:
+        after = time.perf_counter()
+        time.sleep(0.3)
+        least, age, most = time.perf_counter() - after, process_age(child.pid), time.perf_counter() - before
+        child.kill()
+    assert least - 0.02 < age < most + 0.02  # starts are told in hundredths

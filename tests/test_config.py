@@ -94,7 +94,6 @@ RERANK = {"task.name": "rerank", "input.query_column": "q", "input.document_colu
         ({"output.reasoning": "on"}, "output.reasoning='on' is not allowed: it must be one of off, auto"),
         ({**SCORE, "output.reasoning": "auto"}, "the task score generates no text"),
         ({"engine.lookup": 65}, "engine.lookup=65 is not allowed: it must be a whole number in [0, 64]"),
-        ({"engine.lookup": 4, "engine.device": "cuda"}, "drafts are computed on the CPU only as yet"),
         ({"sampling.best_of": 2, "sampling.n": 3}, "sampling.best_of=2 is not allowed"),
         ({"sampling.logit_bias": {3: 200.0}}, "sampling.logit_bias[3]=200.0 is not allowed"),
         ({"engine.device": "cpu", "engine.ops": "triton"}, "of a GPU, and engine.device is cpu"),

@@ -101,6 +101,14 @@ def test_every_part_has_its_rule() -> None:
     assert {part_of(path) for path in MODULES} <= set(ALLOWED)
 
 
+def test_no_source_of_the_extension_includes_torch() -> None:
+    """Ops take addresses, so that one build goes with every torch; only headers of libtorch would tie it to one."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".hpp", ".cpp", ".cu", ".cuh")]
+    assert len(sources) > 20
+    header = re.compile(r'#\s*include\s*[<"](torch|ATen|c10)/')
+    assert [str(path) for path in sources if header.search(path.read_text())] == []
+
+
 def test_the_walk_sees_what_it_should(tmp_path: Path) -> None:
     text = "def f():\n    from batchinfer import job\n    import torch.nn\n    from batchinfer.data.plan import Plan\n"
     (tmp_path / "x.py").write_text(text)

@@ -25,6 +25,9 @@ FEW_FILES = 1000
 FLAGS = {"avx2": {"avx2", "fma", "f16c", "bmi2"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
 FLAGS["avx512vnni"] = FLAGS["avx512"] | {"avx512_vnni"}
 FLAGS["avx512bf16"] = FLAGS["avx512vnni"] | {"avx512_bf16"}
+FLAGS["amx"] = FLAGS["avx512bf16"] | {"amx_tile", "amx_bf16", "amx_int8"}
+FLAGS["neondotprod"] = {"asimddp"}
+FLAGS["neonbf16"] = {"asimddp", "bf16", "i8mm"}
 """Set of kernels -> names in /proc/cpuinfo without which a CPU can't run it."""
 
 
@@ -67,12 +70,12 @@ def instruction_set(facts: Facts) -> Iterator[Finding]:
     """The CPU can more than the compiler could: kernels that were left out of the build."""
     build, flags = facts.build, facts.node.flags
     lost = [isa for isa, needed in FLAGS.items() if needed <= flags and isa not in build.isas]
-    if build.error or not lost or facts.node.machine != "x86_64":
+    if build.error or not lost:
         return
     text = (
         f"this CPU runs {lost[-1]} kernels, and {build.compiler} compiled none: products take {build.isa or 'others'}"
     )
-    yield Finding(False, "build", text, "load a newer compiler (gcc 10 or newer), then " + REBUILD.format("cpu"))
+    yield Finding(False, "build", text, "load a newer compiler (gcc 11 or newer), then " + REBUILD.format("cpu"))
 
 
 def missing_gpu(facts: Facts) -> Iterator[Finding]:

@@ -2,14 +2,16 @@
 
 What lives on the device: the last token of every slot, the page table, the step's arrays, the weights and the cache.
 A step sends one pinned buffer and the page table's changes, and brings back its tokens; no call here waits for the
-device but :meth:`DeviceRunner.finish`. Steps that only decode are replays of a graph, captured when a batch size comes
-for the second time: to start a step of 16 layers takes the host 0.16 ms so, and 2 to 4 when it launches each kernel.
+device but :meth:`DeviceRunner.finish`. Steps that only decode, and small ones of small models (step_shape.py), are
+replays of a graph, captured when a shape comes for the second time: to start a step of 16 layers takes the host 0.16 ms
+so, and 2 to 4 when it launches each kernel.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,11 +20,11 @@ import torch
 from torch import Tensor
 
 from batchinfer.engine.memory import allocate_or_shrink, device_budget
-from batchinfer.engine.runner import StepOutput, adapter_rows
+from batchinfer.engine.runner import StepOutput
 from batchinfer.engine.slots import Rows, ScoredRows, SlotTable
 from batchinfer.engine.step_buffer import StepBuffer
+from batchinfer.engine.step_shape import Limits, StepShape
 from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores
-from batchinfer.models.lora import NO_ADAPTERS, AdapterRows
 from batchinfer.ops import SampleOutput
 from batchinfer.types import ExitCode, JobError
 
@@ -64,22 +66,21 @@ class EventClock:
 
 
 @dataclass(frozen=True)
-class _Graph:
-    """A captured step and the tensor that its tokens are in after a replay."""
+class Captured:
+    """A graph and the tensor that its tokens are in after a replay."""
 
     graph: torch.cuda.CUDAGraph
     tokens: Tensor
 
 
-def padded(count: int, limit: int) -> int:
-    """The batch size that a step of ``count`` rows is captured for: few sizes, and little more work than asked for.
-
-    Powers of two up to 16, then multiples of 16, of 32 from 128 on, and of 64 from 256 on; never above ``limit``.
-    """
-    if count <= 16:
-        return min(limit, 1 << max(0, count - 1).bit_length())
-    step = 16 if count <= 128 else 32 if count <= 256 else 64
-    return min(limit, -(-count // step) * step)
+def capture(compute: Callable[[], Tensor], pool: tuple[int, int]) -> Captured:
+    """What ``compute`` launches on the current stream, which is not run."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may use the device while this one captures (thread_local).
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    tokens = compute()
+    graph.capture_end()
+    return Captured(graph, tokens)
 
 
 class DeviceRunner:
@@ -96,8 +97,8 @@ class DeviceRunner:
         self._decoder, self._ops, self._device = decoder, decoder.ops, decoder.ops.device
         self._page_size, self._max_slots = page_size, max_slots
         self._stream = torch.cuda.Stream(self._device)
-        self._graphs: dict[int, _Graph] = {}
-        self._seen: set[int] = set()
+        self._graphs: dict[StepShape, Captured] = {}
+        self._seen: set[StepShape] = set()
         self._pool = torch.cuda.graph_pool_handle()
         self._started: deque[_Started] = deque()
         self._parity = 0
@@ -105,11 +106,14 @@ class DeviceRunner:
         self.seconds = {"launch": 0.0, "wait": 0.0, "device": 0.0}
         self._clock = EventClock(torch.cuda.Event(enable_timing=True))
 
+        self.limits = Limits.of(decoder.spec, max_slots, decoder.max_step_tokens, decoder.max_samples)
+
         columns = -(-decoder.max_positions // page_size)
-        self._buffer = StepBuffer(decoder.max_step_tokens, max_slots, self._device)
+        sizes = decoder.max_step_tokens, max_slots, decoder.max_samples
+        self._buffer = StepBuffer(*sizes, self._device)
         # Two: while the copy of one waits for the step before, the other has been copied and can be filled.
         host = torch.device("cpu")
-        self._host = [StepBuffer(decoder.max_step_tokens, max_slots, host, pin=True) for _ in range(2)]
+        self._host = [StepBuffer(*sizes, host, pin=True) for _ in range(2)]
         self._updates: list[Tensor] = [_pinned((0, 2)) for _ in range(2)]
         self._page_table = torch.zeros(max_slots, columns, dtype=torch.int32, device=self._device)
         self._last_token = torch.zeros(max_slots + 1, dtype=torch.int32, device=self._device)  # the last: of nobody
@@ -144,25 +148,24 @@ class DeviceRunner:
         start = time.perf_counter()
         extras = self.slots.extras(step.sample_slot, step.sample_count, rows)
         scored = rows.scored()
-        adapters = adapter_rows(rows, lambda array: torch.from_numpy(array).to(self._device))
-        plain = not extras and not scored and not adapters.tokens
-        decoding = step.num_tokens == step.num_samples == step.num_decode and plain
-        tokens = padded(step.num_tokens, self._max_slots) if decoding else step.num_tokens
-        samples = tokens if decoding else step.num_samples
+        adapters = rows.adapters()
+        adapted = adapters is not None
+        shape = StepShape(step.num_tokens, step.num_samples, adapted=adapted)
+        if not (extras or scored or self._decoder.pooling):
+            shape = self.limits.shape(step.num_tokens, step.num_samples, step.num_decode, adapted)
         host = self._host[self._parity]
-        host.fill(step, self.slots, tokens, samples)
+        host.fill(step, self.slots, shape, adapters)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self._stream):
             begin.record()
             self._update_page_table(step.page_updates)
             self._buffer.data.copy_(host.data, non_blocking=True)
-            if decoding and self._captured(tokens):
-                graph = self._graphs[tokens]
+            if shape.repeats and self._captured(shape):
+                graph = self._graphs[shape]
                 graph.graph.replay()
                 out = StepOutput(SampleOutput(graph.tokens))
             else:
-                score = self._score_input(scored) if scored else None
-                out = self._compute(tokens, samples, decoding, extras, score, adapters)
+                out = self._compute(shape, extras, self._score_input(scored) if scored else None)
             scores = None if out.scores is None else _to_host(out.scores, len(out.scores.chosen))
             states = None if out.states is None else _copy(out.states)
             out = StepOutput(_to_host(out.sample, step.num_samples), scores, states)
@@ -191,22 +194,13 @@ class DeviceRunner:
         del self._decoder, self._ops, self._buffer, self._page_table  # the engine may live on, for its counters
         torch.cuda.empty_cache()
 
-    def _compute(
-        self,
-        tokens: int,
-        samples: int,
-        decoding: bool,
-        extras: dict[str, object],
-        score: ScoreInput | None = None,
-        adapters: AdapterRows = NO_ADAPTERS,
-    ) -> StepOutput:
+    def _compute(self, shape: StepShape, extras: dict[str, object], score: ScoreInput | None = None) -> StepOutput:
         """The step in the device's buffer: forward, sample, and remember the tokens of the slots."""
-        arrays = self._buffer.arrays
+        arrays, tokens, samples = self._buffer.arrays, shape.tokens, shape.samples
         ids, slot = arrays["token_ids"][:tokens], arrays["slot"][:tokens]
-        ids = ids[: len(slot)]  # decodes come first, one token a sequence
+        ids = ids[: len(slot)]  # decodes come first, one token a sequence where some are not known yet
         torch.where(ids < 0, self._last_token.index_select(0, slot), ids, out=ids)
-        step = self._buffer.step_input(tokens, samples, self._page_table, decoding)
-        step = replace(step, score=score, adapters=adapters)
+        step = replace(self._buffer.step_input(shape, self._page_table), score=score)
         if self._decoder.pooling:
             tokens_of_nobody = torch.zeros(samples, dtype=torch.int32, device=self._device)
             return StepOutput(SampleOutput(tokens_of_nobody), states=self._decoder.pool(step, self._cache))
@@ -215,6 +209,7 @@ class DeviceRunner:
             return StepOutput(SampleOutput(torch.zeros(0, dtype=torch.int32, device=self._device)), scores)
         on_device = {name: _to_device(name, value, self._device) for name, value in extras.items()}
         out = self._ops.sample(logits, self._buffer.sample_input(samples, **on_device))
+        # Of the rows of a draft it is not said which is the last: their step's tokens are known before the next.
         self._last_token.index_copy_(0, arrays["sample_slot"][:samples], out.tokens)
         return StepOutput(out, scores)
 
@@ -222,19 +217,14 @@ class DeviceRunner:
         row, token = (torch.from_numpy(array).to(self._device) for array in scored[:2])
         return ScoreInput(row, token, scored[2])
 
-    def _captured(self, tokens: int) -> bool:
-        """Whether there is a graph for decoding ``tokens`` sequences; makes it at the second time of asking."""
-        if tokens in self._graphs:
+    def _captured(self, shape: StepShape) -> bool:
+        """Whether there is a graph for steps of this shape; makes it at the second time of asking."""
+        if shape in self._graphs:
             return True
-        if tokens not in self._seen:
-            self._seen.add(tokens)
+        if shape not in self._seen:
+            self._seen.add(shape)
             return False
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device while this one captures (thread_local).
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        out = self._compute(tokens, tokens, True, {})
-        graph.capture_end()
-        self._graphs[tokens] = _Graph(graph, out.sample.tokens)
+        self._graphs[shape] = capture(lambda: self._compute(shape, {}).sample.tokens, self._pool)
         return True
 
     def _update_page_table(self, updates: np.ndarray) -> None:
@@ -255,8 +245,7 @@ class DeviceRunner:
     def _profile(self) -> None:
         """A step of the largest size on one page, so that what it takes of the memory is taken, its kernels are loaded
         and the workspaces of the libraries exist before the KV pool gets the rest."""
-        tokens, samples = self._decoder.max_step_tokens, self._max_slots
-        arrays = self._buffer.arrays
+        tokens, arrays = self._decoder.max_step_tokens, self._buffer.arrays
         for array in arrays.values():
             array.zero_()
         arrays["kv_index"].fill_(-1)
@@ -266,7 +255,7 @@ class DeviceRunner:
         arrays["sample_slot"].fill_(self._max_slots)
         arrays["temperature"].fill_(1.0)
         arrays["top_p"].fill_(0.9)
-        self._compute(tokens, samples, False, {})
+        self._compute(StepShape(tokens, self._decoder.max_samples, adapted=self._decoder.adapted), {})
 
 
 def _pinned(shape: tuple[int, ...]) -> Tensor:

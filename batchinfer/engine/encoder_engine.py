@@ -50,6 +50,11 @@ class EncoderEngine:
         """Whether another request would help to fill the next steps."""
         return self.num_open < 2 * self.max_slots
 
+    @property
+    def num_running(self) -> int:
+        """Requests in the next step."""
+        return min(self.num_open, self.max_slots)
+
     def tokens_left(self) -> np.ndarray:
         """See expected_tokens: int64 [num_open]."""
         return np.ones(self.num_open, np.int64)
@@ -144,4 +149,5 @@ class EncoderEngine:
         work.steps += 1
         work.seconds += seconds
         work.tokens += int(lengths.sum())
+        work.sizes[int(lengths.sum())] += 1
         work.pairs += int((lengths * lengths).sum())

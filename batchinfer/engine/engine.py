@@ -84,6 +84,7 @@ class Engine:
         self.kv_tokens = num_pages * page_size
         self._scheduler = scheduler
         self._runner = runner
+        self._ahead = min(runner.ahead, scheduler.max_steps_ahead - 1)
         self._sequences: dict[int, Sequence] = {}
         self._constraints = Constraints(tokenizer, vocab_size)
         self._texts = Texts(tokenizer)
@@ -111,12 +112,17 @@ class Engine:
         """Whether another request would help to keep the batch full: half a batch waits beside the running one."""
         return self._scheduler.num_open < self.max_slots + self.max_slots // 2 + 1
 
+    @property
+    def num_running(self) -> int:
+        """Open samples that have a slot."""
+        return self._scheduler.num_running
+
     def tokens_left(self) -> np.ndarray:
         """New tokens that each open sample, running or waiting, will probably still get: int64 [K] in no order."""
         return self._scheduler.tokens_left()
 
     def limit_prompts(self, step_tokens: int) -> None:
-        """Steps that decode have prompt tokens only up to so many tokens in all from now on; 0: as many as fit."""
+        """Steps have prompt tokens only up to so many tokens in all from now on; 0: as many as fit."""
         self._scheduler.limit_prompts(step_tokens)
 
     def expected_tokens(self, request: Request) -> int:
@@ -200,14 +206,14 @@ class Engine:
 
         With a step ahead, a sequence whose end only its tokens can tell (stop token or string) is computed once more,
         for nothing. Sequences with penalties, bad words or a constraint keep the host in the loop: the next step waits
-        for their tokens.
+        for their tokens. So it does with drafts, which begin behind the newest token.
         """
         begin = time.perf_counter()
         done, self._refused = self._refused, []
         if self._dependent and self._in_flight:
             done += self._finish_step()
         started = self._start_step()
-        ahead = self._runner.ahead if started and not self._dependent else 0
+        ahead = self._ahead if started and not self._dependent else 0
         if len(self._in_flight) > ahead:
             done += self._finish_step()
         if self._beams:

@@ -27,16 +27,17 @@ from batchinfer.engine.encoder_engine import EncoderEngine
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.kv_dtype import DTYPES, check_kv_dtype, kv_dtype
 from batchinfer.engine.lengths import LengthPredictor
-from batchinfer.engine.memory import num_pages, trim_heap
+from batchinfer.engine.memory import GIB, num_pages, trim_heap
 from batchinfer.engine.runner import make_runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
 from batchinfer.models.encoder import Encoder
 from batchinfer.models.encoder_spec import EncoderSpec, encoder_spec
 from batchinfer.models.files import ModelError, OwnReading, Source
-from batchinfer.models.lora import load_adapter
+from batchinfer.models.lora import Grouped, Stacked, load_adapter, pack_adapters
 from batchinfer.models.model_spec import ModelSpec
-from batchinfer.models.packing import bytes_of, most_bytes, pack, packable
+from batchinfer.models.packing import Suiting, Weights, bytes_of, most_bytes, pack, packable
+from batchinfer.models.scheme import Scheme
 from batchinfer.models.spec import load_spec
 from batchinfer.models.tokenizer import Tokenizer, load_tokenizer
 from batchinfer.models.weights import dummy_weights, load_weights, with_token_head
@@ -70,11 +71,6 @@ def load_engine(
         ops = op_list.load(engine.device, threads, rank=rank_on_node, ops=engine.ops)
     except RuntimeError as error:
         raise JobError(f"engine.device={engine.device}: {error}", ExitCode.UNFIT) from None
-    if engine.lookup and ops.device.type != "cpu":
-        raise JobError(
-            f"engine.lookup={engine.lookup}: drafts are for the CPU as yet, and this is a GPU: set it to 0",
-            ExitCode.USAGE,
-        )
     encoder = encoder_spec(model.path)
     if encoder is not None:
         return _encoder_engine(encoder, ops, model, engine, tokenizer, source, pool)
@@ -86,8 +82,8 @@ def load_engine(
     check_kv_dtype(engine, ops)
     dtype = DTYPES[engine.dtype]
     max_len = spec.resolve_length(engine.max_model_len)
-    adapters = [load_adapter(folder, spec, ops, dtype) for _, folder in sorted(model.adapters.items())]
-    adapted = {name for adapter in adapters for name in adapter}
+    adapters = [load_adapter(folder, spec) for _, folder in sorted(model.adapters.items())]
+    adapted = pack_adapters(adapters, ops, dtype, Grouped if ops.device.type == "cpu" else Stacked)
     tokens = () if pool is None else pool.tokens
     weights = _packed(model, engine.weights, spec, dtype, ops, source or OwnReading(), tokens, adapted)
     trim_heap()
@@ -101,7 +97,7 @@ def load_engine(
         max_step_tokens=engine.max_step_tokens,
         max_samples=min(engine.max_slots * (1 + engine.lookup), engine.max_step_tokens),
         pooling=None if pool is None else pool.pooling,
-        adapters=adapters,
+        adapters=adapted,
         kv_dtype=kv_dtype(engine),
     )
     runner = make_runner(decoder, engine.page_size, engine.max_slots)
@@ -182,7 +178,10 @@ def _packed(
     """The weights by name, packed for ``ops``: by this rank, or by another one of its node. ``form``:
     engine.weights. ``tokens``: the only ones that the LM head is asked for, if there are some. ``adapted``: names of
     those that adapters add to."""
-    if form != "auto" and "quantised weights" in ops.lacks:
+    scheme = spec.scheme if isinstance(spec, ModelSpec) else None
+    groups = scheme is not None and "groups of codes" not in ops.lacks
+    keep = form == "keep" or (form == "auto" and groups)
+    if form != "auto" and "quantised weights" in ops.lacks and not (keep and groups):
         raise JobError(
             f"engine.weights={form} is for the CPU, and {type(ops).__name__} has not got it yet: set "
             "engine.device=cpu, or engine.weights=auto",
@@ -198,10 +197,27 @@ def _packed(
     if model.dummy_weights:
         weights = dummy_weights(spec, dtype, ops.device)
     else:
-        weights = load_weights(model.path, spec, dtype, source, keep=form == "keep")
+        weights = load_weights(model.path, spec, dtype, source, keep)
+    suiting = Suiting(ops, dtype)
+    weights = suiting(weights)
     if tokens:
         spec, weights = spec.with_token_head(len(tokens)), with_token_head(weights, spec, tokens)
-    to_int8 = form == "int8"
+    packed = _pack(spec, weights, dtype, ops, source, form == "int8", adapted)
+    if scheme is not None and not model.dummy_weights:
+        _say(_how_kept(scheme, suiting, keep, dtype, bytes_of(packed)))
+    return packed
+
+
+def _pack(
+    spec: ModelSpec | EncoderSpec,
+    weights: Weights,
+    dtype: torch.dtype,
+    ops: Ops,
+    source: Source,
+    to_int8: bool,
+    adapted: Collection[str],
+) -> dict[str, Any]:
+    """Pack them, for the other ranks of the node too where these wait for them."""
     if not (can_share(ops) and source.shares):
         return pack(spec, weights, ops, to_int8, adapted)
     try:
@@ -215,6 +231,19 @@ def _packed(
     found = mapped(fd, ops)
     source.give(fd)
     return found
+
+
+def _how_kept(scheme: Scheme, suiting: Suiting, keep: bool, dtype: torch.dtype, size: int) -> str:
+    """What has become of a quantised checkpoint, of which ``size`` bytes are in memory."""
+    in_dtype = str(dtype).removeprefix("torch.")
+    if not keep:
+        what = f"are dequantised to {in_dtype}"
+    elif suiting.dense:
+        total = suiting.kept + suiting.dense
+        what = f"stay codes in {suiting.kept} of {total} matrices, the others are dequantised to {in_dtype}"
+    else:
+        what = "stay codes"
+    return f"the model's weights, {scheme}, {what}: {size / GIB:.2f} GiB with all others"
 
 
 def _say(text: str) -> None:

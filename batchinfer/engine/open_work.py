@@ -9,7 +9,7 @@ import numpy as np
 
 from batchinfer._engine import Step
 from batchinfer.engine.constrain import Constraint
-from batchinfer.engine.slots import History, RowGroups, ScoredRows
+from batchinfer.engine.slots import History, ScoredRows
 from batchinfer.models.decoder import Scores
 from batchinfer.types import Logprobs, Request, Sample, SamplingParams
 
@@ -58,13 +58,15 @@ class StepRows:
     places: tuple[Scored, ...] = ()
     adapted: bool = False  # whether sequences may have adapters
 
-    def adapters(self) -> tuple[RowGroups, RowGroups]:
+    def adapters(self) -> tuple[np.ndarray, np.ndarray] | None:
         if not self.adapted:
-            return [], []
+            return None
         numbers = [self.sequences[i].owner.request.adapter for i in self.step.seq_ids.tolist()]
-        of_sequence = np.array([-1 if number is None else number for number in numbers], np.int64)
+        of_sequence = np.array([-1 if number is None else number for number in numbers], np.int32)
+        if (of_sequence < 0).all():
+            return None
         of_token = np.repeat(of_sequence, np.diff(self.step.q_start))
-        return row_groups(of_token), row_groups(of_token[self.step.sample_row])
+        return of_token, of_token[self.step.sample_row]
 
     def history(self, row: int) -> History:
         seq_id = int(self.step.sample_seq[row])
@@ -88,11 +90,6 @@ class StepRows:
         tokens = [p.sequence.owner.request.prompt[p.first : p.first + len(p.rows)] for p in self.places]
         wide = max(p.sequence.scores.top.shape[1] for p in self.places)
         return np.concatenate([p.rows for p in self.places]), np.concatenate(tokens).astype(np.int64), wide
-
-
-def row_groups(adapter: np.ndarray) -> RowGroups:
-    """By adapter, the rows that have it: int64 [N], -1 for none."""
-    return [(int(number), np.flatnonzero(adapter == number)) for number in np.unique(adapter[adapter >= 0])]
 
 
 def places_scored(step: Step, sequences: dict[int, Sequence]) -> Iterator[Scored]:

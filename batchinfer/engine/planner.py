@@ -28,11 +28,21 @@ SIBLINGS = 8
 """Requests below which a group says nothing about the lengths of its answers."""
 
 SPARE = 1.1
-"""Sequences side by side at the end of a job, beyond those that would just do if none ended early or waited for its
-prompt. Simulated with an H100's step times, chat-like lengths: 1.0 takes 8 % more steps, 1.3 1.4 % more time."""
+"""Sequences side by side at the end of a job, for each that would just do if none waited for its prompt."""
+
+ROUND = 64
+"""Where they are more, they are a multiple of this instead: a device computes so many rows at the price of one more.
+Simulated with an H100's step times and chat-like lengths: 2 % of the time."""
 
 PROMPT_ROOM = 64
 """Prompt tokens at least that a step has room for beside its decodes, however few are left."""
+
+SCARCE_SLOTS, SCARCE_PAGES = 0.75, 0.25
+"""Shares of the slots and of the pages that the end of a job needs on average above which all that fit should run: what
+is held back then costs steps (chat-like lengths, simulated: 4 % where slots, 3 % where pages decide)."""
+
+BEGUN = 0.5
+"""Share of the sequences side by side that run when steps begin to be limited: the first prompts don't take turns."""
 
 FEWEST = 8
 """At least an eighth of the slots is in use while there are requests: so few cost a step hardly more than one."""
@@ -87,6 +97,9 @@ class Engine(Protocol):
 
     max_slots: int
     kv_tokens: int  # that its KV cache has room for
+
+    @property
+    def num_running(self) -> int: ...
 
     def expected_tokens(self, request: Request) -> int: ...
 
@@ -171,7 +184,8 @@ class Planner:
         wanted = spread(left, running, self._engine.max_slots, self._engine.kv_tokens)
         if len(running) < wanted.sequences:
             return False
-        self._engine.limit_prompts(wanted.step_tokens)
+        begun = self._engine.num_running >= BEGUN * wanted.sequences
+        self._engine.limit_prompts(wanted.step_tokens if begun else 0)
         return True
 
     def _sizes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -230,13 +244,15 @@ def spread(left: Rest, running: np.ndarray, max_slots: int, kv_tokens: int) -> S
     need: there matrix products lose least at their edges (Llama-3.1-8B on an H100, cuBLAS: 18.5 us a row of 512, 23.2
     of 320).
 
-    Where the cache is what is scarce, all that fit should run: nothing is held back.
+    Where slots or pages are scarce, all that fit should run: nothing is held back.
     """
-    longest = int(running.max())
-    if left.cached + int(running @ running) / 2 > longest * kv_tokens / 4:
+    longest, new = int(running.max()), left.new + int(running.sum())
+    least = new / longest
+    cached = (left.cached + int(running @ running) / 2) / longest
+    if least > SCARCE_SLOTS * max_slots or cached > SCARCE_PAGES * kv_tokens:
         return Spread(left.new + len(running), 0)
-    new = left.new + int(running.sum())
-    sequences = max(math.ceil(SPARE * new / longest), max_slots // FEWEST)
+    sequences = math.ceil(SPARE * least) if least < ROUND else math.ceil(least / ROUND) * ROUND
+    sequences = max(sequences, max_slots // FEWEST)
     power = max(round(math.log2((new + left.prompts) / longest)), math.ceil(math.log2(sequences + PROMPT_ROOM)))
     return Spread(sequences, 1 << power)
 

@@ -15,7 +15,7 @@ from batchinfer.engine.memory import free_memory, host_budget
 from batchinfer.engine.replay import Replay
 from batchinfer.engine.slots import Rows, SlotTable
 from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores, StepInput
-from batchinfer.models.lora import AdapterRows
+from batchinfer.models.lora import NO_ADAPTERS, AdapterRows, Groups
 from batchinfer.ops import AttentionInput, SampleOutput
 from batchinfer.types import ExitCode, JobError
 
@@ -147,10 +147,16 @@ class HostRunner:
             ),
             sample_row=tensor(step.sample_row),
             score=ScoreInput(tensor(scored[0]), tensor(scored[1]), scored[2]) if scored else None,
-            adapters=adapter_rows(rows, tensor),
+            adapters=grouped_rows(rows),
         )
 
 
-def adapter_rows(rows: Rows, tensor: Callable[[np.ndarray], torch.Tensor]) -> AdapterRows:
-    """``tensor`` puts an array where the decoder needs it."""
-    return AdapterRows(*(tuple((number, tensor(of)) for number, of in groups) for groups in rows.adapters()))
+def grouped_rows(rows: Rows) -> AdapterRows:
+    """By their adapters, the rows of a step that have one."""
+
+    def groups(adapter: np.ndarray) -> Groups:
+        numbers = np.unique(adapter[adapter >= 0]).tolist()
+        return tuple((number, torch.from_numpy(np.flatnonzero(adapter == number))) for number in numbers)
+
+    adapters = rows.adapters()
+    return NO_ADAPTERS if adapters is None else AdapterRows(*map(groups, adapters))

@@ -35,10 +35,6 @@ BadWords = Sequence[np.ndarray]
 _NONE = np.zeros(0, np.int32)
 
 
-RowGroups = list[tuple[int, np.ndarray]]
-"""(number of an adapter, rows int64), for each adapter that has some."""
-
-
 class Rows(Protocol):
     """What only the host knows of the rows that a step samples."""
 
@@ -48,8 +44,9 @@ class Rows(Protocol):
     def allow(self, row: int, mask: np.ndarray) -> None:
         """Fill ``mask`` int32 [ceil(V / 32)], see ``SampleInput.allowed``; asked for rows with a constraint."""
 
-    def adapters(self) -> tuple[RowGroups, RowGroups]:
-        """Of the step's tokens and of its samples, the rows that go through an adapter."""
+    def adapters(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The adapter of each of the step's tokens and of its samples, int32 [T] and [N], -1 for none; None if no token
+        has one."""
 
     def scored(self) -> ScoredRows | None:
         """Tokens of the step, int32 [M], what the text goes on with after each, int64 [M], and how many alternatives

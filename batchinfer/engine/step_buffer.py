@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from batchinfer.engine.slots import SlotTable
+from batchinfer.engine.step_shape import StepShape
 from batchinfer.models.decoder import StepInput
+from batchinfer.models.lora import NO_ADAPTERS, AdapterRows
 from batchinfer.ops import AttentionInput, SampleInput
 from batchinfer.ops.fields import SAMPLE_FIELDS
 
@@ -28,23 +30,26 @@ _ALIGN = 16
 class StepBuffer:
     """One buffer in the memory of ``device`` (pinned if that is the host and ``pin``), seen as a step's arrays.
 
-    ``max_tokens`` T, ``max_slots`` S: no step has more tokens, or more sequences or samples. ``arrays`` maps names to
-    views: token_ids, positions, sample_row, position int32; kv_index, sample_slot, seed int64; q_start [S + 1], kv_len,
-    slot int32; temperature, top_p, min_p float32; top_k int32.
+    ``max_tokens`` T, ``max_slots`` S, ``max_samples`` N: no step has more tokens, sequences or samples. ``arrays`` maps
+    names to views: token_ids, positions, adapter int32 [T]; kv_index int64 [T]; q_start [S + 1], kv_len, slot int32
+    [S]; sample_row, sample_adapter, position, top_k int32 [N]; sample_slot, seed int64 [N]; temperature, top_p, min_p
+    float32 [N].
     """
 
-    def __init__(self, max_tokens: int, max_slots: int, device: torch.device, pin: bool = False):
+    def __init__(self, max_tokens: int, max_slots: int, max_samples: int, device: torch.device, pin: bool = False):
         self.max_slots = max_slots
         lengths: dict[str, tuple[torch.dtype, int]] = {
             "token_ids": (torch.int32, max_tokens),
             "positions": (torch.int32, max_tokens),
             "kv_index": (torch.int64, max_tokens),
+            "adapter": (torch.int32, max_tokens),
             "q_start": (torch.int32, max_slots + 1),
             "kv_len": (torch.int32, max_slots),
             "slot": (torch.int32, max_slots),
-            "sample_row": (torch.int32, max_slots),
-            "sample_slot": (torch.int64, max_slots),
-            **{name: (dtype, max_slots) for name, dtype in SAMPLE_FIELDS.items()},
+            "sample_row": (torch.int32, max_samples),
+            "sample_slot": (torch.int64, max_samples),
+            "sample_adapter": (torch.int32, max_samples),
+            **{name: (dtype, max_samples) for name, dtype in SAMPLE_FIELDS.items()},
         }
         starts, size = {}, 0
         for name, (dtype, length) in lengths.items():
@@ -56,9 +61,12 @@ class StepBuffer:
             for name, (dtype, length) in lengths.items()
         }
 
-    def fill(self, step: Step, slots: SlotTable, tokens: int, samples: int) -> None:
-        """Write the step, filled up to ``tokens`` tokens, ``samples`` samples and max_slots sequences. Host only."""
-        nobody = self.max_slots
+    def fill(
+        self, step: Step, slots: SlotTable, shape: StepShape, adapters: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> None:
+        """Write the step, filled up to ``shape`` and max_slots sequences. ``adapters`` as of Rows.adapters. Host
+        only."""
+        nobody, tokens, samples = self.max_slots, shape.tokens, shape.samples
         values: dict[str, tuple[np.ndarray, int, int]] = {  # array, length of it, what fills it up
             "token_ids": (step.token_ids, tokens, 0),
             "positions": (step.positions, tokens, 0),
@@ -72,20 +80,24 @@ class StepBuffer:
         values |= {
             name: (array, samples, 0) for name, array in slots.parameters(step.sample_slot, step.sample_count).items()
         }
+        if adapters is not None:
+            values |= {"adapter": (adapters[0], tokens, -1), "sample_adapter": (adapters[1], samples, -1)}
         for name, (array, length, filler) in values.items():
             target = self.arrays[name].numpy()
             target[: len(array)] = array
             target[len(array) : length] = filler
 
-    def step_input(self, tokens: int, samples: int, page_table: Tensor, decode_only: bool = False) -> StepInput:
-        """Views of the first ``tokens`` tokens and ``samples`` samples; always max_slots sequences."""
-        a = self.arrays
+    def step_input(self, shape: StepShape, page_table: Tensor) -> StepInput:
+        """Views of the first tokens and samples; always max_slots sequences."""
+        a, tokens, samples = self.arrays, shape.tokens, shape.samples
+        adapters = AdapterRows(a["adapter"][:tokens], a["sample_adapter"][:samples]) if shape.adapted else NO_ADAPTERS
         return StepInput(
             token_ids=a["token_ids"][:tokens],
             positions=a["positions"][:tokens],
             kv_index=a["kv_index"][:tokens],
-            attention=AttentionInput(a["q_start"], a["kv_len"], a["slot"], page_table, decode_only),
+            attention=AttentionInput(a["q_start"], a["kv_len"], a["slot"], page_table, shape.decode_only),
             sample_row=a["sample_row"][:samples],
+            adapters=adapters,
         )
 
     def sample_input(self, samples: int, **extras: object) -> SampleInput:

@@ -44,6 +44,7 @@ class StepClock:
         work.steps += 1
         work.seconds += out.end - out.begin
         work.tokens += step.num_tokens
+        work.sizes[step.num_tokens] += 1
         if sampled:
             work.samples += step.num_samples + sum(len(place.rows) for place in rows.places)
         work.context += int(lengths.sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from batchinfer.models.layers import (
     normed,
     project,
 )
-from batchinfer.models.lora import NO_ADAPTERS, Adapter, AdapterRows
+from batchinfer.models.lora import NO_ADAPTERS, AdapterRows, Adapters
 from batchinfer.models.model_spec import LayerKind, ModelSpec
 from batchinfer.ops import AttentionInput, Experts, HeadNorm, Ops, Rope
 from batchinfer.ops.quantized import kv_row
@@ -106,12 +106,13 @@ class Decoder:
         max_step_tokens: int,
         max_samples: int,
         pooling: Pooling | None = None,
-        adapters: Sequence[Adapter] = (),
+        adapters: Mapping[str, Adapters] | None = None,
         kv_dtype: torch.dtype | None = None,
     ):
         self.spec, self.ops, self.dtype, self.pooling = spec, ops, dtype, pooling
         self.kv_dtype = kv_dtype or dtype
-        self.layers, self.embed, self.positions, self.norm, self.head = _assemble(spec, weights, adapters)
+        self.adapted = bool(adapters)
+        self.layers, self.embed, self.positions, self.norm, self.head = _assemble(spec, weights, adapters or {})
         self.kinds = spec.layer_kinds(max_positions)
         self.different_kinds = tuple(dict.fromkeys(self.kinds))
         tables = {"global": spec.rope, "local": spec.local_rope}
@@ -120,7 +121,7 @@ class Decoder:
             for name, rope in tables.items()
             if rope is not None
         }
-        self.max_positions, self.max_step_tokens = max_positions, max_step_tokens
+        self.max_positions, self.max_step_tokens, self.max_samples = max_positions, max_step_tokens, max_samples
         self.workspace = Workspace.allocate(spec, max_step_tokens, ops, dtype)
         self.sampled = Workspace.allocate(spec, max_samples, ops, dtype)
         values = {"tokens": spec.vocab_size, "classes": spec.classes, "hidden": 0}[spec.head]
@@ -174,26 +175,26 @@ class Decoder:
         """What is left for the last norm to read: of all tokens if ``whole``, else of the sampled ones; None if there
         are none of these."""
         ops, spec, w = self.ops, self.spec, self.workspace.first(len(step.token_ids))
-        attention, groups = self._attention(step, plans or self.plans(step, cache)), step.adapters.tokens
+        attention, rows = self._attention(step, plans or self.plans(step, cache)), step.adapters.tokens
         ops.embed(step.token_ids, self.embed, w.residual, spec.embed_scale)
         if self.positions is not None:
             ops.embed(step.positions, self.positions, w.delta)
         for i, layer in enumerate(self.layers):
             # What was left in w.delta is added to the residual first.
             x = normed(ops, layer.attn_norm, w, pending=i > 0 or self.positions is not None)
-            attend(ops, layer, x, w, attention[self.kinds[i]], cache.k[i], cache.v[i], groups)
+            attend(ops, layer, x, w, attention[self.kinds[i]], cache.k[i], cache.v[i], rows)
             if i == spec.layers - 1 and not whole:
                 # All keys and values are in the cache: from here on only the sampled rows matter.
                 if not len(step.sample_row):
                     return None
-                w, groups = keep_rows(ops, w, step.sample_row, self.sampled), step.adapters.samples
+                w, rows = keep_rows(ops, w, step.sample_row, self.sampled), step.adapters.samples
             if spec.parallel:
-                feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=False), w, groups)
-                project(ops, layer, w, w.y, groups)
+                feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=False), w, rows)
+                project(ops, layer, w, w.y, rows)
                 ops.add(w.y, w.residual)
             else:
-                project(ops, layer, w, w.delta, groups)
-                feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=True), w, groups)
+                project(ops, layer, w, w.delta, rows)
+                feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=True), w, rows)
         return w
 
     def _attention(self, step: StepInput, plans: Plans) -> dict[LayerKind, Attention]:
@@ -237,12 +238,11 @@ class Decoder:
         return Scores(*(torch.cat(parts) for parts in zip(*slices, strict=True)))
 
 
-def _assemble(spec: ModelSpec, got: Mapping[str, Any], adapters: Sequence[Adapter]) -> tuple:
+def _assemble(spec: ModelSpec, got: Mapping[str, Any], adapters: Mapping[str, Adapters]) -> tuple:
     """(layers, embedding [V, D], table of positions or None, final norm, packed head or None)."""
 
     def linear(name: str) -> Linear:
-        mine = tuple(adapter.get(name) for adapter in adapters)
-        return Linear(got[name], got.get(f"{name}_bias"), mine if any(mine) else ())
+        return Linear(got[name], got.get(f"{name}_bias"), adapters.get(name))
 
     def norm(name: str, scale: float = 1.0) -> Norm | None:
         weight = got.get(name)

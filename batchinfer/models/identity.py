@@ -11,14 +11,22 @@ import json
 import os
 from collections.abc import Mapping
 
+from batchinfer.models.encoder_spec import encoder_spec
 from batchinfer.models.files import open_for_reading, read_at, read_json
 from batchinfer.models.gguf import is_gguf, read_gguf
 from batchinfer.models.peft_files import CONFIG, WEIGHTS
 from batchinfer.models.safetensors import open_folder, read_header
+from batchinfer.models.spec import load_spec
 from batchinfer.models.tokenizer import Tokenizer, load_tokenizer
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
 """Per weight file. Training changes nearly every value, so a few samples tell, for 64 small reads."""
+
+
+def check_model(model_path: str) -> None:
+    """Refuse what is no model, or one that nothing here runs. Raises ModelError that says what is supported."""
+    if encoder_spec(model_path) is None:
+        load_spec(model_path)
 
 
 def model_fingerprint(model_path: str, tokenizer: Tokenizer | None = None) -> dict[str, str]:

@@ -8,27 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchinfer.models.lora import Factors, Groups
+from batchinfer.models.lora import Adapters, Rows
 from batchinfer.models.model_spec import ModelSpec
 from batchinfer.ops import Experts, HeadNorm, Ops, Rope
 
 
 @dataclass(frozen=True)
 class Linear:
-    """``weight`` as packed by the ops; ``bias`` float32 [N] or None; ``adapters``: by their numbers, None for those
-    that leave it alone; () if all do."""
+    """``weight`` as packed by the ops; ``bias`` float32 [N] or None; ``adapters``: None if all leave it alone."""
 
     weight: Any
     bias: Tensor | None = None
-    adapters: tuple[Factors | None, ...] = ()
+    adapters: Adapters | None = None
 
-    def __call__(self, ops: Ops, x: Tensor, out: Tensor, groups: Groups) -> None:
-        """out = x through weight and bias, and the rows of ``groups`` through their adapters too."""
+    def __call__(self, ops: Ops, x: Tensor, out: Tensor, rows: Rows) -> None:
+        """out = x through weight and bias, and ``rows`` through their adapters too."""
         ops.linear(x, self.weight, out, self.bias)
-        for number, rows in groups if self.adapters else ():
-            factors = self.adapters[number]
-            if factors is not None:
-                factors.add(ops, x, rows, out)
+        if self.adapters is not None and len(rows):
+            self.adapters.add(ops, x, rows, out)
 
 
 @dataclass(frozen=True)
@@ -157,43 +154,43 @@ def attend(
     step: Attention,
     k_cache: Tensor,
     v_cache: Tensor,
-    groups: Groups = (),
+    rows: Rows = (),
 ) -> None:
     """w.attn = attention heads of x; writes this step's keys and values to the caches."""
-    layer.qkv(ops, x, w.qkv, groups)
+    layer.qkv(ops, x, w.qkv, rows)
     ops.rope_and_cache(w.qkv, step.positions, step.kv_index, step.rope, k_cache, v_cache, w.q, layer.head_norm)
     ops.attention(w.q, k_cache, v_cache, step.plan, step.scale, w.attn, w.lse, step.softcap)
 
 
-def project(ops: Ops, layer: Layer, w: Workspace, out: Tensor, groups: Groups = ()) -> None:
+def project(ops: Ops, layer: Layer, w: Workspace, out: Tensor, rows: Rows = ()) -> None:
     """out = what attention adds to the residual."""
-    layer.o(ops, w.attn.flatten(1), out, groups)
+    layer.o(ops, w.attn.flatten(1), out, rows)
     if layer.attn_post_norm is not None:
         layer.attn_post_norm(ops, out, out)
 
 
-def feed(ops: Ops, spec: ModelSpec, layer: Layer, x: Tensor, w: Workspace, groups: Groups = ()) -> None:
+def feed(ops: Ops, spec: ModelSpec, layer: Layer, x: Tensor, w: Workspace, rows: Rows = ()) -> None:
     """w.delta = what the MLP adds to the residual. x may be w.x."""
     if isinstance(layer.mlp, Mixture):
         _mix(ops, layer.mlp, x, w)
     else:
-        _mlp(ops, spec, layer.mlp, x, w, groups)
+        _mlp(ops, spec, layer.mlp, x, w, rows)
     if layer.mlp_post_norm is not None:
         layer.mlp_post_norm(ops, w.delta, w.delta)
 
 
-def _mlp(ops: Ops, spec: ModelSpec, mlp: Mlp, x: Tensor, w: Workspace, groups: Groups) -> None:
-    if spec.fused_gate and not mlp.gate_up.adapters:
+def _mlp(ops: Ops, spec: ModelSpec, mlp: Mlp, x: Tensor, w: Workspace, rows: Rows) -> None:
+    if spec.fused_gate and mlp.gate_up.adapters is None:
         ops.gated_linear(x, mlp.gate_up.weight, w.gated, w.gate_up, mlp.gate_up.bias)
     else:
-        mlp.gate_up(ops, x, w.gate_up, groups)
+        mlp.gate_up(ops, x, w.gate_up, rows)
         if spec.fused_gate:  # the same bits as in one op
             ops.silu_mul(w.gate_up, w.gated)
         elif spec.gated:
             ops.gelu_mul(w.gate_up, w.gated)
         else:
             ops.activate(spec.activation, w.gate_up, w.gated)
-    mlp.down(ops, w.gated, w.delta, groups)
+    mlp.down(ops, w.gated, w.delta, rows)
 
 
 def _mix(ops: Ops, mixture: Mixture, x: Tensor, w: Workspace) -> None:

@@ -18,6 +18,7 @@ from typing import Literal
 
 from batchinfer.models.architectures import ARCHITECTURES, Names
 from batchinfer.models.model_spec import ModelSpec
+from batchinfer.models.scheme import Component
 
 Order = Literal["", "pairs", "transposed", "by_head"]
 
@@ -31,7 +32,8 @@ class Part:
     """Where a stored tensor goes: ``shape`` rows from ``row`` on of ``target``.
 
     ``order`` of what is stored: "pairs": each of ``heads`` heads has its rotary pairs side by side, not in halves;
-    "transposed"; "by_head": q, k, v of one head, then of the next. ``offset`` is added.
+    "transposed"; "by_head": q, k, v of one head, then of the next. ``offset`` is added. ``component``: the tensor is
+    one of those that these rows are stored as.
     """
 
     target: str
@@ -40,6 +42,7 @@ class Part:
     order: Order = ""
     heads: int = 0
     offset: float = 0.0
+    component: Component | None = None
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

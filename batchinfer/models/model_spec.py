@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from batchinfer.models.architectures import QKNorm
 from batchinfer.models.files import ModelError
 from batchinfer.models.rope import RopeSpec
+from batchinfer.models.scheme import Scheme
 from batchinfer.types import Head
 
 MAX_LAYERS = 10_000
@@ -54,7 +55,7 @@ class ModelSpec:
     rows of the table of learned positions, that of position 0 is ``position_offset``. ``pre_norm`` before attention and
     MLP, ``post_norm`` behind. ``parallel``: attention and MLP read the same residual. ``norm_offset`` is added to the
     norms' stored weights. ``embed_scale``, ``score_scale`` and ``logit_scale`` multiply embeddings, attention's scores
-    and logits; the soft caps (0: none) bound the latter two.
+    and logits; the soft caps (0: none) bound the latter two. ``scheme``: what its files store quantised matrices as.
     """
 
     architecture: str
@@ -93,6 +94,7 @@ class ModelSpec:
     logit_softcap: float = 0.0
     head: Head = "tokens"
     classes: int = 0  # of a classification head
+    scheme: Scheme | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 

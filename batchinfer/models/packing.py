@@ -16,11 +16,14 @@ from batchinfer.models.layout import TABLES
 from batchinfer.models.model_spec import ModelSpec
 from batchinfer.models.weights import layout_of
 from batchinfer.ops import Ops
+from batchinfer.ops.grouped import GroupQuantized
 from batchinfer.ops.quantized import Quantized, int8
 
 Spec = ModelSpec | EncoderSpec
-Weights = Iterable[tuple[str, Tensor | Quantized]]
+Matrix = Tensor | Quantized | GroupQuantized
+Weights = Iterable[tuple[str, Matrix]]
 
+EXPERT = re.compile(r"layers\.\d+\.experts\..*")
 GATE_UP = re.compile(r"layers\.\d+\.gate_up")
 
 
@@ -29,9 +32,33 @@ class Packable:
     """A weight by its name in the layout. ``packed``: for ``linear``, or with ``gated`` for ``gated_linear``."""
 
     name: str
-    tensor: Tensor | Quantized
+    tensor: Matrix
     packed: bool
     gated: bool = False
+
+
+class Suiting:
+    """The weights of a quantised checkpoint in forms that ``ops`` can pack: those without one become dense, in
+    ``dtype``. Counts them: ``kept`` and ``dense``."""
+
+    def __init__(self, ops: Ops, dtype: torch.dtype):
+        self._groups, self._dtype = "groups of codes" not in ops.lacks, dtype
+        self.kept = self.dense = 0
+
+    def __call__(self, weights: Weights) -> Weights:
+        for name, tensor in weights:
+            if isinstance(tensor, GroupQuantized):
+                found = self._suited(name, tensor)
+                self.kept += found is not None
+                self.dense += found is None
+                tensor = tensor.dense(self._dtype) if found is None else found
+            yield name, tensor
+
+    def _suited(self, name: str, matrix: GroupQuantized) -> GroupQuantized | Quantized | None:
+        """Experts are dense: no backend's kernels for mixtures take groups."""
+        if not self._groups:
+            return matrix.blocks()
+        return None if EXPERT.fullmatch(name) else matrix
 
 
 def packable(spec: Spec, weights: Weights, to_int8: bool = False, adapted: Collection[str] = ()) -> Iterator[Packable]:

@@ -14,6 +14,7 @@ from batchinfer.models.gguf_spec import spec_from_gguf
 from batchinfer.models.labels import labels
 from batchinfer.models.model_spec import MAX_LAYERS, Activation, ExpertSpec, ModelSpec, checked, token_ids
 from batchinfer.models.rope import local_rope_from_config, rope_from_config
+from batchinfer.models.scheme import scheme_from_config
 
 PLAIN: dict[str, Activation] = {
     "gelu": "gelu",
@@ -119,6 +120,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
             score_softcap=_cap(keys, "attn_logit_softcapping") if traits.soft_caps else 0.0,
             logit_softcap=_cap(keys, "final_logit_softcapping") if traits.soft_caps else 0.0,
             classes=len(labels(config, where)) if head == "classes" else 0,
+            scheme=scheme_from_config(keys),
             bos_id=(token_ids(config.get("bos_token_id")) or (None,))[0],
             eos_ids=token_ids(config.get("eos_token_id")),
         ),
@@ -134,7 +136,7 @@ def _renamed(config: Mapping[str, Any], traits: Traits, where: str) -> Keys:
 
 
 def refuse_quantised(keys: Keys) -> None:
-    """Raise ModelError for a config of quantised weights."""
+    """Raise ModelError for a config of quantised weights: of encoders, which are small."""
     quantisation = keys.config.get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else quantisation
@@ -145,7 +147,6 @@ def refuse_quantised(keys: Keys) -> None:
 
 
 def _refuse_unsupported(keys: Keys) -> None:
-    refuse_quantised(keys)
     for key, harmless in HARMLESS.items():
         value = keys.config.get(key, harmless)
         if value is not harmless:

@@ -10,7 +10,8 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,9 @@ from batchinfer.models.gguf_blocks import FORMS, Form, codes_of
 from batchinfer.models.layout import TABLES, Layout, Part, layout
 from batchinfer.models.model_spec import ModelSpec
 from batchinfer.models.safetensors import open_folder
+from batchinfer.models.scheme import Scheme
+from batchinfer.models.stored_matrix import Gathered, quantised_layout
+from batchinfer.ops.grouped import GroupQuantized, stacked
 from batchinfer.ops.quantized import Quantized
 
 BLOCK_BYTES = 16 << 20
@@ -36,8 +40,13 @@ PADDING = 64
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-IGNORED = re.compile(r".*rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias|.*attention\.(masked_)?bias")
-"""Derived values that old checkpoints store: rope's frequencies, causal masks."""
+CODES = {"I32": torch.int32, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
+"""Of what quantised matrices are stored as."""
+
+IGNORED = re.compile(
+    r".*rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias|.*attention\.(masked_)?bias|.*\.self_attn\.[kv]_scale"
+)
+"""Derived values that old checkpoints store: rope's frequencies, causal masks. And scales for a cache in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -64,35 +73,46 @@ def load_weights(
     dtype: torch.dtype,
     source: Source | None = None,
     keep: bool = False,
-) -> Iterator[tuple[str, torch.Tensor | Quantized]]:
+) -> Iterator[tuple[str, torch.Tensor | Quantized | GroupQuantized]]:
     """Yield every target of the model's layout once, in about the order of the files.
 
     Everything that headers can tell is checked before the first tensor is read. ``source`` None reads all here.
-    ``keep``: matrices that are quantised in the file stay so, and a tied model whose embedding is has a ``lm_head``
-    too, before it. Raises ModelError naming the file and the tensor: missing, left over, wrong shape, unsupported
-    dtype, truncated; or with ``keep`` a file without a matrix that can be kept.
+    ``keep``: matrices that are quantised in the file stay so, in GGUF Quantized, in a folder GroupQuantized; and a tied
+    model whose embedding is has a ``lm_head`` too, before it. Raises ModelError naming the file and the tensor:
+    missing, left over, wrong shape, unsupported dtype, truncated; or with ``keep`` a file without a matrix that can be
+    kept.
     """
     source = source or OwnReading()
     plan = layout_of(spec, is_gguf(model_path))
-    stored = [
-        (path, [tensor for tensor in tensors if not _unused(tensor.name, plan)])
-        for path, tensors in source.value(lambda: _stored(model_path))
-    ]
+    scheme = spec.scheme if isinstance(spec, ModelSpec) else None
+    files = source.value(lambda: _stored(model_path))
+    if scheme is not None:
+        dtypes = {tensor.name: tensor.dtype for _, tensors in files for tensor in tensors}
+        plan = quantised_layout(plan, scheme, dtypes)
+    stored = [(path, [tensor for tensor in tensors if not _unused(tensor.name, plan)]) for path, tensors in files]
     _check(stored, plan, spec, model_path)
-    forms = kept_forms([tensor for _, tensors in stored for tensor in tensors], plan) if keep else {}
-    if keep and not forms:
+    every = [tensor for _, tensors in stored for tensor in tensors]
+    coded = Counter((part.target, part.row) for part in plan.parts.values() if part.component is not None)
+    forms = kept_forms(every, plan) if keep else {}
+    if keep and not forms and not coded:
         raise ModelError(
             f"{model_path} holds no matrix that engine.weights=keep could keep: that takes a GGUF file with the types "
-            f"{', '.join(FORMS)}; engine.weights=auto computes with any"
+            f"{', '.join(FORMS)}, or a folder with quantised weights; engine.weights=auto computes with any"
         )
     blocks = [block for path, tensors in stored for block in cut(path, tensors)]
-    missing = {target: math.prod(shape) for target, shape in plan.targets.items()}  # elements
-    open_targets: dict[str, dict[str, Dense | Kept]] = {}
+    missing: Counter[str] = Counter()  # stored elements
+    for tensor in every:
+        missing[plan.parts[plan.name(tensor.name)].target] += math.prod(tensor.shape)
+    of_codes = {target for target, _ in coded}
+    open_targets: dict[str, Mapping[str, Dense | Kept | Coded]] = {}
     with BlockReader() as reader:
         for block, data in zip(blocks, source.stream(blocks, reader.read), strict=True):
             for piece in block.pieces:
                 part = plan.parts[plan.name(piece.tensor.name)]
-                if part.target not in open_targets:
+                if part.target in of_codes:
+                    shape = plan.targets[part.target]
+                    open_targets.setdefault(part.target, {part.target: Coded(shape, dtype, scheme, coded, keep)})
+                elif part.target not in open_targets:
                     open_targets[part.target] = _begin(part.target, plan, dtype, forms, spec.tied_head)
                 for one in open_targets[part.target].values():
                     one.put(data, piece, part, block.path)
@@ -137,6 +157,60 @@ class Kept:
             _put(value, piece, part, out[part.row : part.row + part.shape[0]])
 
 
+class Coded:
+    """A target of which parts are quantised in a folder's files, while the components of these come. ``components``:
+    how many there are of the part at a row of a target. ``keep``: it stays codes, if all parts can together."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        scheme: Scheme,
+        components: Mapping[tuple[str, int], int],
+        keep: bool,
+    ):
+        self._dense, self._scheme, self._components, self._keep = Dense(shape, dtype), scheme, components, keep
+        self._open: dict[int, Gathered] = {}
+        self._kept: dict[int, tuple[Part, GroupQuantized]] = {}
+
+    def put(self, data: memoryview, piece: Piece, part: Part, path: str) -> None:
+        if part.component is None:
+            self._dense.put(data, piece, part, path)
+            return
+        if part.row not in self._open:
+            self._open[part.row] = Gathered(self._scheme, part, self._components[part.target, part.row])
+        name, shape = piece.tensor.name, piece.tensor.shape
+        rows = _decode(data, piece, path, DTYPES | CODES)
+        if not self._open[part.row].put(part.component.holds, name, shape, piece.row, rows):
+            return
+        try:
+            matrix = self._open.pop(part.row).matrix()
+        except ValueError as error:
+            raise ModelError(f"{path}: tensor {error}: copy or download the model again") from None
+        if self._keep:
+            self._kept[part.row] = part, matrix
+        else:
+            self._fill(part, matrix)
+
+    @property
+    def value(self) -> torch.Tensor | GroupQuantized:
+        kept = [
+            matrix.chosen(reorder(torch.arange(part.shape[0]), part).tolist()) if part.order else matrix
+            for _, (part, matrix) in sorted(self._kept.items())
+        ]
+        if kept and sum(matrix.shape[0] for matrix in kept) == len(self._dense.value):
+            together = stacked(kept)
+            if together is not None:
+                return together
+        for part, matrix in self._kept.values():
+            self._fill(part, matrix)
+        return self._dense.value
+
+    def _fill(self, part: Part, matrix: GroupQuantized) -> None:
+        out = self._dense.value[part.row : part.row + part.shape[0]]
+        out.copy_(reorder(matrix.dense(out.dtype), part))
+
+
 def kept_forms(stored: Sequence[StoredTensor], plan: Layout) -> dict[str, Form]:
     """The targets that can be kept quantised, all parts of which are in some form, and one that suits all of them."""
     kinds: dict[str, list[str]] = {}
@@ -175,7 +249,7 @@ def cut(path: str, tensors: Sequence[StoredTensor]) -> list[WeightBlock]:
             pieces.clear()
 
     for tensor in tensors:
-        rows = tensor.shape[0]
+        rows = tensor.shape[0] if tensor.shape else 1
         row_bytes = tensor.nbytes // max(rows, 1)
         # Dequantising makes several float32 copies of a piece, so those are smaller.
         limit = BLOCK_BYTES if tensor.dtype in DTYPES else BLOCK_BYTES // 8
@@ -207,13 +281,13 @@ def dummy_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> 
 
 
 def with_token_head(
-    weights: Iterable[tuple[str, torch.Tensor | Quantized]], spec: ModelSpec, tokens: Sequence[int]
-) -> Iterator[tuple[str, torch.Tensor | Quantized]]:
+    weights: Iterable[tuple[str, torch.Tensor | Quantized | GroupQuantized]], spec: ModelSpec, tokens: Sequence[int]
+) -> Iterator[tuple[str, torch.Tensor | Quantized | GroupQuantized]]:
     """The weights of the model ``spec`` for :meth:`ModelSpec.with_token_head`: of its LM head the rows of ``tokens``
     alone, as a classification head."""
     for name, tensor in weights:
         if name == ("embed" if spec.tied_embeddings else "lm_head"):
-            yield "classes", tensor.chosen(tokens) if isinstance(tensor, Quantized) else tensor[list(tokens)]
+            yield "classes", tensor[list(tokens)] if isinstance(tensor, torch.Tensor) else tensor.chosen(tokens)
         if name != "lm_head":
             yield name, tensor
 
@@ -241,24 +315,27 @@ def _check(
             raise ModelError(f"{path} holds the tensor {tensor.name!r} twice, with and without {plan.root!r} before it")
         seen.add(name)
         wanted = plan.parts[name].stored_shape
-        if tensor.shape != wanted:
+        component = plan.parts[name].component
+        shapes, dtypes = (component.shapes, component.dtypes) if component else ((wanted,), tuple(DTYPES))
+        if tensor.shape not in shapes:
             raise ModelError(
-                f"{path}: tensor {tensor.name!r} has the shape {tensor.shape}; the config makes it {wanted}"
+                f"{path}: tensor {tensor.name!r} has the shape {tensor.shape}; the config makes it "
+                f"{' or '.join(map(str, shapes))}"
             )
-        if tensor.dtype not in DTYPES and not is_gguf(path):
-            raise ModelError(f"{path}: tensor {tensor.name!r} is {tensor.dtype}; supported are {', '.join(DTYPES)}")
+        if tensor.dtype not in dtypes and not is_gguf(path):
+            raise ModelError(f"{path}: tensor {tensor.name!r} is {tensor.dtype}; supported are {', '.join(dtypes)}")
     missing = sorted(plan.parts.keys() - seen)
     if missing:
         hint = "; for a tied model set tie_word_embeddings=true in config.json" if missing == ["lm_head.weight"] else ""
         raise ModelError(f"{model_path} lacks {len(missing)} tensors of the model, the first is {missing[0]!r}{hint}")
 
 
-def _decode(data: memoryview, piece: Piece, path: str) -> torch.Tensor:
-    """The piece in a block's bytes as a tensor, a view where the dtype is torch's own."""
+def _decode(data: memoryview, piece: Piece, path: str, dtypes: Mapping[str, torch.dtype] = DTYPES) -> torch.Tensor:
+    """The piece in a block's bytes as a tensor, a view where the dtype is one of ``dtypes``."""
     block, tensor = data[piece.start : piece.end], piece.tensor
     shape = (piece.rows, *tensor.shape[1:])
-    if tensor.dtype in DTYPES:
-        return torch.frombuffer(block, dtype=DTYPES[tensor.dtype]).view(shape)
+    if tensor.dtype in dtypes:
+        return torch.frombuffer(block, dtype=dtypes[tensor.dtype]).view(shape)
     from gguf import GGMLQuantizationType, dequantize
 
     try:

@@ -25,13 +25,21 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from batchinfer.ops.grouped import GroupQuantized
     from batchinfer.ops.quantized import Quantized
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 """Functions of an MLP without a gate."""
 
 
-Lack = Literal["mix_experts", "norm of all heads", "quantised weights", "KV cache of another dtype", "int8 KV cache"]
+Lack = Literal[
+    "mix_experts",
+    "norm of all heads",
+    "quantised weights",
+    "groups of codes",
+    "KV cache of another dtype",
+    "int8 KV cache",
+]
 """Ops, options of ``rope_and_cache`` and ``pack_weight``, and caches, that not every backend has."""
 
 
@@ -150,10 +158,10 @@ class Ops(Protocol):
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Zeros on the device, for a KV cache. May take memory only when it is first written."""
 
-    def pack_weight(self, weight: Tensor | Quantized, gated: bool = False) -> Any:
+    def pack_weight(self, weight: Tensor | Quantized | GroupQuantized, gated: bool = False) -> Any:
         """[N, K] weight, in the engine's dtype or quantised -> opaque packed form for ``linear``, or with ``gated`` for
-        ``gated_linear``; done once at load. A quantised one multiplies activations that are quantised too, as
-        ``quantized.encode`` has it."""
+        ``gated_linear``; done once at load. A Quantized one multiplies activations that are quantised too, as
+        ``quantized.encode`` has it; a GroupQuantized one is as good as the weights it stands for."""
 
     def linear(self, x: Tensor, weight: Any, out: Tensor, bias: Tensor | None = None) -> None:
         """out [T, N] = x [T, K] @ weight.T (+ bias float32 [N]). A row's result does not depend on T or on the other

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.fields import SAMPLE_FIELDS
+from batchinfer.ops.grouped import GroupQuantized
 from batchinfer.ops.texts import TextAttention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,7 +51,7 @@ class DeviceOps(TextAttention, ABC):
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._biases: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._biases: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def activations(self, weights: torch.dtype) -> torch.dtype:
         return weights
@@ -61,31 +62,35 @@ class DeviceOps(TextAttention, ABC):
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    def pack_weight(self, weight: Tensor, gated: bool = False) -> Tensor:
+    def pack_weight(self, weight: Tensor | GroupQuantized, gated: bool = False) -> Any:
+        if isinstance(weight, GroupQuantized):
+            return self._pack_groups(weight)
         shape_of("weight", weight, 2)
         if weight.dtype not in DTYPES:
             raise ValueError(f"weight has dtype {weight.dtype}: one of {', '.join(map(str, DTYPES))} is needed")
         return weight.to(self.device).contiguous()
 
-    def linear(self, x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
-        rows = shape_of("x", x, 2)[0]
-        self._check("x", x, weight.dtype, (rows, weight.shape[1]))
+    def linear(self, x: Tensor, weight: Any, out: Tensor, bias: Tensor | None = None) -> None:
+        rows, dense = shape_of("x", x, 2)[0], isinstance(weight, Tensor)
+        self._check("x", x, weight.dtype if dense else None, (rows, weight.shape[1]))
+        self._check("out", out, x.dtype if out.dtype is x.dtype else torch.float32, (rows, weight.shape[0]))
+        (self._dense_linear if dense else self._group_linear)(x, weight, out, bias)
+
+    def _dense_linear(self, x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None) -> None:
+        """``linear`` without checks; ``out`` may be columns of a tensor."""
         if out.dtype is not weight.dtype:
-            self._check("out", out, torch.float32, (rows, weight.shape[0]))
             if _MM_FLOAT and x.is_cuda:
                 torch.mm(x, weight.t(), torch.float32, out=out)
             else:
                 out.copy_(torch.mm(x, weight.t()))
             if bias is not None:
                 out += bias
-            return
-        self._check("out", out, weight.dtype, (rows, weight.shape[0]))
-        if bias is None:
+        elif bias is None:
             torch.mm(x, weight.t(), out=out)
         else:
             torch.addmm(self._bias(bias, weight.dtype), x, weight.t(), out=out)
 
-    def gated_linear(self, x: Tensor, weight: Tensor, out: Tensor, sums: Tensor, bias: Tensor | None = None) -> None:
+    def gated_linear(self, x: Tensor, weight: Any, out: Tensor, sums: Tensor, bias: Tensor | None = None) -> None:
         self.linear(x, weight, sums, bias)
         self.silu_mul(sums, out)
 
@@ -265,6 +270,13 @@ class DeviceOps(TextAttention, ABC):
         return out
 
     @abstractmethod
+    def _pack_groups(self, weight: GroupQuantized) -> Any:
+        """What ``_group_linear`` takes, with a ``shape`` [N, K] and its ``nbytes``."""
+
+    @abstractmethod
+    def _group_linear(self, x: Tensor, weight: Any, out: Tensor, bias: Tensor | None) -> None: ...
+
+    @abstractmethod
     def _lookup(self, ids: Tensor, table: Tensor, out: Tensor, scale: float) -> None: ...
 
     @abstractmethod
@@ -326,7 +338,7 @@ class DeviceOps(TextAttention, ABC):
 
     def _bias(self, bias: Tensor, dtype: torch.dtype) -> Tensor:
         """``bias`` in ``dtype``, converted once: checkpoints hold biases in the weights' dtype, so nothing is lost."""
-        key = (bias.data_ptr(), dtype)
+        key = (bias.data_ptr(), bias.numel(), dtype)
         if key not in self._biases:
             self._biases[key] = (bias, bias.to(dtype))
         return self._biases[key][1]

@@ -16,10 +16,12 @@ from torch import Tensor
 from batchinfer.ops import AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.device import DeviceOps, fitting_split, parts
 from batchinfer.ops.fields import SAMPLE_FIELDS
+from batchinfer.ops.grouped import GroupQuantized
 
 if TYPE_CHECKING:
     from batchinfer._gpu import AttentionPlan
     from batchinfer.ops.triton.backend import TritonOps
+    from batchinfer.ops.triton.grouped import PackedGroups
 
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of the dtypes, in csrc/gpu/ops.h."""
@@ -35,7 +37,7 @@ SPLIT = 1024
 an H100 works on at once; partial results are 1 % of the bytes moved (width 128, 4 query heads a kv head)."""
 
 
-BY_TRITON: frozenset[Lack] = frozenset({"mix_experts", "norm of all heads"})
+BY_TRITON: frozenset[Lack] = frozenset({"mix_experts", "norm of all heads", "groups of codes"})
 """What the extension has no kernels for, and Triton's serve."""
 
 
@@ -68,6 +70,12 @@ class GpuOps(DeviceOps):
 
     def _mix_experts(self, x: Tensor, router: Tensor, experts: Experts, shared: Tensor | None, out: Tensor) -> None:
         self._triton._mix_experts(x, router, experts, shared, out)
+
+    def _pack_groups(self, weight: GroupQuantized) -> PackedGroups:
+        return self._triton._pack_groups(weight)
+
+    def _group_linear(self, x: Tensor, weight: PackedGroups, out: Tensor, bias: Tensor | None) -> None:
+        self._triton._group_linear(x, weight, out, bias)
 
     def _lookup(self, ids: Tensor, table: Tensor, out: Tensor, scale: float) -> None:
         rows, width = out.shape

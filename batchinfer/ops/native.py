@@ -35,18 +35,19 @@ ACTIVATIONS: dict[Activation, int] = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
 class NativeOps(NativeLinear, TextAttention):
     """All ops of :class:`batchinfer.ops.Ops` on ``device`` "cpu".
 
-    ``threads`` 0 uses the CPUs of this process's affinity mask. ``isa`` names an instruction set ("avx2", "avx512",
-    "avx512bf16", "generic"); "" is $BATCHINFER_ISA, or the best one. Calls must not overlap in time: one thread pool
+    ``threads`` 0 uses the CPUs of this process's affinity mask. ``isa`` names an instruction set ("avx512bf16",
+    "neon"); "" is $BATCHINFER_ISA, or the best one. Calls must not overlap in time: one thread pool
     works on one op. Raises RuntimeError where the extension lacks the device, ValueError for an unusable ``isa``.
     """
 
-    lacks: frozenset[Lack] = frozenset()
+    lacks: frozenset[Lack] = frozenset({"groups of codes"})
 
     def __init__(self, device: str = "cpu", threads: int = 0, isa: str = ""):
         extension = _extension(device)
         self._cpu, self._program = extension.Cpu(threads, isa), extension.Program
         self.device = torch.device("cpu")
         self.isa: str = self._cpu.isa
+        self.bf16_dot: bool = self._cpu.bf16_dot
         self.threads: int = self._cpu.threads
 
     def activations(self, weights: torch.dtype) -> torch.dtype:
@@ -55,7 +56,7 @@ class NativeOps(NativeLinear, TextAttention):
     def linear_inputs(self, weights: torch.dtype) -> torch.dtype:
         """Where the dot product would round its inputs to bfloat16, what writes them does: half the memory traffic, and
         the same bits."""
-        return weights if "bf16" in self.isa else torch.float32
+        return weights if self.bf16_dot else torch.float32
 
     @contextmanager
     def recording(self) -> Iterator[Program]:

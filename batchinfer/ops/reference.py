@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
+from batchinfer.ops.grouped import GroupQuantized
 from batchinfer.ops.quantized import Quantized, decode_kv, encode_kv, product
 from batchinfer.ops.reference_sampler import sample
 
@@ -37,7 +38,9 @@ class ReferenceOps:
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    def pack_weight(self, weight: Tensor | Quantized, gated: bool = False) -> Tensor | Quantized:
+    def pack_weight(self, weight: Tensor | Quantized | GroupQuantized, gated: bool = False) -> Tensor | Quantized:
+        if isinstance(weight, GroupQuantized):
+            return weight.dense(self.dtype)
         return weight.to(self.dtype) if isinstance(weight, Tensor) else weight
 
     def linear(self, x: Tensor, weight: Tensor | Quantized, out: Tensor, bias: Tensor | None = None) -> None:

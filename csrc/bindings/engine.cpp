@@ -163,6 +163,7 @@ PYBIND11_MODULE(_engine, module) {
         .def_property_readonly("num_running", &Scheduler::num_running)
         .def_property_readonly("num_open", &Scheduler::num_open)
         .def_property_readonly("num_steps_ahead", &Scheduler::num_steps_ahead)
+        .def_property_readonly("max_steps_ahead", &Scheduler::max_steps_ahead)
         .def_property_readonly("pages_used", [](const Scheduler& self) { return self.pool().num_used(); })
         .def_property_readonly("pages_cached", [](const Scheduler& self) { return self.pool().num_cached(); })
         .def_property_readonly("pages_free", [](const Scheduler& self) { return self.pool().num_free(); })

@@ -273,6 +273,7 @@ PYBIND11_MODULE(_ops, m) {
     py::class_<Cpu> cls(m, "Cpu");
     cls.def(py::init<int, const std::string&>(), py::arg("threads") = 0, py::arg("isa") = "");
     cls.def_property_readonly("isa", [](const Cpu& cpu) { return cpu.kernels.isa; });
+    cls.def_property_readonly("bf16_dot", [](const Cpu& cpu) { return cpu.kernels.bf16_dot; });
     cls.def_property_readonly("threads", [](const Cpu& cpu) { return cpu.pool.size(); });
     bind_elementwise(cls);
     bind_sample(cls);

@@ -38,6 +38,7 @@ struct NoiseKey {
 // do not depend on the range. Nothing here checks its arguments.
 struct KernelTable {
     const char* isa;
+    bool bf16_dot;  // what meets bfloat16 weights, keys and values is rounded to bfloat16, too
 
     // kernels/elementwise.cpp, kernels/rope.cpp
     void (*embed)(const EmbedArgs&, int64_t begin, int64_t end);

@@ -15,12 +15,16 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define BATCHINFER_VEC_AVX512 1
 #elif defined(__AVX2__) && defined(__FMA__)
 #define BATCHINFER_VEC_AVX2 1
+#elif defined(__aarch64__)
+#define BATCHINFER_VEC_NEON 1
 #endif
 
 namespace batchinfer::BATCHINFER_ISA {
@@ -30,7 +34,7 @@ namespace batchinfer::BATCHINFER_ISA {
 #elif BATCHINFER_VEC_AVX2
 #define BATCHINFER_VEC_WIDTH 8
 #else
-#define BATCHINFER_VEC_WIDTH 4  // SSE2, NEON: what every x86-64 and aarch64 has
+#define BATCHINFER_VEC_WIDTH 4  // NEON, and SSE2, which every x86-64 has
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * BATCHINFER_VEC_WIDTH)));
@@ -150,6 +154,8 @@ struct Vec {
     Halves narrow() const {
 #if defined(__AVX512BF16__)
         return (Halves)_mm512_cvtneps_pbh(v);  // as below, but for subnormals, which become 0
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+        return bits_as<Halves>(vcvt_bf16_f32((float32x4_t)v));
 #else
         const Words x = bits_as<Words>(v);
         const Words rounded = x + 0x7fff + (x >> 16 & 1);
@@ -181,11 +187,8 @@ inline Vec fma(Vec a, Vec b, Vec c) {
     return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 #elif BATCHINFER_VEC_AVX2
     return {_mm256_fmadd_ps(a.v, b.v, c.v)};
-#elif defined(__FP_FAST_FMAF)
-    Vec r;
-    for (int i = 0; i < Vec::W; ++i)
-        r.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
-    return r;
+#elif BATCHINFER_VEC_NEON
+    return {(Floats)vfmaq_f32((float32x4_t)c.v, (float32x4_t)a.v, (float32x4_t)b.v)};
 #else
     return {a.v * b.v + c.v};
 #endif

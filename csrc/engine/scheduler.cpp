@@ -49,7 +49,7 @@ Scheduler::Scheduler(const SchedulerConfig& config)
       pool_(config.num_pages, config.page_size, config.hash_bits),
       forecast_(config.num_pages, config.page_size, config.max_seq_len),
       table_(std::make_shared<PageTable>(config.max_slots, pages_for(config.max_seq_len))),
-      wanted_step_tokens_(config.max_step_tokens) {
+      prompt_limit_(config.max_step_tokens) {
     for (int32_t slot = 0; slot < config_.max_slots; ++slot)
         free_slots_.push(slot);
 }
@@ -109,7 +109,7 @@ void Scheduler::limit_prompts(int32_t step_tokens) {
     if (step_tokens < 0)
         throw std::invalid_argument("step_tokens=" + std::to_string(step_tokens) + ": must be at least 0");
     const int32_t most = config_.max_step_tokens;
-    wanted_step_tokens_ = step_tokens == 0 ? most : std::min(step_tokens, most);
+    prompt_limit_ = step_tokens == 0 ? most : std::min(step_tokens, most);
 }
 
 std::vector<int64_t> Scheduler::tokens_left() const {
@@ -121,8 +121,10 @@ std::vector<int64_t> Scheduler::tokens_left() const {
 }
 
 std::shared_ptr<const Step> Scheduler::schedule() {
-    if (num_ahead_ == kMaxStepsAhead) throw std::logic_error("schedule(): two steps wait for their update()");
-    if (num_ahead_ > 0 && config_.lookup > 0) throw std::logic_error("schedule(): a draft waits for its update()");
+    if (num_ahead_ == max_steps_ahead()) {
+        throw std::logic_error(config_.lookup > 0 ? "schedule(): a draft waits for its update()"
+                                                  : "schedule(): two steps wait for their update()");
+    }
     close_gaps();
     if (running_.empty() && waiting_.empty()) return nullptr;
     begin_step();
@@ -177,7 +179,6 @@ void Scheduler::schedule_decodes() {
         sample(sequence);
     }
     step_->num_decode = step_->num_seqs;
-    prompt_limit_ = step_->num_tokens < wanted_step_tokens_ / 4 ? config_.max_step_tokens : wanted_step_tokens_;
 }
 
 void Scheduler::schedule_prompts() {

@@ -92,8 +92,8 @@ class Scheduler {
     /// Queues a sequence. max_new_tokens is clipped to max_seq_len - prompt length. Throws std::invalid_argument if
     /// the id is open already, an argument is out of range, or the sequence could not run even alone.
     void add(const NewSequence& request);
-    /// From now on a step that decodes a quarter of `step_tokens` or more takes prompt tokens only up to that many
-    /// tokens in all (0: max_step_tokens again). Throws std::invalid_argument for a negative number.
+    /// From now on a step takes prompt tokens only up to `step_tokens` tokens in all (0: max_step_tokens again); its
+    /// decodes go on, however many they are. Throws std::invalid_argument for a negative number.
     void limit_prompts(int32_t step_tokens);
     /// The next step, or nullptr if nothing can run now. The Step stays unchanged while the caller keeps the pointer.
     /// Throws std::logic_error if two steps wait for their update(); with drafts, one.
@@ -114,6 +114,8 @@ class Scheduler {
     int32_t num_waiting() const { return static_cast<int32_t>(waiting_.size()); }
     int32_t num_running() const { return config_.max_slots - static_cast<int32_t>(free_slots_.size()); }
     int32_t num_steps_ahead() const { return num_ahead_; }
+    /// How many steps may wait for their update(): with drafts one, as they begin behind the newest token.
+    int32_t max_steps_ahead() const { return config_.lookup > 0 ? 1 : kMaxStepsAhead; }
     int64_t preemptions() const { return preemptions_; }
     /// Prompt tokens of admitted sequences that were found in the cache; a preempted sequence counts once.
     int64_t cached_prompt_tokens() const { return cached_prompt_tokens_; }
@@ -157,8 +159,7 @@ class Scheduler {
     PagePool pool_;
     PageForecast forecast_;
     std::shared_ptr<PageTable> table_;
-    int32_t wanted_step_tokens_;
-    int32_t prompt_limit_ = 0;  // tokens of the step under construction that prompts may bring it to
+    int32_t prompt_limit_;  // tokens that prompts may bring a step to
 
     std::unordered_map<int64_t, std::unique_ptr<Sequence>> open_;
     std::unordered_map<const Sequence*, std::unique_ptr<Sequence>> leaving_;  // finished with tokens in flight

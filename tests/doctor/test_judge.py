@@ -148,6 +148,11 @@ REMARKS = {
         "this CPU runs avx512bf16 kernels, and gcc 12.2.0 compiled none",
         "newer compiler",
     ),
+    "an old compiler on ARM": (
+        replace(change(LOGIN, node={"flags": frozenset(FLAGS["neonbf16"])}), build=replace(CPU_BUILD, isas=("neon",))),
+        "this CPU runs neonbf16 kernels, and gcc 12.2.0 compiled none",
+        "newer compiler",
+    ),
     "GPUs of a vendor without kernels": (
         change(LOGIN, gpus={"installed": {"rocm": 8}}),
         "8 GPUs of AMD, and neither this build nor torch 2.9.0+cpu can use them",

@@ -11,9 +11,10 @@ import torch
 from engine.tiny_engine import VOCAB, make_decoder, make_engine, random_prompts, run
 
 from batchinfer._engine import Step
-from batchinfer.engine.runner import HostRunner, StepOutput, adapter_rows
+from batchinfer.engine.runner import HostRunner, StepOutput, grouped_rows
 from batchinfer.engine.slots import Rows
 from batchinfer.engine.step_buffer import StepBuffer
+from batchinfer.engine.step_shape import StepShape
 from batchinfer.models.decoder import Decoder, ScoreInput
 from batchinfer.ops import SampleOutput
 from batchinfer.types import Completion, Request, SamplingParams
@@ -29,7 +30,7 @@ class LaggingRunner(HostRunner):
 
     def __init__(self, decoder: Decoder, page_size: int, max_slots: int):
         super().__init__(decoder, page_size, max_slots)
-        self._buffers = [StepBuffer(decoder.max_step_tokens, max_slots, CPU) for _ in range(2)]
+        self._buffers = [StepBuffer(decoder.max_step_tokens, max_slots, decoder.max_samples, CPU) for _ in range(2)]
         self._last_token = np.full(max_slots + 1, -7, np.int32)
         self._table = torch.full((max_slots, -(-decoder.max_positions // page_size)), -7, dtype=torch.int32)
         self.most_ahead = 0
@@ -37,16 +38,17 @@ class LaggingRunner(HostRunner):
     def start(self, step: Step, rows: Rows) -> None:
         buffer = self._buffers[step.index % 2]
         buffer.data.fill_(0xEE)
-        buffer.fill(step, self.slots, step.num_tokens, step.num_samples)
+        shape = StepShape(step.num_tokens, step.num_samples)
+        buffer.fill(step, self.slots, shape)
         for slot, column, page in step.page_updates:
             self._table[slot, column] = page
         ids, slots = buffer.arrays["token_ids"].numpy(), buffer.arrays["slot"].numpy()
         for i in np.flatnonzero(step.token_ids < 0):
             ids[i] = self._last_token[slots[i]]
-        given = buffer.step_input(step.num_tokens, step.num_samples, self._table)
+        given = buffer.step_input(shape, self._table)
         a, count = given.attention, step.num_seqs  # the CPU's attention takes no empty sequences
         attention = replace(a, q_start=a.q_start[: count + 1], kv_len=a.kv_len[:count], slot=a.slot[:count])
-        adapters = adapter_rows(rows, torch.from_numpy)
+        adapters = grouped_rows(rows)
         if self._decoder.pooling:
             states = self._decoder.pool(replace(given, attention=attention, adapters=adapters), self._cache)
             self._done.append(StepOutput(SampleOutput(torch.zeros(step.num_samples, dtype=torch.int32)), states=states))

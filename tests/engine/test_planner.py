@@ -31,7 +31,12 @@ class Sizes:
     def __init__(self, max_slots: int = 4, kv_tokens: int = 10**9):
         self.max_slots, self.kv_tokens = max_slots, kv_tokens
         self.running: list[int] = []  # what each sequence still gets
+        self.waiting = 0
         self.limit = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running) - self.waiting
 
     def tokens_left(self) -> np.ndarray:
         return np.array(self.running, np.int64)
@@ -167,13 +172,16 @@ def test_how_the_end_is_spread() -> None:
     left, longest = rest(prompts, lengths, one), np.array([900])
     assert left[0] == Rest(1800, 800, 8 * 225 * 212.5)
     assert left[-1] == Rest(225, 100, 225 * 212.5)
-    roomy = {"max_slots": 4, "kv_tokens": 10**6}
+    roomy = {"max_slots": 16, "kv_tokens": 10**6}
     assert spread(left[0], longest, **roomy) == Spread(4, 128)
     assert spread(left[4], longest, **roomy) == Spread(3, 128)
     assert spread(rest(1000 * prompts, lengths, one)[0], longest, **roomy) == Spread(4, 1024)  # 3 and 889
     assert spread(left[0], np.array([225]), **roomy).sequences >= 9  # they all end together
     assert spread(rest(prompts, lengths, 2 * one)[0], longest, **roomy).sequences == 6
+    assert spread(rest(prompts, lengths, 40 * one)[0], longest, max_slots=128, kv_tokens=10**8).sequences == 128
+    assert spread(rest(prompts, lengths, 40 * one)[0], longest, **roomy).step_tokens == 0  # for 81
     assert spread(left[0], longest, max_slots=1024, kv_tokens=10**6).sequences == 128
+    assert spread(left[0], longest, max_slots=3, kv_tokens=10**6).step_tokens == 0
     # All in the cache for as long as they take, 787,500 tokens times steps: a quarter of what 3,500 tokens can hold.
     assert spread(left[0], longest, max_slots=16, kv_tokens=3500) == Spread(4, 128)
     assert spread(left[0], longest, max_slots=16, kv_tokens=3499).step_tokens == 0
@@ -191,6 +199,10 @@ def test_short_rows_wait_for_their_place_beside_the_longest() -> None:
         started += 1
     assert started == len(engine.running) == 4
     assert engine.limit == 128
+    engine.waiting = 3  # for a slot, or pages
+    assert planner.next(more=False) is None
+    assert engine.limit == 0
+    engine.waiting = 0
     assert planner.next(more=False) is None
     engine.running.pop()
     assert planner.next(more=False) is not None

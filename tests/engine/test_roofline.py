@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from engine.tiny_engine import SPEC, VOCAB, make_decoder, make_engine, run
 
 from batchinfer.config import EngineConfig
 from batchinfer.engine.probe import measure
-from batchinfer.engine.roofline import Ceilings, Costs, least_seconds
+from batchinfer.engine.roofline import Ceilings, Costs, distinct_experts, least_seconds
 from batchinfer.models.layout import num_parameters
 from batchinfer.models.model_spec import ExpertSpec
 from batchinfer.types import ExitCode, JobError, Request, SamplingParams, StepWork
@@ -28,12 +30,45 @@ def test_the_costs_of_llama_3_8b() -> None:
     assert costs.pair_flops == 4 * 32 * 4096
 
 
+EXPERTS = ExpertSpec(count=60, per_token=4, width=10, renormalise=True, shared_width=30, layers=(True, False))
+
+
 def test_of_a_mixture_what_a_token_goes_through() -> None:
-    experts = ExpertSpec(count=60, per_token=4, width=10, renormalise=True, shared_width=30, layers=(True, False))
-    plain, mixed = Costs.of(SPEC, 2), Costs.of(replace(SPEC, experts=experts), 2)
-    one = 32 * (3 * (4 * 10 + 30) + 61) - 32 * 3 * 48
-    assert mixed.token_flops - plain.token_flops == mixed.weight_bytes - plain.weight_bytes == 2 * one
+    """And what steps read beside that: the experts that some token of theirs goes through."""
+    plain, mixed = Costs.of(SPEC, 2), Costs.of(replace(SPEC, experts=EXPERTS), 2)
+    every, expert = 32 * (3 * 30 + 61) - 32 * 3 * 48, 32 * 3 * 10
+    assert mixed.token_flops - plain.token_flops == 2 * (every + 4 * expert)
+    assert mixed.weight_bytes - plain.weight_bytes == 2 * every
+    assert (mixed.experts, mixed.per_token, mixed.expert_bytes) == (60, 4, 2 * expert)
     assert plain.token_flops - Costs.of(replace(SPEC, gated=False), 2).token_flops == 2 * 2 * 32 * 48
+
+
+def test_experts_that_a_step_reads() -> None:
+    """Drawn: each token's choices are a random subset."""
+    assert distinct_experts(1, 60, 4) == pytest.approx(4)
+    assert distinct_experts(100_000, 60, 4) == pytest.approx(60)
+    random = np.random.default_rng(0)
+    drawn = [len({e for _ in range(20) for e in random.choice(60, 4, replace=False)}) for _ in range(300)]
+    assert distinct_experts(20, 60, 4) == pytest.approx(np.mean(drawn), rel=0.01)
+
+
+def test_a_mixtures_steps_read_by_their_size() -> None:
+    """Three steps of one token read their 4 experts each; one of many tokens reads all 60, once."""
+    costs = replace(Costs.of(replace(SPEC, experts=EXPERTS), 2), weight_bytes=0)
+    slow = Ceilings(flops=1e12, bandwidth=1.0)
+    small = StepWork(steps=3, tokens=3, sizes=Counter({1: 3}))
+    large = StepWork(steps=1, tokens=4000, sizes=Counter({4000: 1}))
+    assert least_seconds(small, costs, slow) == pytest.approx(3 * 4 * costs.expert_bytes)
+    assert least_seconds(large, costs, slow) == pytest.approx(60 * costs.expert_bytes)
+
+
+def test_quantised_weights_are_read_in_their_own_size() -> None:
+    costs = Costs.of(replace(SPEC, experts=EXPERTS), 4)
+    whole = costs.weight_bytes + 60 * costs.expert_bytes
+    quarter = costs.quantised(whole // 4)
+    assert quarter.weight_bytes == pytest.approx(costs.weight_bytes / 4)
+    assert quarter.expert_bytes == pytest.approx(costs.expert_bytes / 4)
+    assert quarter.token_flops == costs.token_flops
 
 
 def test_the_scarcer_of_the_two_decides() -> None:
@@ -54,6 +89,8 @@ def test_an_engine_counts_what_its_steps_compute() -> None:
     assert (prefill.context, prefill.pairs) == (13, 10 * 11 // 2 + 3 * 4 // 2)
     assert (decode.steps, decode.tokens, decode.samples) == (4, 8, 8)
     assert decode.context == decode.pairs == sum(10 + i + 3 + i for i in range(1, 5))
+    assert (prefill.sizes, decode.sizes) == ({13: 1}, {2: 4})
+    assert (decode - replace(decode, sizes=Counter({2: 1}))).sizes == {2: 3}
     assert prefill.seconds > 0 < decode.seconds
     assert engine.stats().device_idle > 0
     assert engine.stats().pages_peak == 4 + 2  # pages of 4 tokens, of 14 and 7 positions

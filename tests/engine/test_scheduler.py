@@ -136,6 +136,17 @@ def test_a_step_may_sample_nothing() -> None:
     assert s.num_steps_ahead == 0
 
 
+@pytest.mark.parametrize(("lookup", "most"), [(0, 2), (4, 1)])
+def test_no_more_steps_wait_than_may(lookup: int, most: int) -> None:
+    s = scheduler(lookup=lookup)
+    assert s.max_steps_ahead == most
+    s.add(0, [1, 2], max_new_tokens=9)
+    for _ in range(most):
+        step_of(s)
+    with pytest.raises(RuntimeError, match="a draft waits" if lookup else "two steps wait"):
+        s.schedule()
+
+
 def test_slots_are_reused_lowest_first() -> None:
     s = scheduler(max_slots=3)
     for seq_id, max_new in enumerate([9, 1, 2, 9, 9]):
@@ -482,9 +493,9 @@ def test_families_share_no_pages() -> None:
 
 def test_prompts_can_be_limited_to_a_part_of_a_step() -> None:
     s = scheduler()
-    s.limit_prompts(4)
     s.add(0, range(10), max_new_tokens=20)
-    assert run(s).num_tokens == 10  # nothing decodes beside it
+    assert run(s).num_tokens == 10
+    s.limit_prompts(4)
     s.add(1, range(20, 30), max_new_tokens=20)
     s.add(2, range(40, 46), max_new_tokens=20)
     assert [computed(run(s)) for _ in range(5)] == [{0: 1, 1: 3}] * 3 + [{0: 1, 1: 1, 2: 2}, {0: 1, 1: 1, 2: 2}]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from engine.test_ahead import LaggingRunner
 from engine.tiny_engine import make_decoder, make_engine, random_prompts, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from batchinfer.config import EngineConfig, ModelConfig
+from batchinfer.engine.loading import load_engine
+from batchinfer.engine.no_text import NoText
 from batchinfer.models.decoder import StepInput
 from batchinfer.ops import AttentionInput
 from batchinfer.types import Completion, ErrorCode, Request, SamplingParams
@@ -113,3 +120,43 @@ def test_what_is_interrupted_begins_anew() -> None:
     engine.step()
     assert engine.unfinished() == []
     assert engine.abandon(0).samples[0].token_ids.tolist() == []
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how large the largest tensor is that torch makes or looks at within it."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, (tuple, list)) else (out,)
+        self.elements = max(self.elements, *(t.numel() for t in made if isinstance(t, torch.Tensor)), 0)
+        return out
+
+
+@pytest.mark.feature("engine", "scores take no memory for [tokens, vocabulary]: the LM head works slice by slice")
+def test_memory_does_not_grow_with_length_times_vocabulary(tmp_path: Path) -> None:
+    """A text of 500 tokens in one step and a vocabulary of 20,000: their product is 10 million, a slice has 8 rows."""
+    vocab, slots = 20_000, 8
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": vocab,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = EngineConfig(
+        device="cpu", dtype="fp32", threads=1, max_slots=slots, max_step_tokens=512, num_pages=40, max_model_len=512
+    )
+    engine = load_engine(ModelConfig(str(tmp_path), dummy_weights=True), settings, tokenizer=NoText())  # type: ignore
+    text = np.random.default_rng(0).integers(0, vocab, 500).astype(np.int32)
+    with Largest() as largest:
+        done = run(engine, [Request(0, text, GENERATE, scored_from=1)])
+    assert done[0].samples[0].logprobs is not None
+    assert len(done[0].samples[0].logprobs.chosen) == 499
+    assert engine.stats().steps == 1
+    assert largest.elements == slots * vocab

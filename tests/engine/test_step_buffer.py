@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from batchinfer._engine import Scheduler
-from batchinfer.engine.device_runner import padded
 from batchinfer.engine.slots import SlotTable
 from batchinfer.engine.step_buffer import StepBuffer
+from batchinfer.engine.step_shape import StepShape
 from batchinfer.types import SamplingParams
 
 
@@ -22,17 +22,21 @@ def test_arrays_are_the_steps_and_the_rest_is_of_nobody() -> None:
         slots.assign(seq_id, SamplingParams(temperature=0.5 + seq_id, top_p=0.9), seed=2**63 + seq_id, stop_ids=[])
     step = scheduler.schedule()
     assert (step.num_tokens, step.num_samples) == (6, 3)
-    buffer = StepBuffer(16, 5, torch.device("cpu"))
+    buffer = StepBuffer(16, 5, 5, torch.device("cpu"))
     buffer.data.fill_(0xEE)
-    buffer.fill(step, slots, tokens=8, samples=4)
+    shape = StepShape(8, 4, adapted=True)
+    of_token = np.array([3, -1, -1, 0, 0, 0], np.int32)
+    buffer.fill(step, slots, shape, (of_token, of_token[step.sample_row]))
 
-    given = buffer.step_input(8, 4, torch.zeros(5, 8, dtype=torch.int32))
+    given = buffer.step_input(shape, torch.zeros(5, 8, dtype=torch.int32))
     assert given.token_ids.tolist() == [0, 0, 1, 0, 1, 2, 0, 0]
     assert given.kv_index.tolist() == [*step.kv_index.tolist(), -1, -1]
     assert given.sample_row.tolist() == [0, 2, 5, 0]
     assert given.attention.q_start.tolist() == [0, 1, 3, 6, 6, 6]  # two sequences without tokens
     assert given.attention.kv_len.tolist() == [1, 2, 3, 0, 0]
     assert buffer.arrays["sample_slot"][:4].tolist() == [0, 1, 2, 5]
+    assert given.adapters.tokens.tolist() == [3, -1, -1, 0, 0, 0, -1, -1]
+    assert given.adapters.samples.tolist() == [3, -1, 0, -1]
     sampled = buffer.sample_input(4)
     assert sampled.temperature.tolist() == [0.5, 1.5, 2.5, 0.0]
     assert sampled.seed.numpy().view(np.uint64).tolist()[:3] == [2**63, 2**63 + 1, 2**63 + 2]
@@ -42,16 +46,7 @@ def test_arrays_are_the_steps_and_the_rest_is_of_nobody() -> None:
 
 
 def test_arrays_do_not_overlap_and_stand_where_wide_accesses_may() -> None:
-    buffer = StepBuffer(37, 11, torch.device("cpu"))
+    buffer = StepBuffer(37, 11, 23, torch.device("cpu"))
     spans = sorted((a.data_ptr(), a.data_ptr() + a.nbytes) for a in buffer.arrays.values())
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     assert all((start - buffer.data.data_ptr()) % 16 == 0 for start, _ in spans)
-
-
-def test_captured_sizes_are_few_and_close() -> None:
-    for limit in (1, 6, 100, 1024, 4096):
-        sizes = [padded(count, limit) for count in range(1, limit + 1)]
-        assert all(count <= size <= limit for count, size in enumerate(sizes, 1))
-        assert sizes == sorted(sizes)
-        assert len(set(sizes)) <= 5 + limit // 64 + 16
-        assert all(size - count < max(16, count / 4 + 1) for count, size in enumerate(sizes, 1))

@@ -16,9 +16,11 @@ from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.runner import HostRunner, Runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder
+from batchinfer.models.lora import Factors, Grouped, Stacked, pack_adapters
 from batchinfer.models.model_spec import ModelSpec
 from batchinfer.models.packing import pack
 from batchinfer.models.rope import RopeSpec
+from batchinfer.ops import Ops
 from batchinfer.types import Completion, Pooling, PoolSpec, Request
 
 VOCAB, EOS = 64, 1
@@ -67,8 +69,11 @@ class LetterTokenizer:
         return {"<think>": ord("[") - 33, "</think>": ord("]") - 33}.get(text)
 
 
-def make_decoder(pooling: Pooling | None = None) -> Decoder:
-    """``pooling``: it has no head, and makes vectors."""
+def make_decoder(
+    pooling: Pooling | None = None, ops: Ops | None = None, adapters: type[Grouped] | type[Stacked] | None = None
+) -> Decoder:
+    """``pooling``: it has no head, and makes vectors. ``ops``: instead of the CPU's. ``adapters``: it has two, of this
+    kind."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -84,10 +89,18 @@ def make_decoder(pooling: Pooling | None = None) -> Decoder:
             f"layers.{layer}.gate_up": random(96, 32),
             f"layers.{layer}.down": random(32, 48),
         }
-    ops = op_list.load("cpu", 1)
+    ops = ops or op_list.load("cpu", 1)
     spec = SPEC if pooling is None else SPEC.with_head("hidden")
     sizes = {"max_positions": 128, "max_step_tokens": 128, "max_samples": 64}
-    return Decoder(spec, pack(spec, weights.items(), ops), ops, torch.float32, **sizes, pooling=pooling)
+    adapted = {}
+    if adapters:
+        shapes = {"layers.0.qkv": (64, 32, 3), "layers.0.down": (32, 48, 2), "layers.1.o": (32, 32, 2)}
+        one = {name: Factors(random(r, n), random(m, r)) for name, (m, n, r) in shapes.items()}
+        adapted = pack_adapters(
+            [one, {"layers.1.o": Factors(random(4, 32), random(32, 4))}], ops, torch.float32, adapters
+        )
+    packed = pack(spec, weights.items(), ops, adapted=adapted)
+    return Decoder(spec, packed, ops, torch.float32, **sizes, pooling=pooling, adapters=adapted)
 
 
 RunnerMaker = Callable[[Decoder, int, int], Runner]
@@ -99,6 +112,7 @@ def make_engine(
     make_runner: RunnerMaker = HostRunner,
     trace: Trace | None = None,
     pool: PoolSpec | None = None,
+    adapters: int = 0,
     **options: Any,
 ) -> Engine:
     given = {"num_pages": 200, "page_size": 4, "max_slots": 8, "max_step_tokens": 64, "prefix_cache": True} | options
@@ -117,6 +131,7 @@ def make_engine(
         vocab_size=VOCAB,
         trace=trace,
         pool=pool,
+        adapters=adapters,
     )
 
 

@@ -1,6 +1,6 @@
 """Times of the GPU ops beside the device's own ceilings.
 
-python tests/gpu/bench_ops.py [decode|prefill|rows|linear|sample ...]
+python tests/gpu/bench_ops.py [decode|prefill|rows|linear|codes|adapters|sample ...]
 
 Each op is captured in a graph and its replays are timed by events, the median of several; the host has no part in it.
 Bytes are the fewest that the op must move, operations the fewest it must do; shapes are those of Llama-3.1-8B (32 query
@@ -9,16 +9,20 @@ and 8 kv heads of 128, width 4096) unless the line says otherwise. Inputs are ra
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
+import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from batchinfer.models.lora import Factors, Grouped, Stacked
 from batchinfer.ops import AttentionInput, Rope, SampleInput
 from batchinfer.ops.gpu import GpuOps, open_gpu
+from batchinfer.ops.grouped import GroupQuantized
 
 BF16 = torch.bfloat16
 PAGE = 16
@@ -217,6 +221,49 @@ def bench_linear(gpu: GpuOps, copy: float) -> None:
             line(f"linear {tokens} x {depth} -> {outputs}, {flops:.0f} TFLOP/s", time, bytes=bytes, copy=copy)
 
 
+def bench_codes(gpu: GpuOps, copy: float) -> None:
+    """The widest product of a layer with weights that stay codes; the bytes are those of the codes. From 128 tokens
+    on they are dequantised first (ops/triton/grouped.py)."""
+    outputs, depth = 28672, 4096
+    for name, bits, group in (("int4, groups of 128", 4, 128), ("int8", 8, depth), ("float8", 0, depth)):
+        if bits:
+            codes = torch.randint(2**bits, (outputs, depth), dtype=torch.uint8)
+        else:
+            codes = torch.randn(outputs, depth).to(torch.float8_e4m3fn)
+        scales = torch.rand(outputs, depth // group)
+        weights = [gpu.pack_weight(GroupQuantized(codes, scales, group, bits=bits or 8)) for _ in range(8)]
+        for tokens in (1, 16, 64, 127, 128, 256, 1024):
+            x = torch.randn(tokens, depth, device="cuda", dtype=BF16)
+            out = torch.empty(tokens, outputs, device="cuda", dtype=BF16)
+
+            def all_layers(x: torch.Tensor = x, out: torch.Tensor = out, weights: list = weights) -> None:
+                for weight in weights:
+                    gpu.linear(x, weight, out)
+
+            time = seconds(all_layers, 1) / len(weights)
+            bytes = weights[0].nbytes + 2 * tokens * (outputs + depth)
+            flops = 2 * tokens * outputs * depth / time / 1e12
+            line(f"codes {name}, {tokens} x {depth} -> {outputs}, {flops:.0f} TFLOP/s", time, bytes=bytes, copy=copy)
+
+
+def bench_adapters(gpu: GpuOps) -> None:
+    """What adapters of rank 16 add to a product of 4096 x 4096: in a graph all rows through all of them, and launched
+    from the host, as it was, group by group of rows."""
+    for count, tokens in itertools.product((1, 4, 16, 64), (16, 256, 8192)):
+        x, out = (torch.randn(tokens, 4096, device="cuda", dtype=BF16) for _ in range(2))
+        factors = [Factors(torch.randn(16, 4096), torch.randn(4096, 16)) for _ in range(count)]
+        rows = torch.arange(tokens, device="cuda", dtype=torch.int32) % count
+        stacked, grouped = Stacked.of(factors, gpu, BF16), Grouped.of(factors, gpu, BF16)
+        line(f"{count} adapters, {tokens} rows", seconds(lambda s=stacked, x=x, r=rows, o=out: s.add(gpu, x, r, o)))
+        groups = tuple((i, (rows == i).nonzero()[:, 0]) for i in range(min(count, tokens)))
+        for _ in range(2):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            grouped.add(gpu, x, groups, out)
+            torch.cuda.synchronize()
+        line("  for comparison: group by group", time.perf_counter() - start)
+
+
 def bench_sample(gpu: GpuOps, copy: float, rows: int, vocab: int = 128_256) -> None:
     logits = 3 * torch.randn(rows, vocab, device="cuda")
 
@@ -247,7 +294,7 @@ def bench_sample(gpu: GpuOps, copy: float, rows: int, vocab: int = 128_256) -> N
 
 def main() -> None:
     gpu = open_gpu()
-    wanted = sys.argv[1:] or ["decode", "prefill", "rows", "linear", "sample"]
+    wanted = sys.argv[1:] or ["decode", "prefill", "rows", "linear", "codes", "adapters", "sample"]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     copy = copy_rate()
     if "decode" in wanted:
@@ -258,6 +305,10 @@ def main() -> None:
         bench_rows(gpu, copy)
     if "linear" in wanted:
         bench_linear(gpu, copy)
+    if "codes" in wanted:
+        bench_codes(gpu, copy)
+    if "adapters" in wanted:
+        bench_adapters(gpu)
     if "sample" in wanted:
         for rows in (256, 16):
             bench_sample(gpu, copy, rows)

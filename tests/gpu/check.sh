@@ -2,8 +2,10 @@
 # Builds the GPU extension into the source tree, runs the GPU tests and times the ops. For a machine with an NVIDIA GPU,
 # nvcc, torch, pybind11 and pytest; nothing else of the project needs to be built.
 #   tests/gpu/check.sh            build, test, time
-#   tests/gpu/check.sh build      one or more of: build test sanitize bench
-# ARCH=sm_80 for another GPU, ARCH=sm_90 to run the 8.0 kernels on a 9.0 one; PYTHON for another interpreter.
+#   tests/gpu/check.sh build      one or more of: build test sanitize sanitize-engine bench
+# sanitize-engine, whole steps of the engine, wants the project built for the CPU in the source tree too.
+# ARCH=sm_80 for another GPU, ARCH=sm_90 to run the 8.0 kernels on a 9.0 one; PYTHON for another interpreter;
+# SANITIZER_ARGS for compute-sanitizer, PYTEST_ARGS and BENCH_ARGS for the others.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
@@ -31,15 +33,21 @@ build() {
     -o "batchinfer/_gpu$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')"
 }
 
+# Addresses and races.
+sanitize() {
+  for tool in memcheck racecheck; do
+    PYTHONPATH=. compute-sanitizer --tool "$tool" --error-exitcode 9 ${SANITIZER_ARGS:-} \
+      "$python" -m pytest -q -x "$@" || exit 9
+  done
+}
+
 for step in $steps; do
   case $step in
     build) build ;;
     test) PYTHONPATH=. "$python" -m pytest -q tests/gpu ${PYTEST_ARGS:-} ;;
-    # addresses and races; long contexts and large vocabularies would take hours
-    sanitize) for tool in memcheck racecheck; do
-        PYTHONPATH=. compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q tests/gpu -x -k "$small" || exit 9
-      done ;;
+    sanitize) sanitize tests/gpu -k "$small" ;; # long contexts and large vocabularies would take hours
+    sanitize-engine) sanitize tests/gpu/test_gpu_engine.py -k greedy ;; # launched and captured, in float32 and bfloat16
     bench) PYTHONPATH=. "$python" tests/gpu/bench_ops.py ${BENCH_ARGS:-} ;;
-    *) echo "unknown step $step: build, test, sanitize, bench"; exit 64 ;;
+    *) echo "unknown step $step: build, test, sanitize, sanitize-engine, bench"; exit 64 ;;
   esac
 done

@@ -2,12 +2,14 @@
 by their sum over some of them.
 
 python tests/gpu/profile_engine.py MODEL_FOLDER WORKLOAD [COUNT [FIRST_STEP [STEPS [key=value of EngineConfig ...]]]]
+
+With filled=0 among the options steps with prompts or drafts are not captured, with filled=N those of up to N tokens.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -76,12 +78,16 @@ def by_kernel(engine: Engine, requests: list[Request], first: int, count: int) -
 def main() -> None:
     folder, workload, *rest = sys.argv[1:]
     rows, first, count = (int(rest[i]) if len(rest) > i else default for i, default in enumerate((0, 100, 20)))
-    kinds = {f.name: type(f.default) for f in fields(EngineConfig)}
+    kinds = {f.name: type(f.default) for f in fields(EngineConfig)} | {"filled": int}
     given = {key: kinds[key](value) for key, _, value in (option.partition("=") for option in rest[3:])}
+    filled = given.pop("filled", None)
     tokenizer: Any = NoText()
     print(f"{folder} {workload} {rows or ''}")
     for look in (by_size, lambda engine, requests: by_kernel(engine, requests, first, count)):
         engine = load_engine(ModelConfig(folder, True), EngineConfig(**(CUDA | given)), tokenizer=tokenizer)
+        if filled is not None:
+            engine._runner.limits = replace(engine._runner.limits, filled=filled)
+        print(f"  steps with prompts or drafts are captured up to {engine._runner.limits.filled} tokens")
         look(engine, make_requests(workload, engine.vocab_size, rows))
         engine.close()
 

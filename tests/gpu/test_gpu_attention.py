@@ -121,6 +121,30 @@ def test_other_widths_and_float32(gpu, shape, dtype):
     assert_attention(make_case(shape, dtype, draw_lengths(shape[2], 10, 300), 32, 1), gpu, shape[2] ** -0.5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((8, 2, 128), torch.bfloat16),
+        ((9, 3, 64), torch.float16),
+        ((6, 2, 96), torch.bfloat16),
+        ((4, 2, 64), torch.float32),
+    ],
+)
+def test_a_step_may_be_filled_up(gpu, shape, dtype):
+    """With tokens that no sequence has, at its end, and sequences without tokens. The others' results are the same."""
+    case = make_case(shape, dtype, [(1, 40), (1, 17), (30, 90), (5, 5)], slots=9)
+    want, want_lse = case.run(gpu, 0.1)
+    i, more = case.inputs, 11
+    end = int(i.q_start[-1])
+    nobody = torch.zeros(5, dtype=torch.int32)
+    starts = torch.cat([i.q_start, torch.full((5,), end, dtype=torch.int32)])
+    filled = AttentionInput(starts, torch.cat([i.kv_len, nobody]), torch.cat([i.slot, nobody]), i.page_table)
+    q = torch.cat([case.q, torch.full((more, *case.q.shape[1:]), torch.nan, dtype=dtype)])
+    out, lse = replace(case, q=q, inputs=filled).run(gpu, 0.1)
+    assert torch.equal(out[:end], want)
+    assert torch.equal(lse[:end], want_lse)
+
+
 @pytest.mark.parametrize("shape", [(32, 8, 128), (9, 3, 64), (20, 1, 128)])
 def test_split_boundaries(gpu, shape):
     lengths = [(1, n) for n in (1, 15, 16, 17, 1023, 1024, 1025, 2047, 2048, 2049, 3000, 5000)]

@@ -172,7 +172,7 @@ CASES = {
     "penalties": replace(PLAIN, repetition_penalty=1.3, presence_penalty=0.5),
     "logprobs": replace(PLAIN, logprobs=3),
 }
-OPTIONS: list[dict[str, Any]] = [{}, {"num_pages": 30, "max_slots": 8, "max_step_tokens": 40}]
+OPTIONS: list[dict[str, Any]] = [{}, {"num_pages": 30, "max_slots": 8, "max_step_tokens": 40}, {"lookup": 3}]
 
 
 def tokens(done: dict[int, Completion]) -> dict[int, list[list[int]]]:
@@ -203,15 +203,29 @@ def test_tokens_in_float32_are_the_cpus(quick_gpu, case: str, options: dict[str,
     engine.close()
 
 
-def test_a_captured_step_gives_the_tokens_of_a_launched_one(real_gpu) -> None:
-    requests = [Request(i, p, replace(PLAIN, temperature=0.9), seed=i) for i, p in enumerate(prompts(40))]
+@pytest.mark.parametrize("lookup", [0, 3])
+def test_a_captured_step_gives_the_tokens_of_a_launched_one(real_gpu, lookup: int) -> None:
+    """Decoding steps, and those that begin prompts meanwhile or have drafts in them."""
+    params = replace(PLAIN, temperature=0.9)
+    requests = [Request(i, p, replace(params, max_tokens=20 + i % 30), seed=i) for i, p in enumerate(prompts(90))]
     decoder = make_decoder(LLAMA, real_gpu, torch.float32)
-    captured, launched = make_engine(decoder), make_engine(decoder)
-    launched._runner._captured = lambda tokens: False  # type: ignore[method-assign]
+    captured, launched = (make_engine(decoder, lookup=lookup, max_slots=32) for _ in range(2))
+    launched._runner._captured = lambda shape: False  # type: ignore[method-assign]
     want, got = run(launched, requests), run(captured, requests)
-    assert captured._runner._graphs
+    graphs = captured._runner._graphs
+    assert {shape.decode_only for shape in graphs} >= ({False} if lookup else {False, True})
     same = [a == b for a, b in zip(tokens(want).values(), tokens(got).values(), strict=True)]
     assert sum(same) >= 0.95 * len(same)
+
+
+def test_right_drafts_save_steps(real_gpu) -> None:
+    """One sequence that repeats itself: its steps are its tokens, less the draft tokens that were right."""
+    params = replace(PLAIN, max_tokens=60, allowed_token_ids=(3, 4))
+    engine = make_engine(make_decoder(LLAMA, real_gpu, torch.float32), lookup=3)
+    run(engine, [Request(0, prompts(1)[0], params)])
+    stats = engine.stats()
+    assert stats.accepted_tokens > 20
+    assert stats.decode.steps + stats.prefill.steps == 60 - stats.accepted_tokens
 
 
 def test_greedy_in_bfloat16_stays_near_float32(real_gpu) -> None:

@@ -7,30 +7,17 @@ import importlib.util
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from gpu.compile import ROOT, SOURCES, budget
+from tools import run, tool
 
 pytestmark = pytest.mark.skipif(not os.environ.get("BATCHINFER_TEST_HIP"), reason="takes a minute: make hip-check")
 
 TARGETS = ["gfx90a", "gfx942", "gfx1100"]
 IMPORT = "import json, _gpu; print(json.dumps([_gpu.compiled_for, _gpu.device_count(), _gpu.build_info]))"
-
-
-def tool(name: str) -> str:
-    found = shutil.which(name, path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
-    assert found, f"{name} is not installed"
-    return found
-
-
-def run(*command: str, **environment: str) -> str:
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

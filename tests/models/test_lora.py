@@ -20,6 +20,8 @@ from batchinfer.config import EngineConfig, ModelConfig
 from batchinfer.engine.loading import load_engine
 from batchinfer.feed import steps
 from batchinfer.models.identity import adapter_fingerprints
+from batchinfer.models.lora import Factors, Grouped, Stacked, pack_adapters
+from batchinfer.ops.reference import ReferenceOps
 from batchinfer.types import Completion, ErrorCode, JobError, PoolSpec, Request, SamplingParams
 
 Tiny = Callable[[str], TinyModel]
@@ -178,6 +180,32 @@ def test_base_weights_may_be_int8(tiny: Tiny, tmp_path: Path) -> None:
         vectors[form] = np.stack([completion.samples[0].vector for completion in done])
     error = np.abs(vectors["int8"] - vectors["auto"]).max()
     assert 0 < error < 0.1 * np.abs(vectors["auto"][1] - vectors["auto"][0]).max()
+
+
+@pytest.mark.feature("LoRA", "all rows through all adapters side by side: the sums of each through its own")
+@pytest.mark.parametrize("seed", range(4))
+def test_both_ways_add_the_same(seed: int) -> None:
+    """What other rows hold does not count, not even infinities."""
+    generator, ops = torch.Generator().manual_seed(seed), ReferenceOps()
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).float()
+
+    adapters = [{"o": Factors(random(r, 24), random(16, r))} for r in (1, 3, 8)]
+    adapters[1] = {"another": adapters[1]["o"]}
+    x, rows = random(40, 24), torch.randint(-1, 3, (40,), generator=generator, dtype=torch.int32)
+    want = random(40, 16)
+    got = want.clone()
+    groups = tuple((i, (rows == i).nonzero()[:, 0]) for i in range(3))
+    pack_adapters(adapters, ops, torch.float32, Grouped)["o"].add(ops, x, groups, want)
+    stacked = pack_adapters(adapters, ops, torch.float32, Stacked)
+    assert stacked.keys() == {"o", "another"}
+    stacked["o"].add(ops, x, rows, got)
+    torch.testing.assert_close(got, want)
+    x[rows == 0] = torch.inf
+    others, again = rows != 0, want.clone()
+    stacked["o"].add(ops, x, rows, again)
+    assert again[others].isfinite().all()
 
 
 def test_an_adapter_that_there_is_not(tiny: Tiny) -> None:

@@ -200,7 +200,10 @@ def test_experts() -> None:
         ({"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 makes 3 of"),
         ({"architectures": ["DeepseekV3ForCausalLM"]}, "'DeepseekV3ForCausalLM' is not supported; supported are"),
         ({"architectures": ["Phi4ForCausalLM"]}, "nearest is Phi3ForCausalLM"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\) is not supported: use"),
+        (
+            {"quantization_config": {"quant_method": "exl2"}},
+            r"has quant_method='exl2', which is not supported; it must be one of 'fp8', .*'awq'.* use",
+        ),
         ({"rope_scaling": {"type": "mrope"}}, "rope_type='mrope' is not supported; supported are default, linear"),
         ({"rope_scaling": {"type": "linear"}}, r"config.json \(rope_scaling\) has no 'factor'"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object"),

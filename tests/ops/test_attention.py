@@ -97,7 +97,7 @@ def check(ops: NativeOps, case: Case, atol: float = 2e-5, lse_atol: float = 2e-5
     and every probability may be off by half a unit of its 8 bits."""
     exact, slack = ReferenceOps(torch.float64), 0.0
     out, lse = attend(ops, case)
-    if "bf16" in ops.isa and case.k_cache.dtype is not torch.float32:
+    if ops.bf16_dot and case.k_cache.dtype is not torch.float32:
         case = dataclasses.replace(case, q=case.q.bfloat16().float())
         keys, values = (decode_kv(cache, torch.float64) for cache in (case.k_cache, case.v_cache))
         sizes, _ = attend(exact, dataclasses.replace(case, k_cache=keys, v_cache=values.abs()), torch.float64)

@@ -46,13 +46,8 @@ def gated_linear(
     return out
 
 
-def rounds_activations(isa: str, dtype: torch.dtype) -> bool:
-    """Whether the instruction set's dot product takes activations in bfloat16."""
-    return "bf16" in isa and dtype is torch.bfloat16
-
-
 def check(ops: NativeOps, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    seen = x.bfloat16() if rounds_activations(ops.isa, weight.dtype) else x
+    seen = x.bfloat16() if ops.bf16_dot and weight.dtype is torch.bfloat16 else x
     truth = seen.double() @ weight.double().T + (0 if bias is None else bias.double())
     # A chain of K roundings: K * 2^-24 of the sum of magnitudes at the very worst.
     bound = (seen.double().abs() @ weight.double().abs().T + 1) * (x.shape[1] + 2) * 2**-24

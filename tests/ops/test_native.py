@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from tools import run, tool
 
 from batchinfer import _ops
 from batchinfer.ops import HeadNorm, Rope, SampleInput, load
@@ -126,11 +127,11 @@ def test_a_missing_extension_names_the_rebuild_command(monkeypatch: pytest.Monke
         load("cpu")
 
 
-@pytest.mark.feature("CPU kernels", "generic, AVX2, AVX-512, AVX512-VNNI, AVX512-BF16, chosen at run time")
+@pytest.mark.feature("CPU kernels", "portable, AVX2, AVX-512, AVX512-VNNI, AVX512-BF16, chosen at run time")
 def test_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     usable = _ops.build_info["usable_isas"]
     assert set(usable) <= set(_ops.build_info["isas"])
-    assert "generic" in usable
+    assert usable[-1] == _ops.build_info["isas"][-1]  # the baseline, which needs nothing
     monkeypatch.delenv("BATCHINFER_ISA", raising=False)
     assert NativeOps("cpu", 1).isa == usable[0]
     for isa in usable:
@@ -139,6 +140,22 @@ def test_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         assert NativeOps("cpu", 1, isa=usable[0]).isa == usable[0]  # the argument wins
     monkeypatch.setenv("BATCHINFER_ISA", "mmx")
     with pytest.raises(ValueError, match=rf"'mmx' .BATCHINFER_ISA. cannot be used: .* can run {', '.join(usable)}"):
+        NativeOps("cpu", 1)
+
+
+@pytest.mark.feature("CPU kernels", "AMX: bf16 and int8 products, emulated in C++ tests; run on no such CPU yet")
+@pytest.mark.skipif("amx" not in _ops.build_info["isas"], reason="another processor, or a compiler before GCC 11")
+def test_products_on_tiles_are_in_the_extension() -> None:
+    """Emulation (tests/csrc) proves the loops; this, that the compiler made these instructions of the same source."""
+    code = run(tool("objdump"), "--disassemble", "--no-show-raw-insn", _ops.__file__)
+    for instruction in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tdpbsud", "tilestored", "tilerelease"):
+        assert instruction in code
+
+
+@pytest.mark.skipif("amx" in _ops.build_info["usable_isas"], reason="this CPU has AMX")
+def test_tiles_are_refused_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATCHINFER_ISA", "amx")
+    with pytest.raises(ValueError, match=r"'amx' .BATCHINFER_ISA. cannot be used: .* can run"):
         NativeOps("cpu", 1)
 
 

@@ -35,9 +35,8 @@ def test_compiles_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     target, kernels = TARGETS[name], compiled(TARGETS[name])
-    assert (
-        len(kernels) == 22
-    )  # all of them; attention's in two widths, for prompts and for decoding; products of 2 sizes
+    # All of them; attention's in two widths, for prompts and for decoding; products of 2 sizes, or 2 sorts of codes.
+    assert len(kernels) == (29 if name == "sm_90" else 28)
     needs = {name: need(kernel) for name, kernel in kernels.items()}
     assert {name: it for name, it in needs.items() if it.spilled > target.spills.get(name, 0)} == {}
     assert {name: it for name, it in needs.items() if it.shared > target.shared} == {}

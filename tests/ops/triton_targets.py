@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 import triton
+from ops.group_cases import draw
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from batchinfer.ops import AttentionInput, Experts, HeadNorm, Rope, SampleInput
 from batchinfer.ops.triton.backend import TritonOps
+from batchinfer.ops.triton.grouped import FROM_DENSE, Groups
 from batchinfer.ops.triton.mixture import Mixture
 
 
@@ -80,13 +82,17 @@ class CompiledOps(TritonOps):
         super().__init__("cpu")
         self._rdna = str(target.arch).startswith("gfx1")
         self._mixture = Mixture(shared, self._rdna)
+        self._groups = Groups(100, self._rdna)
+        self.float8 = str(target.arch) in ("89", "90")
         self.kernels: dict[str, Any] = {}
 
     def _run(self, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
         name = kernel.__name__
         if name == "attend":
             name = f"attend {'decode' if options['SPLIT'] else 'prefill'} {options['WIDTH']}"
-        if name.endswith("products"):
+        if name.startswith("group_"):
+            name = f"{name} {'float' if options['FLOAT8'] else 'int'}{options['BITS']}"
+        if name.endswith("products") or name.startswith("group_products"):
             name = f"{name} {options['ROWS']}"
         if name not in self.kernels:
             self.kernels[name] = kernel.warmup(*args, grid=grid, **options)
@@ -94,7 +100,7 @@ class CompiledOps(TritonOps):
 
 def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
     """Every op at the sizes of a model, attention for two widths, one of them with a soft cap, a
-    mixture of experts for few and for many tokens."""
+    mixture of experts for few and for many tokens, products with codes of 4 and of 8 bits."""
     attend(ops, 9, 3, 64, dtype, softcap=50.0)
     attend(ops, 32, 8, 128, dtype, softcap=0.0)
     words, x = torch.zeros(3, dtype=torch.int32), torch.zeros(3, 4096, dtype=dtype)
@@ -108,6 +114,13 @@ def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
     ops.gelu_mul(torch.zeros(3, 8192, dtype=dtype), torch.zeros_like(x))
     mix(ops, 3, dtype)
     mix(ops, 900, dtype)  # 450 for an expert
+    for rows in (3, 100, FROM_DENSE):
+        multiply(ops, rows, "int4 with zeros", dtype)
+    for rows in (3, FROM_DENSE):
+        multiply(ops, rows, "float8 in blocks", dtype)
+    if ops.float8:
+        codes = torch.zeros(3, 4096, dtype=torch.float8_e4m3fn)
+        ops._groups.encode(ops._launch, x, codes, torch.zeros(3, 1))
     numbers, start = torch.zeros(3), torch.zeros(4, dtype=torch.int32)
     inputs = SampleInput(
         *(numbers, words, numbers, numbers, words.long(), words),
@@ -127,6 +140,11 @@ def mix(ops: CompiledOps, tokens: int, dtype: torch.dtype) -> None:
     experts = Experts((gate_up,) * 16, (down,) * 16, (768,) * 16, top_k=8, renormalise=True)
     x = torch.zeros(tokens, 2048, dtype=dtype)
     ops.mix_experts(x, torch.zeros(tokens, 16), experts, x)
+
+
+def multiply(ops: CompiledOps, rows: int, kind: str, dtype: torch.dtype) -> None:
+    weight = ops.pack_weight(draw(kind, 256, 4096))
+    ops.linear(torch.zeros(rows, 4096, dtype=dtype), weight, torch.zeros(rows, 256, dtype=dtype), torch.zeros(256))
 
 
 def attend(ops: CompiledOps, heads: int, kv_heads: int, width: int, dtype: torch.dtype, softcap: float) -> None:

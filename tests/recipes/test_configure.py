@@ -79,6 +79,20 @@ def test_a_wrong_number_of_jobs_is_refused(tmp_path: Path) -> None:
     assert "MAX_JOBS=many is no number of compilers" in output
 
 
+def test_the_number_of_jobs_and_a_compiler_cache_are_taken(tmp_path: Path) -> None:
+    cache = tmp_path / "bin/ccache"
+    cache.parent.mkdir()
+    cache.write_text('#!/bin/sh\nexec "$@"\n')
+    cache.chmod(0o755)
+    path = f"{cache.parent}:/usr/bin:/bin"
+    code, said = configure(tmp_path, BATCHINFER_DEVICE="cpu", MAX_JOBS="3", PATH=path)
+    assert code == 0, said
+    assert f"compiler cache {cache}" in said
+    rules = (tmp_path / "build/CMakeFiles/rules.ninja").read_text()
+    assert f"{cache} /usr/bin/" in rules
+    assert "depth = 3" in rules
+
+
 def rocm(root: Path, major: int, minor: int) -> str:
     """A folder with as much of ROCm as CMake looks at before it takes the compiler."""
     header = root / "include/hip/hip_version.h"

@@ -12,6 +12,7 @@ from triton import cdiv
 from batchinfer.ops import AttentionInput, Experts, HeadNorm, Rope, SampleInput, SampleOutput
 from batchinfer.ops.device import DeviceOps, fitting_split, parts
 from batchinfer.ops.fields import SAMPLE_FIELDS
+from batchinfer.ops.grouped import GroupQuantized
 from batchinfer.ops.triton import attention, logprobs, norms, penalties, rope, rows, sample
 from batchinfer.ops.triton.blocks import (
     attention_blocks,
@@ -21,6 +22,7 @@ from batchinfer.ops.triton.blocks import (
     power_of_2,
     row_block,
 )
+from batchinfer.ops.triton.grouped import Groups, PackedGroups, multiplies_float8, pack
 from batchinfer.ops.triton.mixture import Mixture
 
 SPLIT = 1024
@@ -71,6 +73,7 @@ class TritonOps(DeviceOps):
         self._ends: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._counts: dict[int, Tensor] = {}
         self._mixture = Mixture(shared, self._rdna)
+        self._groups = Groups(self._multiprocessors, self._rdna, multiplies_float8(self.device))
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         """Products may fuse with sums where ``options`` don't say otherwise: Triton's own default changes in 3.10."""
@@ -79,6 +82,12 @@ class TritonOps(DeviceOps):
 
     def _run(self, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
         kernel[grid](*args, **options)
+
+    def _pack_groups(self, weight: GroupQuantized) -> PackedGroups:
+        return pack(weight, self.device)
+
+    def _group_linear(self, x: Tensor, weight: PackedGroups, out: Tensor, bias: Tensor | None) -> None:
+        self._groups.linear(self._launch, self._dense_linear, x, weight, out, bias)
 
     def _lookup(self, ids: Tensor, table: Tensor, out: Tensor, scale: float) -> None:
         count, width = out.shape

@@ -89,3 +89,30 @@ def expert_blocks(tokens: int, itemsize: int, shared: int, rdna: bool = False) -
         return ProductBlocks(16 if tokens <= 16 else 32, 32, 32, 4, 1)
     choices = FEW if tokens <= 12 else SOME if tokens <= 48 else MORE if tokens < 192 else MANY
     return next((blocks for blocks in choices if blocks.shared(itemsize) <= shared), choices[-1])
+
+
+@dataclass(frozen=True)
+class GroupBlocks:
+    """``rows`` by ``columns`` of the result of a product with codes; ``warps`` and pipeline ``stages`` of a program."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def group_blocks(rows: int, itemsize: int, rdna: bool = False) -> GroupBlocks:
+    """For so many rows of activations of ``itemsize`` bytes."""
+    if itemsize == 4:
+        return GroupBlocks(16, 32, 4, 1)
+    if rdna:
+        return GroupBlocks(16 if rows <= 16 else 32, 32, 4, 1)
+    if rows <= 16:
+        return GroupBlocks(16, 64, 4, 4)
+    return GroupBlocks(32 if rows <= 32 else 64, 64, 4, 3)
+
+
+def splits(tiles: int, deep: int, multiprocessors: int) -> int:
+    """Parts of K, ``deep`` blocks of codes, so that ``tiles`` of a result keep a device busy: two programs for each
+    multiprocessor, with four blocks at least."""
+    return max(1, min(-(-2 * multiprocessors // max(tiles, 1)), deep // 4, 16))

@@ -57,6 +57,43 @@ inline Ints dot(Codes u, Signed a, Ints sum) {
 #endif
 }
 
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+
+struct Codes {
+    Words u;
+};
+using Signed = Words;
+inline Codes spread(Words u) {
+    return {u};
+}
+inline Signed broadcast_codes(uint32_t a) {
+    return a - Words{};
+}
+inline Ints dot(Codes u, Signed a, Ints sum) {
+    return (Ints)vusdotq_s32((int32x4_t)sum, (uint8x16_t)u.u, (int8x16_t)a);
+}
+
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+// Both signed, so a weight is its code less 128, and 128 times the activations is given back.
+struct Codes {
+    int8x16_t s;
+};
+struct Signed {
+    int8x16_t s;
+    Ints lost;
+};
+inline Codes spread(Words u) {
+    return {(int8x16_t)(u ^ 0x80808080u)};
+}
+inline Signed broadcast_codes(uint32_t a) {
+    const int8x16_t s = (int8x16_t)(a - Words{});
+    return {s, (Ints)vdotq_s32(vdupq_n_s32(0), s, vdupq_n_s8(64)) * 2};
+}
+inline Ints dot(Codes u, Signed a, Ints sum) {
+    return (Ints)vdotq_s32((int32x4_t)(sum + a.lost), u.s, a.s);
+}
+
 #else
 
 struct Codes {
@@ -93,6 +130,8 @@ inline Vec load_halves(const uint16_t* p) {
     return {_mm512_cvtph_ps((__m256i)h)};
 #elif BATCHINFER_VEC_AVX2
     return {_mm256_cvtph_ps((__m128i)h)};
+#elif BATCHINFER_VEC_NEON
+    return {(Floats)vcvt_f32_f16(bits_as<float16x4_t>(h))};
 #else
     const Words bits = __builtin_convertvector(h, Words);
     const Vec size = Vec{bits_as<Floats>((bits & 0x7fff) << 13)} * Vec::broadcast(0x1p112f);  // subnormals too

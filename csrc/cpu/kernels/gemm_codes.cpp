@@ -13,15 +13,16 @@
 // bytes of k.
 #include "cpu/kernels/code_dot.h"
 #include "cpu/kernels/codes.h"
+#include "cpu/kernels/gemm_amx.h"
 #include "cpu/kernels/gemm_output.h"
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/packed_codes.h"
 
 namespace batchinfer::BATCHINFER_ISA {
 namespace {
 
 constexpr int64_t kWordDepth = 4;  // values of k in a word
 constexpr int64_t kWordRow = kPanel * sizeof(uint32_t);
-constexpr int32_t kInt8Zero = 128;  // the code of 0
 
 int64_t round_up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
@@ -31,30 +32,11 @@ int64_t min(int64_t a, int64_t b) {
 }
 
 // Registers: for int8 R x C sums; for blocks as many again, of the block in hand. Few rows take more panels at once.
-#if BATCHINFER_VEC_AVX512
+#if BATCHINFER_VEC_AVX512 || defined(__ARM_FEATURE_DOTPROD)
 constexpr int kWholeRows = 12, kWholeWideRows = 5, kBlockRows = 6, kBlockWideRows = 2;
 #else
 constexpr int kWholeRows = 4, kWholeWideRows = 1, kBlockRows = 2, kBlockWideRows = 0;
 #endif
-
-// Activations of a task: codes in blocks of kDepthBlock values of k, row after row; behind them what belongs to a row.
-struct PackedRows {
-    const int8_t* codes;  // [blocks of k, rows, kDepthBlock]
-    const float* scale;   // [rows, scales]
-    const float* moment;  // blocks: [rows, scales] scale * sum of the codes. int8: the sums as int32, [rows]
-    int64_t rows, scales;
-
-    PackedRows(const void* packed, int64_t rows, int64_t depth, int64_t scales)
-        : codes(static_cast<const int8_t*>(packed)),
-          scale(reinterpret_cast<const float*>(codes + rows * round_up(depth, kDepthBlock))),
-          moment(scale + rows * scales),
-          rows(rows),
-          scales(scales) {}
-
-    const int8_t* at(int64_t row, int64_t k) const {
-        return codes + (k / kDepthBlock * rows + row) * kDepthBlock + k % kDepthBlock;
-    }
-};
 
 // Exact: codes are small, and so are sums of up to 2^24 / 127 of them.
 int32_t sum_of(Ints codes) {
@@ -148,10 +130,8 @@ struct Int8 {
     static void tile(const PackedRows& x, int64_t row, const uint8_t* const* panels, int64_t depth, float* part) {
         Ints sum[R][2 * P];
         for (int r = 0; r < R; ++r) {
-            int32_t total;
-            __builtin_memcpy(&total, x.moment + row + r, sizeof(total));
             for (int c = 0; c < 2 * P; ++c)
-                sum[r][c] = -kInt8Zero * total - Ints{};
+                sum[r][c] = -kInt8Zero * x.total(row + r) - Ints{};
         }
         int64_t offset = 0;
         for (int64_t k = 0; k < depth; k += kDepthBlock) {
@@ -284,34 +264,10 @@ constexpr int kPanelsAtOnce = R == 1                   ? 4
                               : R <= Format::kWideRows ? 2
                                                        : 1;
 
-// Where the sums of a tile go.
-struct Plain {
-    static constexpr int64_t kColumns = kPanel;  // of the output, in a panel
-
-    static void write(const float* part, int64_t stride, int rows, int64_t row, int64_t column, const GemmOutput& to) {
-        for (int c = 0; c < 2; ++c, column += Vec::W, part += Vec::W) {
-            const int count = static_cast<int>(min(Vec::W, to.columns - column));
-            if (count <= 0) return;
-            const Vec bias = to.bias ? Vec::load(to.bias + column, count) : Vec::zero();
-            float* out = static_cast<float*>(const_cast<void*>(to.rows.data)) + row * to.rows.stride + column;
-            for (int r = 0; r < rows; ++r, out += to.rows.stride)
-                (Vec::load(part + r * stride) + bias).store(out, count);
-        }
-    }
-};
-
-struct Gated {
-    static constexpr int64_t kColumns = Vec::W;
-
-    static void write(const float* part, int64_t stride, int rows, int64_t row, int64_t column, const GemmOutput& to) {
-        gate(part, stride, rows, row, column, to);
-    }
-};
-
-template <class Format, class Kind, int R>
+template <class Format, class Output, int R>
 void multiply_rows(const PackedRows& x, int64_t row, int64_t depth, const uint8_t* panels, const GemmOutput& to) {
     constexpr int P = kPanelsAtOnce<R, Format>;
-    const int64_t count = (to.columns + Kind::kColumns - 1) / Kind::kColumns, bytes = Format::panel_bytes(depth);
+    const int64_t count = (to.columns + Output::kColumns - 1) / Output::kColumns, bytes = Format::panel_bytes(depth);
     float part[R * P * kPanel];
     const auto tile = [&]<int Panels>(int64_t panel) {
         const uint8_t* at[Panels];
@@ -319,7 +275,7 @@ void multiply_rows(const PackedRows& x, int64_t row, int64_t depth, const uint8_
             at[p] = panels + (panel + p) * bytes;
         Format::template tile<R, Panels>(x, row, at, depth, part);
         for (int p = 0; p < Panels; ++p)
-            Kind::write(part + p * kPanel, Panels * kPanel, R, row, (panel + p) * Kind::kColumns, to);
+            Output::write(part + p * kPanel, Panels * kPanel, R, row, (panel + p) * Output::kColumns, to);
     };
     int64_t panel = 0;
     for (; panel + P <= count; panel += P)
@@ -331,20 +287,20 @@ void multiply_rows(const PackedRows& x, int64_t row, int64_t depth, const uint8_
 using MultiplyRows = void (*)(const PackedRows&, int64_t row, int64_t depth, const uint8_t*, const GemmOutput&);
 
 // Entry r is for r + 1 rows.
-template <class Format, class Kind>
+template <class Format, class Output>
 struct ByRows {
     MultiplyRows entry[Format::kRows];
     template <int R>
     constexpr void fill() {
-        entry[R - 1] = multiply_rows<Format, Kind, R>;
+        entry[R - 1] = multiply_rows<Format, Output, R>;
         if constexpr (R > 1) fill<R - 1>();
     }
     constexpr ByRows() : entry{} { fill<Format::kRows>(); }
 };
 
-template <class Format, class Kind>
+template <class Format, class Output>
 void multiply(const void* packed_rows, int64_t rows, int64_t depth, const void* panels, const GemmOutput& out, Coming) {
-    static constexpr ByRows<Format, Kind> by_rows;
+    static constexpr ByRows<Format, Output> by_rows;
     const PackedRows x(packed_rows, rows, depth, Format::scales(depth));
     const int64_t tiles = (rows + Format::kRows - 1) / Format::kRows;
     for (int64_t i = 0; i < tiles; ++i) {
@@ -364,13 +320,13 @@ constexpr GemmKernel kernel() {
             Format::pack_panel,
             packed_row_bytes<Format>,
             pack_rows<Format>,
-            multiply<Format, Plain>,
-            multiply<Format, Gated>};
+            multiply<Format, PlainOutput>,
+            multiply<Format, GatedOutput>};
 }
 
 }  // namespace
 
-const GemmKernel gemm_int8 = kernel<Int8>();
+const GemmKernel gemm_int8 = int8_on_tiles(kernel<Int8>());
 const GemmKernel gemm_blocks8 = kernel<Blocks<8, 32>>();
 const GemmKernel gemm_blocks4 = kernel<Blocks<4, 32>>();
 const GemmKernel gemm_short_blocks8 = kernel<Blocks<8, 16>>();

@@ -21,6 +21,11 @@ inline Product multiply(Words a, uint32_t m) {
     const __m256i even = _mm256_mul_epu32(x, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
     return {(Words)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa),
             (Words)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)};
+#elif BATCHINFER_VEC_NEON
+    const uint32x4_t x = (uint32x4_t)a, factor = vdupq_n_u32(m);
+    const uint32x4_t first = (uint32x4_t)vmull_u32(vget_low_u32(x), vget_low_u32(factor));
+    const uint32x4_t last = (uint32x4_t)vmull_high_u32(x, factor);
+    return {(Words)vuzp2q_u32(first, last), (Words)vuzp1q_u32(first, last)};
 #else
     Product p;
     for (int i = 0; i < Vec::W; ++i) {

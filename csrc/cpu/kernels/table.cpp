@@ -1,4 +1,5 @@
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/tile.h"
 
 #define BATCHINFER_QUOTED(x) #x
 #define BATCHINFER_NAME(x) BATCHINFER_QUOTED(x)
@@ -7,6 +8,7 @@ namespace batchinfer::BATCHINFER_ISA {
 
 extern const KernelTable table = {
     .isa = BATCHINFER_NAME(BATCHINFER_ISA),
+    .bf16_dot = BATCHINFER_BF16_DOT,
     .embed = embed,
     .rms_norm = rms_norm,
     .layer_norm = layer_norm,

@@ -12,8 +12,8 @@ namespace batchinfer::BATCHINFER_ISA {
 
 // Rows of a tile two vectors wide, and of one four wide (for few rows). Both leave registers for the weights of
 // a step and one activation.
-#if BATCHINFER_VEC_AVX512
-inline constexpr int kTileRows = 13, kWideTileRows = 5;  // GCC spills with 14
+#if BATCHINFER_VEC_AVX512 || BATCHINFER_VEC_NEON
+inline constexpr int kTileRows = 13, kWideTileRows = 5;  // 32 registers; GCC spills with 14
 #else
 inline constexpr int kTileRows = 6, kWideTileRows = 2;  // 16 registers
 #endif
@@ -61,11 +61,11 @@ struct Bf16Columns : F32Weights {
     }
 };
 
-#if defined(__AVX512BF16__) || defined(BATCHINFER_EMULATE_BF16_DOT)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || defined(BATCHINFER_EMULATE_BF16_DOT)
 #define BATCHINFER_BF16_DOT 1
 
-// x rounded to bfloat16 and dotted two at a time with an f32 sum. This processor's rounding of the sum is its own
-// (it flushes subnormals), so results differ in the last bits from those of Bf16Weights.
+// x rounded to bfloat16 and dotted two at a time with an f32 sum. A processor's rounding of the sum is its own (and
+// it flushes subnormals), so results differ in the last bits from those of Bf16Weights.
 struct Bf16DotWeights {
     using Word = uint32_t;
     using Activation = uint32_t;
@@ -78,11 +78,15 @@ struct Bf16DotWeights {
 #if defined(BATCHINFER_EMULATE_BF16_DOT)
         sum = fma({bits_as<Floats>(x & 0xffff0000u)}, {bits_as<Floats>(w & 0xffff0000u)}, sum);
         return fma({bits_as<Floats>(x << 16)}, {bits_as<Floats>(w << 16)}, sum);
+#elif BATCHINFER_VEC_NEON
+        return {(Floats)vbfdotq_f32((float32x4_t)sum.v, bits_as<bfloat16x8_t>(x), bits_as<bfloat16x8_t>(w))};
 #else
         return {_mm512_dpbf16_ps(sum.v, bits_as<__m512bh>(x), bits_as<__m512bh>(w))};
 #endif
     }
 };
+#else
+#define BATCHINFER_BF16_DOT 0
 #endif
 
 // Adds `steps` steps to the tile. Rows of x are kDepthBlock values of k apart, the weights of two steps `step` words.

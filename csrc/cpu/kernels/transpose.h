@@ -94,6 +94,30 @@ inline void transpose(Words (&w)[8]) {
     }
 }
 
+#elif BATCHINFER_VEC_NEON
+
+inline void interleave(Vec (&v)[2]) {
+    const float32x4_t a = (float32x4_t)v[0].v, b = (float32x4_t)v[1].v;
+    v[0] = {(Floats)vzip1q_f32(a, b)};
+    v[1] = {(Floats)vzip2q_f32(a, b)};
+}
+
+inline void interleave_halves(Words (&v)[2]) {
+    const uint16x8_t a = (uint16x8_t)v[0], b = (uint16x8_t)v[1];
+    v[0] = (Words)vzip1q_u16(a, b);
+    v[1] = (Words)vzip2q_u16(a, b);
+}
+
+inline void transpose(Words (&w)[4]) {
+    const uint32x4_t a = (uint32x4_t)w[0], b = (uint32x4_t)w[1], c = (uint32x4_t)w[2], d = (uint32x4_t)w[3];
+    const uint64x2_t ab_even = (uint64x2_t)vtrn1q_u32(a, b), ab_odd = (uint64x2_t)vtrn2q_u32(a, b);
+    const uint64x2_t cd_even = (uint64x2_t)vtrn1q_u32(c, d), cd_odd = (uint64x2_t)vtrn2q_u32(c, d);
+    w[0] = (Words)vtrn1q_u64(ab_even, cd_even);
+    w[1] = (Words)vtrn1q_u64(ab_odd, cd_odd);
+    w[2] = (Words)vtrn2q_u64(ab_even, cd_even);
+    w[3] = (Words)vtrn2q_u64(ab_odd, cd_odd);
+}
+
 #else
 
 inline void interleave(Vec (&v)[2]) {

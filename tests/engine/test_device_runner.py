@@ -1,0 +1,88 @@
+"""The GPU's runner on the host's memory: steps that are filled up and captured give the tokens of steps that aren't."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from engine.host_device import FilledOps, host_device  # noqa: F401
+from engine.tiny_engine import VOCAB, make_decoder, make_engine, random_prompts, run
+
+from batchinfer.engine.device_runner import DeviceRunner
+from batchinfer.models.decoder import Decoder
+from batchinfer.models.lora import Grouped, Stacked
+from batchinfer.types import Completion, Request, SamplingParams
+
+pytestmark = pytest.mark.usefixtures("host_device")
+
+PLAIN = SamplingParams(max_tokens=16, ignore_eos=True)
+CASES = {
+    "greedy": PLAIN,
+    "samples": replace(PLAIN, n=3, temperature=1.0, top_p=0.9),
+    "stop ids": replace(PLAIN, stop_token_ids=tuple(range(5, VOCAB, 6)), min_tokens=3),
+    "logprobs": replace(PLAIN, logprobs=3, temperature=0.7, stop=("E", "f", "G")),
+    "penalties": replace(PLAIN, repetition_penalty=1.3, frequency_penalty=0.5),
+    "prompts scored": replace(PLAIN, prompt_logprobs=2, max_tokens=3),
+}
+OPTIONS: list[dict[str, Any]] = [
+    {"lookup": 0},
+    {"lookup": 0, "num_pages": 24, "max_slots": 6, "max_step_tokens": 40, "expected_share": 0.01},
+    {"lookup": 4},
+]
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return make_decoder(ops=FilledOps())
+
+
+def requests(params: SamplingParams) -> list[Request]:
+    """Of several lengths, so that prompts come while others decode."""
+    lengths = [params.max_tokens - i % 3 for i in range(14)]
+    return [
+        Request(i, prompt, replace(params, max_tokens=lengths[i]), seed=i)
+        for i, prompt in enumerate(random_prompts(14))
+    ]
+
+
+def same_tokens(one: dict[int, Completion], other: dict[int, Completion]) -> bool:
+    def tokens(done: dict[int, Completion]) -> dict[int, list[list[int]]]:
+        return {i: [sample.token_ids.tolist() for sample in done[i].samples] for i in sorted(done)}
+
+    return tokens(one) == tokens(other)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.feature("engine", "steps of a GPU filled up to sizes that repeat: the tokens of steps that aren't")
+def test_filled_up_and_captured_steps(decoder: Decoder, case: str, options: dict[str, Any]) -> None:
+    asked, given = requests(CASES[case]), {"page_size": 16} | options
+    want = run(make_engine(decoder, **given), asked)
+    engine = make_engine(decoder, make_runner=DeviceRunner, **given)
+    assert same_tokens(run(engine, asked), want)
+    graphs = engine._runner._graphs
+    if case in ("greedy", "samples"):
+        assert any(shape.decode_only for shape in graphs)
+        assert any(not shape.decode_only for shape in graphs)
+        assert all(captured.graph.replays for captured in graphs.values())
+    if options["lookup"] and case != "prompts scored":
+        assert engine.stats().drafted_tokens > 0
+    assert engine.stats().pages_used == 0
+    engine.close()
+
+
+@pytest.mark.feature("LoRA", "steps of a GPU with adapters are graphs too: the tokens of the CPU's groups of rows")
+def test_adapters_in_captured_steps() -> None:
+    """Two adapters and the base model in a batch; and steps of the base model alone, which have graphs of their own."""
+    mixed = [replace(r, adapter=(None, 0, 1)[r.id % 3]) for r in requests(PLAIN)]
+    alone = [replace(r, id=100 + r.id) for r in requests(replace(PLAIN, n=2, temperature=1.0))]
+    engine = make_engine(make_decoder(adapters=Grouped), page_size=16, adapters=2)
+    want = run(engine, mixed) | run(engine, alone)
+    assert not same_tokens(want, run(make_engine(make_decoder(), page_size=16), requests(PLAIN)))
+    decoder = make_decoder(ops=FilledOps(), adapters=Stacked)
+    engine = make_engine(decoder, make_runner=DeviceRunner, page_size=16, adapters=2)
+    assert same_tokens(run(engine, mixed) | run(engine, alone), want)
+    shapes = {(shape.decode_only, shape.adapted) for shape in engine._runner._graphs}
+    assert shapes == {(False, False), (False, True), (True, False), (True, True)}
+    engine.close()
