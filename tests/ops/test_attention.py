@@ -148,7 +148,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 @pytest.mark.feature("CPU kernels", "paged attention with log-sum-exp: GQA, prefill and decode, bf16 and fp32")
 @pytest.mark.feature("CPU kernels", "sliding windows and soft caps of attention scores")
 @isas
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(case=cases(), threads=st.integers(1, 3))
 def test_against_float64(isa: str, case: dict[str, Any], threads: int) -> None:
     check(native(isa, threads), make_case(**case))

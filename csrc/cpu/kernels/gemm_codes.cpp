@@ -13,7 +13,7 @@
 // bytes of k.
 #include "cpu/kernels/code_dot.h"
 #include "cpu/kernels/codes.h"
-#include "cpu/kernels/gemm_amx.h"
+#include "cpu/kernels/gemm_matrices.h"
 #include "cpu/kernels/gemm_output.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/packed_codes.h"
@@ -326,7 +326,7 @@ constexpr GemmKernel kernel() {
 
 }  // namespace
 
-const GemmKernel gemm_int8 = int8_on_tiles(kernel<Int8>());
+const GemmKernel gemm_int8 = by_matrices<Int8Words>(kernel<Int8>());
 const GemmKernel gemm_blocks8 = kernel<Blocks<8, 32>>();
 const GemmKernel gemm_blocks4 = kernel<Blocks<4, 32>>();
 const GemmKernel gemm_short_blocks8 = kernel<Blocks<8, 16>>();
