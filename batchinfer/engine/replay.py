@@ -32,13 +32,17 @@ class Replay:
 
     def __init__(self, decoder: Decoder, cache: KVCache):
         self._decoder, self._cache = decoder, cache
-        # A mixture gathers the rows of its experts outside the ops, and an adapter its own.
-        self._able = isinstance(decoder.ops, NativeOps) and decoder.spec.experts is None and not decoder.adapted
+        # What is done beside the ops can't be recorded: a mixture gathers the rows of its experts, an adapter its own,
+        # latent attention expands what it has packed, and sinks scale what attention gives.
+        spec = decoder.spec
+        beside = spec.experts is not None or decoder.adapted or spec.latent is not None or spec.sinks
+        self._able = isinstance(decoder.ops, NativeOps) and not beside
         self._programs: dict[tuple[int, int], Recorded] = {}
 
     def forward(self, step: StepInput) -> tuple[Tensor, Scores | None]:
         tokens, samples = shape = len(step.token_ids), len(step.sample_row)
-        if not (self._able and samples and tokens <= MOST_TOKENS and step.score is None):
+        few = samples > 0 and tokens <= MOST_TOKENS
+        if not (self._able and few and step.score is None and step.copies is None):
             return self._decoder.forward(step, self._cache)
         recorded = self._programs.pop(shape, None)
         if recorded is None:
