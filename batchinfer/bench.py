@@ -20,12 +20,14 @@ from batchinfer.data.columns import check_input
 from batchinfer.data.prompts import PromptBuilder
 from batchinfer.data.reader import read_chunk
 from batchinfer.data.tables import list_inputs
-from batchinfer.engine.loading import DTYPES, load_engine
+from batchinfer.engine.kv_dtype import DTYPES, kv_dtype
+from batchinfer.engine.loading import load_engine
 from batchinfer.engine.no_text import NoText
 from batchinfer.engine.planner import shared_tokens
 from batchinfer.engine.probe import measure
 from batchinfer.engine.roofline import Ceilings, Costs, least_seconds
 from batchinfer.feed import steps
+from batchinfer.models.decoder import KVCache
 from batchinfer.models.pool_spec import pool_spec
 from batchinfer.models.spec import load_spec
 from batchinfer.types import Chunk, EngineStats, Request, StepWork
@@ -102,7 +104,9 @@ def main(config: Config) -> int:
 def _costs(config: Config, stats: EngineStats) -> Costs:
     """What steps take of the model. Of quantised weights they read all but the embedding."""
     spec, itemsize = load_spec(config.model.path), DTYPES[config.engine.dtype].itemsize
-    costs = Costs.of(spec, itemsize)
+    costs = dataclasses.replace(
+        Costs.of(spec, itemsize), kv_bytes=KVCache.bytes_per_page(spec, 1, kv_dtype(config.engine))
+    )
     if config.engine.weights == "auto" and spec.scheme is None:
         return costs
     return costs.quantised(stats.weight_bytes - itemsize * spec.vocab_size * spec.width)

@@ -112,6 +112,7 @@ class EngineConfig:
     device: str = "auto"
     ops: str = "auto"
     dtype: str = "auto"
+    kv_dtype: str = "auto"
     weights: str = "auto"
     threads: int = 0
     page_size: int = 16
@@ -218,6 +219,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.device": ("auto", "cpu", "cuda", "rocm", "xpu", "reference"),
     "engine.ops": ("auto", "native", "triton"),
     "engine.dtype": ("auto", "bf16", "fp32"),
+    "engine.kv_dtype": ("auto", "bf16", "fp32", "int8"),
     "engine.weights": ("auto", "keep", "int8"),
     "cluster.mpi": ("auto", "on", "off"),
     "export.format": ("rows", "openai"),

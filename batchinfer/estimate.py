@@ -119,13 +119,13 @@ def describe_order(config: Config, requests: Sequence[Request], spec: ModelSpec)
     that the configuration gives it on a CPU. No line where there is no compiled engine, or no order to tell of."""
     if not requests or not config.engine.reorder or importlib.util.find_spec("batchinfer._engine") is None:
         return []
-    from batchinfer.engine.loading import DTYPES
+    from batchinfer.engine.kv_dtype import kv_dtype
     from batchinfer.engine.memory import HOST_LIMIT, num_pages
     from batchinfer.engine.simulate import Pool, simulate
     from batchinfer.models.decoder import KVCache
 
     engine, longest = config.engine, spec.resolve_length(config.engine.max_model_len)
-    page_bytes = KVCache.bytes_per_page(spec, engine.page_size, DTYPES[engine.dtype])
+    page_bytes = KVCache.bytes_per_page(spec, engine.page_size, kv_dtype(engine))
     pages = engine.num_pages or num_pages(
         page_bytes, engine.page_size, engine.max_slots, longest, asked_gb=engine.kv_cache_gb, budget=HOST_LIMIT
     )

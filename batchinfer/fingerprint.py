@@ -51,6 +51,8 @@ def numeric(config: Config) -> dict[str, Any]:
     engine = {"device": config.engine.device, "ops": config.engine.ops, "dtype": config.engine.dtype}
     if config.engine.weights != "auto":
         engine["weights"] = config.engine.weights
+    if config.engine.kv_dtype != "auto":
+        engine["kv_dtype"] = config.engine.kv_dtype
     return {"engine": engine, "batchinfer": __version__}
 
 

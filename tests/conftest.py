@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+with suppress(ModuleNotFoundError):  # a machine with a GPU runs tests/gpu, which do without
+    from hypothesis import settings
+
+    settings.register_profile("any machine", deadline=None)  # no test depends on how fast it is
+    settings.load_profile("any machine")
 
 PROMPTS = Path(__file__).parent.parent / "examples" / "prompts.parquet"
 

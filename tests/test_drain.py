@@ -94,7 +94,7 @@ def test_a_signal_stops_the_job_and_the_next_attempt_goes_on_in_the_middle(
     assert not (tmp_path / "out" / STATE / "journal").exists()
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     stops=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     kinds=st.lists(st.booleans(), min_size=4, max_size=4),

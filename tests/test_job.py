@@ -235,7 +235,7 @@ def test_parts_without_success_need_no_engine_either(inputs: Path, tmp_path: Pat
 
 
 @pytest.mark.feature("job", "a killed job goes on with the same command and ends with the same rows")
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(crashes=st.lists(st.integers(1, 60), min_size=1, max_size=3), slots=st.integers(1, 12))
 def test_after_any_crashes_the_output_is_that_of_one_run(
     crashes: list[int], slots: int, inputs: Path, tmp_path_factory: pytest.TempPathFactory

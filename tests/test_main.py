@@ -80,7 +80,7 @@ VERBATIM = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).f
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.lists(VERBATIM, min_size=5, max_size=5))
 def test_a_text_key_takes_any_text_as_it_stands(texts: list[str]) -> None:
     keys = ["model.path", "input.path", "input.prompt_column", "output.path", "output.prefix"]

@@ -141,7 +141,7 @@ class DeviceRunner:
         def free() -> int:
             return torch.cuda.mem_get_info(self._device)[0]
 
-        page_bytes = KVCache.bytes_per_page(self._decoder.spec, self._page_size, self._decoder.dtype)
+        page_bytes = KVCache.bytes_per_page(self._decoder.spec, self._page_size, self._decoder.kv_dtype)
         return allocate_or_shrink(make, num_pages, page_bytes, torch.cuda.OutOfMemoryError, free)
 
     def start(self, step: Step, rows: Rows) -> None:

@@ -25,8 +25,9 @@ except ImportError as error:  # BATCHINFER_DEVICE=none, or a folder of sources w
 from batchinfer.config import EngineConfig, ModelConfig
 from batchinfer.engine.encoder_engine import EncoderEngine
 from batchinfer.engine.engine import Engine
+from batchinfer.engine.kv_dtype import DTYPES, check_kv_dtype, kv_dtype
 from batchinfer.engine.lengths import LengthPredictor
-from batchinfer.engine.memory import GIB, num_pages
+from batchinfer.engine.memory import GIB, num_pages, trim_heap
 from batchinfer.engine.runner import make_runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
@@ -46,8 +47,6 @@ from batchinfer.ops import Ops
 from batchinfer.ops.shared import Filling, can_share, mapped
 
 OTHER_TASKS = "use task=embed, or task=classify or task=rerank of a model with a classification head"
-
-DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def load_engine(
@@ -82,12 +81,14 @@ def load_engine(
     if spec.head != "tokens" and pool is None:
         raise ModelError(f"{model.path} has no LM head, without which nothing is generated or scored: {OTHER_TASKS}")
     spec = spec if pool is None else spec.with_head(pool.head)
+    check_kv_dtype(engine, ops)
     dtype = DTYPES[engine.dtype]
     max_len = spec.resolve_length(engine.max_model_len)
     adapters = [load_adapter(folder, spec) for _, folder in sorted(model.adapters.items())]
     adapted = pack_adapters(adapters, ops, dtype, Grouped if ops.device.type == "cpu" else Stacked)
     tokens = () if pool is None else pool.tokens
     weights = _packed(model, engine.weights, spec, dtype, ops, source or OwnReading(), tokens, adapted)
+    trim_heap()
     spec = spec.with_token_head(len(tokens)) if tokens else spec
     decoder = Decoder(
         spec,
@@ -99,10 +100,11 @@ def load_engine(
         max_samples=min(engine.max_slots * (1 + engine.lookup), engine.max_step_tokens),
         pooling=None if pool is None else pool.pooling,
         adapters=adapted,
+        kv_dtype=kv_dtype(engine),
     )
     runner = make_runner(decoder, engine.page_size, engine.max_slots)
     pages = engine.num_pages or num_pages(
-        KVCache.bytes_per_page(spec, engine.page_size, dtype),
+        KVCache.bytes_per_page(spec, engine.page_size, kv_dtype(engine)),
         engine.page_size,
         engine.max_slots,
         max_len,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from batchinfer.engine.memory import free_memory, host_budget
+from batchinfer.engine.replay import Replay
 from batchinfer.engine.slots import Rows, SlotTable
 from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores, StepInput
 from batchinfer.models.lora import NO_ADAPTERS, AdapterRows, Groups
@@ -91,6 +92,7 @@ class HostRunner:
         self._decoder = decoder
         self._page_size = page_size
         self._cache = KVCache((), ())
+        self._replay = Replay(decoder, self._cache)
         self._done: deque[StepOutput] = deque()
         self.slots = SlotTable(max_slots, decoder.spec.vocab_size)
         self.seconds = {"forward": 0.0, "sample": 0.0}
@@ -100,6 +102,7 @@ class HostRunner:
 
     def allocate(self, num_pages: int) -> int:
         self._cache = self._decoder.new_cache(num_pages, self._page_size)
+        self._replay = Replay(self._decoder, self._cache)
         return num_pages
 
     def start(self, step: Step, rows: Rows) -> None:
@@ -108,7 +111,7 @@ class HostRunner:
         if self._decoder.pooling:
             states = self._decoder.pool(self._step_input(step, rows), self._cache)
         else:
-            logits, scores = self._decoder.forward(self._step_input(step, rows), self._cache)
+            logits, scores = self._replay.forward(self._step_input(step, rows))
         middle = time.perf_counter()
         if step.num_samples and not self._decoder.pooling:
             inputs = self.slots.gather(step.sample_slot, step.sample_count, rows)
@@ -126,7 +129,7 @@ class HostRunner:
 
     def close(self) -> None:
         self._cache = KVCache((), ())
-        del self._decoder
+        del self._decoder, self._replay
 
     @staticmethod
     def _step_input(step: Step, rows: Rows) -> StepInput:

@@ -27,7 +27,11 @@ from batchinfer.models.layers import (
 from batchinfer.models.lora import NO_ADAPTERS, AdapterRows, Adapters
 from batchinfer.models.model_spec import ExpertSpec, LatentSpec, LayerKind, ModelSpec
 from batchinfer.ops import AttentionInput, Experts, HeadNorm, Ops, Rope
+from batchinfer.ops.quantized import kv_row
 from batchinfer.types import Pooling
+
+Plans = dict[int, Any]
+"""Of attention in a step, by the layers' window."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class StepInput:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all pages: per layer one tensor [P, G, B, E] each, in the engine's dtype.
+    """Keys and values of all pages: per layer one tensor [P, G, B, E] each, or of int8 [P, G, B, E + 4].
 
     Layers with a sliding window keep all positions too: pages belong to all layers together, and so does a prefix.
     """
@@ -80,8 +84,8 @@ class KVCache:
 
     @staticmethod
     def bytes_per_page(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
-        """Memory of one page over all layers."""
-        return 2 * spec.layers * spec.kv_heads * page_size * spec.head_dim * dtype.itemsize
+        """Memory of one page over all layers, in a cache of ``dtype``."""
+        return 2 * spec.layers * spec.kv_heads * page_size * kv_row(spec.head_dim, dtype) * dtype.itemsize
 
 
 class Decoder:
@@ -89,7 +93,8 @@ class Decoder:
 
     ``weights`` are what :func:`batchinfer.models.packing.pack` makes, with the names in ``adapters`` for ``adapted``. A
     step has at most ``max_step_tokens`` tokens at positions below ``max_positions``, and samples from at most
-    ``max_samples``. ``pooling`` None: it is asked for :meth:`forward`, else for :meth:`pool`.
+    ``max_samples``. ``pooling`` None: it is asked for :meth:`forward`, else for :meth:`pool`. ``kv_dtype`` None: the
+    cache has ``dtype`` too.
     """
 
     def __init__(
@@ -103,8 +108,10 @@ class Decoder:
         max_samples: int,
         pooling: Pooling | None = None,
         adapters: Mapping[str, Adapters] | None = None,
+        kv_dtype: torch.dtype | None = None,
     ):
         self.spec, self.ops, self.dtype, self.pooling = spec, ops, dtype, pooling
+        self.kv_dtype = kv_dtype or dtype
         self.adapted = bool(adapters)
         self.layers, self.embed, self.positions, self.norm, self.head = _assemble(spec, weights, adapters or {})
         self.kinds = spec.layer_kinds(max_positions)
@@ -123,14 +130,21 @@ class Decoder:
 
     def new_cache(self, num_pages: int, page_size: int) -> KVCache:
         """A cache of zeros."""
-        shape = (num_pages, self.spec.kv_heads, page_size, self.spec.head_dim)
-        k, v = (tuple(self.ops.zeros(shape, self.dtype) for _ in range(self.spec.layers)) for _ in "kv")
+        shape = (num_pages, self.spec.kv_heads, page_size, kv_row(self.spec.head_dim, self.kv_dtype))
+        k, v = (tuple(self.ops.zeros(shape, self.kv_dtype) for _ in range(self.spec.layers)) for _ in "kv")
         return KVCache(k, v)
 
-    def forward(self, step: StepInput, cache: KVCache) -> tuple[Tensor, Scores | None]:
+    def plans(self, step: StepInput, cache: KVCache) -> Plans:
+        """The step's attention plans."""
+        return {
+            window: self.ops.plan_attention(step.attention, self.spec.heads, cache.k[0], window)
+            for window in {kind.window for kind in self.different_kinds}
+        }
+
+    def forward(self, step: StepInput, cache: KVCache, plans: Plans | None = None) -> tuple[Tensor, Scores | None]:
         """Logits float32 [N, V] of the sampled rows, a view that the next call overwrites; and the scores that the step
-        asks for. Writes the step's keys and values to ``cache``."""
-        w = self._layers(step, cache, whole=step.score is not None)
+        asks for. Writes the step's keys and values to ``cache``. ``plans``: those of the step, if they are made."""
+        w = self._layers(step, cache, plans, whole=step.score is not None)
         if w is None:
             return self.logits[:0], None
         normed(self.ops, self.norm, w, pending=True)
@@ -144,7 +158,7 @@ class Decoder:
         states of the sampled rows, or [N, classes] with a head. "cls": float32 [S, width], that of each sequence's
         first token in the step. "mean": float64 [S, width], the sum over its tokens in the step, so exact that it does
         not matter where a text was cut. Writes keys and values as :meth:`forward` does."""
-        w = self._layers(step, cache, whole=self.pooling != "last")
+        w = self._layers(step, cache, None, whole=self.pooling != "last")
         if w is None:
             return self.logits[:0]
         if self.spec.head != "hidden":
@@ -158,11 +172,11 @@ class Decoder:
             return torch.segment_reduce(states.double(), "sum", offsets=starts.long(), axis=0)
         return states.to(torch.float32, copy=True)
 
-    def _layers(self, step: StepInput, cache: KVCache, whole: bool) -> Workspace | None:
+    def _layers(self, step: StepInput, cache: KVCache, plans: Plans | None, whole: bool) -> Workspace | None:
         """What is left for the last norm to read: of all tokens if ``whole``, else of the sampled ones; None if there
         are none of these."""
         ops, spec, w = self.ops, self.spec, self.workspace.first(len(step.token_ids))
-        attention, rows = self._attention(step, cache), step.adapters.tokens
+        attention, rows = self._attention(step, plans or self.plans(step, cache)), step.adapters.tokens
         ops.embed(step.token_ids, self.embed, w.residual, spec.embed_scale)
         if self.positions is not None:
             ops.embed(step.positions, self.positions, w.delta)
@@ -184,14 +198,10 @@ class Decoder:
                 feed(ops, spec, layer, normed(ops, layer.mlp_norm, w, pending=True), w, rows)
         return w
 
-    def _attention(self, step: StepInput, cache: KVCache) -> dict[LayerKind, Attention]:
+    def _attention(self, step: StepInput, plans: Plans) -> dict[LayerKind, Attention]:
         """What the layers of each kind need of the step."""
-        ops, spec = self.ops, self.spec
+        spec = self.spec
         scale = spec.score_scale or spec.head_dim**-0.5
-        plans = {
-            window: ops.plan_attention(step.attention, spec.heads, cache.k[0], window)
-            for window in {kind.window for kind in self.different_kinds}
-        }
         return {
             kind: Attention(
                 step.positions,

@@ -107,12 +107,10 @@ def most_bytes(spec: Spec, dtype: torch.dtype) -> int:
 def _check_ops(spec: ModelSpec, ops: Ops) -> None:
     """Raises ModelError where the backend is not so far as to have all ops of the model."""
     needs = {
-        "quantised weights": False,
-        "groups of codes": False,
         "mix_experts": spec.experts is not None,
         "norm of all heads": spec.qk_norm == "all",
     }
-    lacking = sorted(op for op in ops.lacks if needs[op])
+    lacking = sorted(op for op, needed in needs.items() if needed and op in ops.lacks)
     if lacking:
         needed = f"{spec.architecture} needs {', '.join(lacking)}, which {type(ops).__name__} has only with Triton"
         raise ModelError(f"{needed}: pip install triton, or set engine.device=cpu")

@@ -5,9 +5,11 @@ GPUs, ``triton/`` the portable one for GPUs. The backend is chosen once, by :fun
 argument; nothing above this package but the engine's runner asks which device it runs on.
 
 Notation: T tokens of the step, S sequences of the step, N rows that sample, D model width, H query heads, G key/value
-heads (H is a multiple of G), E head width, V vocabulary, P pages, B tokens per page. Weights and the KV cache have the
-engine's dtype (float32 or bfloat16), activations the dtype that ``activations`` gives, and those that only ``linear``
-and ``gated_linear`` read the one of ``linear_inputs``. All tensors lie on ``device``.
+heads (H is a multiple of G), E head width, V vocabulary, P pages, B tokens per page. Weights have the engine's dtype
+(float32 or bfloat16), and so has the KV cache, unless it has the other one of these or is int8: rows of E codes and
+their scale then, [P, G, B, E + 4], as ``quantized.encode_kv`` makes them. Activations have the dtype that
+``activations`` gives, and those that only ``linear`` and ``gated_linear`` read the one of ``linear_inputs``. All
+tensors lie on ``device``.
 Every op writes into the ``out`` it is given, which is contiguous and may not alias an input unless the op says so.
 """
 
@@ -30,8 +32,15 @@ Activation = Literal["gelu", "gelu_tanh", "relu"]
 """Functions of an MLP without a gate."""
 
 
-Lack = Literal["mix_experts", "norm of all heads", "quantised weights", "groups of codes"]
-"""Ops, and options of ``rope_and_cache`` and ``pack_weight``, that not every backend has."""
+Lack = Literal[
+    "mix_experts",
+    "norm of all heads",
+    "quantised weights",
+    "groups of codes",
+    "KV cache of another dtype",
+    "int8 KV cache",
+]
+"""Ops, options of ``rope_and_cache`` and ``pack_weight``, and caches, that not every backend has."""
 
 
 @dataclass(frozen=True)

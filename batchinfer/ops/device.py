@@ -48,7 +48,7 @@ class DeviceOps(TextAttention, ABC):
     Raises ValueError on shapes and dtypes.
     """
 
-    lacks: frozenset[Lack] = frozenset({"quantised weights"})
+    lacks: frozenset[Lack] = frozenset({"quantised weights", "KV cache of another dtype", "int8 KV cache"})
 
     def __init__(self, device: torch.device):
         self.device = device

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -18,13 +20,14 @@ from torch import Tensor
 from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.experts import mix_by_expert
 from batchinfer.ops.fields import SAMPLE_FIELDS
-from batchinfer.ops.native_checks import DTYPES, address, check, check_segments, shape_of
+from batchinfer.ops.native_checks import DTYPES, address, check, check_caches, check_segments, shape_of
 from batchinfer.ops.native_linear import NativeLinear
+from batchinfer.ops.quantized import kv_row
 from batchinfer.ops.sinks import share_of_keys
 from batchinfer.ops.texts import TextAttention
 
 if TYPE_CHECKING:
-    from batchinfer._ops import AttentionPlan
+    from batchinfer._ops import AttentionPlan, Program
 
 ACTIVATIONS: dict[Activation, int] = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
 """With their number there."""
@@ -41,7 +44,8 @@ class NativeOps(NativeLinear, TextAttention):
     lacks: frozenset[Lack] = frozenset({"groups of codes"})
 
     def __init__(self, device: str = "cpu", threads: int = 0, isa: str = ""):
-        self._cpu = _extension(device).Cpu(threads, isa)
+        extension = _extension(device)
+        self._cpu, self._program = extension.Cpu(threads, isa), extension.Program
         self.device = torch.device("cpu")
         self.isa: str = self._cpu.isa
         self.bf16_dot: bool = self._cpu.bf16_dot
@@ -55,13 +59,37 @@ class NativeOps(NativeLinear, TextAttention):
         the same bits."""
         return weights if self.bf16_dot else torch.float32
 
+    @contextmanager
+    def recording(self) -> Iterator[Program]:
+        """The ops that are called meanwhile, other than ``sample``, are computed and go into the program: with the
+        addresses and shapes of their tensors, weights and plans, which must live as long as it."""
+        program = self._program()
+        self._cpu.record(program)
+        try:
+            yield program
+        finally:
+            self._cpu.record(None)
+
+    def replay(self, program: Program) -> None:
+        """The program's ops again, in order, on what their tensors hold now. Raises ValueError as they do."""
+        self._cpu.replay(program)
+
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """numpy's zeros are the kernel's: a page takes memory when it is first written, where torch would write all of
         them now (8 GiB take seconds, and a small job uses a hundredth)."""
         return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
-    def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0) -> AttentionPlan:
-        pages, kv_heads, page_size, width = shape_of("k_cache", k_cache, 4)
+    def plan_attention(
+        self,
+        inputs: AttentionInput,
+        num_heads: int,
+        k_cache: Tensor,
+        window: int = 0,
+        again: AttentionPlan | None = None,
+    ) -> AttentionPlan:
+        """``again``: a plan that becomes this one, and is given back."""
+        pages, kv_heads, page_size, row = shape_of("k_cache", k_cache, 4)
+        width = row - kv_row(0, k_cache.dtype)
         slots, slot_pages = shape_of("page_table", inputs.page_table, 2)
         (sequences,) = shape_of("kv_len", inputs.kv_len, 1)
         check("q_start", inputs.q_start, torch.int32, (sequences + 1,))
@@ -77,7 +105,8 @@ class NativeOps(NativeLinear, TextAttention):
             )
         if window < 0:
             raise ValueError(f"window={window} must be 0 (all positions) or a number of positions")
-        return self._cpu.plan_attention(
+        made = self._cpu.plan_attention(
+            again,
             inputs.q_start.data_ptr(),
             inputs.kv_len.data_ptr(),
             inputs.slot.data_ptr(),
@@ -92,6 +121,7 @@ class NativeOps(NativeLinear, TextAttention):
             page_size,
             window,
         )
+        return made or again
 
     def attention(
         self,
@@ -105,8 +135,7 @@ class NativeOps(NativeLinear, TextAttention):
         softcap: float = 0.0,
     ) -> None:
         check("q", q, torch.float32, plan.query_shape)
-        check("k_cache", k_cache, None, plan.cache_shape)
-        check("v_cache", v_cache, k_cache.dtype, plan.cache_shape)
+        cache_dtype = check_caches(k_cache, v_cache, plan.cache_shape)
         check("out", out, None, plan.query_shape)
         check("lse", lse, torch.float32, plan.query_shape[:2])
         self._cpu.attention(
@@ -114,7 +143,7 @@ class NativeOps(NativeLinear, TextAttention):
             q.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
-            DTYPES[k_cache.dtype],
+            cache_dtype,
             scale,
             softcap,
             out.data_ptr(),
@@ -224,8 +253,7 @@ class NativeOps(NativeLinear, TextAttention):
         check("qkv", qkv, torch.float32, (tokens, (heads + 2 * kv_heads) * width))
         check("positions", positions, torch.int32, (tokens,))
         check("kv_index", kv_index, torch.int64, (tokens,))
-        check("k_cache", k_cache, None, (pages, kv_heads, page_size, width))
-        check("v_cache", v_cache, k_cache.dtype, (pages, kv_heads, page_size, width))
+        cache_dtype = check_caches(k_cache, v_cache, (pages, kv_heads, page_size, width))
         cos_sin, max_positions, rotary = None, 0, 0
         if rope is not None:
             cos_sin = rope.cos_sin
@@ -250,7 +278,7 @@ class NativeOps(NativeLinear, TextAttention):
             address(k_norm),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
-            DTYPES[k_cache.dtype],
+            cache_dtype,
             q_out.data_ptr(),
             tokens,
             heads,

@@ -5,8 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from batchinfer.ops.quantized import kv_row
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Of weights, caches and what linear reads, with their number in csrc/include/batchinfer/ops.h."""
+
+
+CACHE_DTYPES = {**DTYPES, torch.int8: 2}
+"""Of KV caches."""
 
 
 def address(t: Tensor | None) -> int:
@@ -32,6 +38,16 @@ def check(name: str, t: Tensor | None, dtype: torch.dtype | None, shape: tuple[i
         raise ValueError(f"{name} has shape {tuple(t.shape)}: {shape} is needed")
     if not (t.is_contiguous() and t.is_cpu):
         raise ValueError(f"{name} must be contiguous and on the CPU")
+
+
+def check_caches(k: Tensor, v: Tensor, shape: tuple[int, ...]) -> int:
+    """The number of their dtype. ``shape`` [P, G, B, E], as if they held no scales."""
+    if k.dtype not in CACHE_DTYPES:
+        raise ValueError(f"k_cache has dtype {k.dtype}: {' or '.join(map(str, CACHE_DTYPES))} is needed")
+    held = (*shape[:3], kv_row(shape[3], k.dtype))
+    check("k_cache", k, k.dtype, held)
+    check("v_cache", v, k.dtype, held)
+    return CACHE_DTYPES[k.dtype]
 
 
 def check_segments(name: str, ids: Tensor | None, start: Tensor | None, rows: int) -> int:

@@ -73,6 +73,30 @@ def encode(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return (blocks * torch.where(scales >= SMALLEST, 1 / scales, 0.0)).round(), scales
 
 
+KV_SCALE_BYTES = 4
+"""Behind the codes of a head in an int8 KV cache: their scale, float32."""
+
+
+def kv_row(width: int, dtype: torch.dtype) -> int:
+    """Entries of a key or value of ``width`` elements in a KV cache of ``dtype``."""
+    return width + KV_SCALE_BYTES if dtype is torch.int8 else width
+
+
+def encode_kv(heads: Tensor) -> Tensor:
+    """Keys or values [..., E] as int8 [..., E + 4]: every head as one block of :func:`encode`, then its scale."""
+    codes, scales = encode(heads.flatten(0, -2), heads.shape[-1])
+    rows = torch.cat((codes.flatten(1).to(torch.int8), scales.flatten(1).view(torch.int8)), dim=1)
+    return rows.view(*heads.shape[:-1], -1)
+
+
+def decode_kv(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a KV cache holds, in ``dtype``: of rows of any but int8 themselves."""
+    if rows.dtype is not torch.int8:
+        return rows.to(dtype)
+    codes, scales = rows[..., :-KV_SCALE_BYTES], rows[..., -KV_SCALE_BYTES:]
+    return codes.to(dtype) * scales.contiguous().view(torch.float32).to(dtype)
+
+
 def product(x: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:
     """x [T, K] @ weight.T in ``dtype``, after encoding x."""
     codes, scales = encode(x, weight.block)

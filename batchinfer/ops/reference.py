@@ -16,7 +16,7 @@ from torch import Tensor
 
 from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.grouped import GroupQuantized
-from batchinfer.ops.quantized import Quantized, product
+from batchinfer.ops.quantized import Quantized, decode_kv, encode_kv, product
 from batchinfer.ops.reference_experts import mix
 from batchinfer.ops.reference_sampler import sample
 
@@ -113,8 +113,8 @@ class ReferenceOps:
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         q_out.copy_(q)
         page, offset = kv_index // page_size, kv_index % page_size
-        k_cache[page, :, offset] = k.to(k_cache.dtype)
-        v_cache[page, :, offset] = v.to(v_cache.dtype)
+        for x, into in ((k, k_cache), (v, v_cache)):
+            into[page, :, offset] = encode_kv(x) if into.dtype is torch.int8 else x.to(into.dtype)
 
     def plan_attention(
         self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0
@@ -133,7 +133,7 @@ class ReferenceOps:
         softcap: float = 0.0,
     ) -> None:
         inputs, window = plan
-        _, heads, width = q.shape
+        heads = q.shape[1]
         _, kv_heads, page_size, _ = k_cache.shape
         start = inputs.q_start.tolist()
         for i, (kv_len, slot) in enumerate(zip(inputs.kv_len.tolist(), inputs.slot.tolist(), strict=True)):
@@ -141,8 +141,8 @@ class ReferenceOps:
             pages = inputs.page_table[slot, : -(-kv_len // page_size)].long()
 
             def read(cache: Tensor, pages: Tensor = pages, kv_len: int = kv_len) -> Tensor:  # [kv_len, heads, width]
-                rows = cache[pages].transpose(1, 2).reshape(-1, kv_heads, width)[:kv_len]
-                return rows.to(self.dtype).repeat_interleave(heads // kv_heads, dim=1)
+                rows = cache[pages].transpose(1, 2).flatten(0, 1)[:kv_len]
+                return decode_kv(rows, self.dtype).repeat_interleave(heads // kv_heads, dim=1)
 
             scores = torch.einsum("qhe,khe->hqk", q[tokens].to(self.dtype), read(k_cache)) * scale
             if softcap:

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "cpu/attention.h"
 #include "cpu/backend.h"
 #include "cpu/gemm.h"
@@ -24,74 +26,94 @@ void def_op(py::class_<Cpu>& cls, const char* name, F f) {
     cls.def(name, f, py::call_guard<py::gil_scoped_release>());
 }
 
+// The same of an op of a step, which goes into the program that is being recorded too.
+template <class... A>
+void def_step_op(py::class_<Cpu>& cls, const char* name, void (*f)(Cpu&, A...)) {
+    def_op(cls, name, [f](Cpu& cpu, A... arguments) {
+        f(cpu, arguments...);
+        if (cpu.recording) {
+            const std::tuple<Cpu&, A...> all(cpu, arguments...);  // of weights and plans the addresses
+            cpu.recording->add([f, all] { std::apply(f, all); });
+        }
+    });
+}
+
 void bind_elementwise(py::class_<Cpu>& cls) {
-    def_op(cls, "embed",
-           [](Cpu& cpu, uintptr_t ids, uintptr_t table, int table_dtype, uintptr_t out, int64_t tokens, int64_t width,
-              int64_t vocab, float scale) {
-               embed(cpu, {at<int32_t>(ids), at<void>(table), Dtype(table_dtype), at<float>(out), tokens, width, vocab,
-                           scale});
-           });
-    def_op(cls, "rms_norm",
-           [](Cpu& cpu, uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t out, int out_dtype, int64_t tokens,
-              int64_t width, float eps) {
-               rms_norm(cpu, {at<float>(x), at<float>(weight), at<float>(residual), at<void>(out), Dtype(out_dtype),
-                              tokens, width, eps});
-           });
-    def_op(cls, "layer_norm",
-           [](Cpu& cpu, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t out, int out_dtype,
-              int64_t tokens, int64_t width, float eps) {
-               layer_norm(cpu, {at<float>(x), at<float>(weight), at<float>(bias), at<float>(residual), at<void>(out),
-                                Dtype(out_dtype), tokens, width, eps});
-           });
-    def_op(cls, "add", [](Cpu& cpu, uintptr_t x, uintptr_t residual, int64_t tokens, int64_t width) {
-        add(cpu, {at<float>(x), at<float>(residual), tokens, width});
-    });
-    def_op(cls, "softcap", [](Cpu& cpu, uintptr_t x, int64_t rows, int64_t width, float cap) {
-        softcap(cpu, {at<float>(x), rows, width, cap});
-    });
-    def_op(cls, "rope_and_cache",
-           [](Cpu& cpu, uintptr_t qkv, uintptr_t positions, uintptr_t kv_index, uintptr_t cos_sin, uintptr_t q_norm,
-              uintptr_t k_norm, uintptr_t k_cache, uintptr_t v_cache, int cache_dtype, uintptr_t q_out, int64_t tokens,
-              int64_t heads, int64_t kv_heads, int64_t head_width, int64_t max_positions, int64_t rotary_width,
-              int64_t pages, int64_t page_size, float norm_eps, bool norm_all) {
-               rope_and_cache(cpu, {at<float>(qkv),
-                                    at<int32_t>(positions),
-                                    at<int64_t>(kv_index),
-                                    at<float>(cos_sin),
-                                    at<float>(q_norm),
-                                    at<float>(k_norm),
-                                    at<void>(k_cache),
-                                    at<void>(v_cache),
-                                    Dtype(cache_dtype),
-                                    at<float>(q_out),
-                                    tokens,
-                                    heads,
-                                    kv_heads,
-                                    head_width,
-                                    max_positions,
-                                    rotary_width,
-                                    pages,
-                                    page_size,
-                                    norm_eps,
-                                    norm_all});
-           });
-    def_op(cls, "silu_mul",
-           [](Cpu& cpu, uintptr_t gate_up, uintptr_t out, int out_dtype, int64_t tokens, int64_t width) {
-               silu_mul(cpu, {at<float>(gate_up), at<void>(out), Dtype(out_dtype), tokens, width});
-           });
-    def_op(cls, "gelu_mul",
-           [](Cpu& cpu, uintptr_t gate_up, uintptr_t out, int out_dtype, int64_t tokens, int64_t width) {
-               gelu_mul(cpu, {at<float>(gate_up), at<void>(out), Dtype(out_dtype), tokens, width});
-           });
-    def_op(cls, "activate",
-           [](Cpu& cpu, int kind, uintptr_t x, uintptr_t out, int out_dtype, int64_t tokens, int64_t width) {
-               activate(cpu, {Activation(kind), at<float>(x), at<void>(out), Dtype(out_dtype), tokens, width});
-           });
-    def_op(cls, "gather_rows",
-           [](Cpu& cpu, uintptr_t x, uintptr_t index, uintptr_t out, int dtype, int64_t x_rows, int64_t rows,
-              int64_t width) {
-               gather_rows(cpu, {at<void>(x), at<int32_t>(index), at<void>(out), Dtype(dtype), x_rows, rows, width});
-           });
+    def_step_op(
+        cls, "embed",
+        +[](Cpu& cpu, uintptr_t ids, uintptr_t table, int table_dtype, uintptr_t out, int64_t tokens, int64_t width,
+            int64_t vocab, float scale) {
+            embed(cpu,
+                  {at<int32_t>(ids), at<void>(table), Dtype(table_dtype), at<float>(out), tokens, width, vocab, scale});
+        });
+    def_step_op(
+        cls, "rms_norm",
+        +[](Cpu& cpu, uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t out, int out_dtype, int64_t tokens,
+            int64_t width, float eps) {
+            rms_norm(cpu, {at<float>(x), at<float>(weight), at<float>(residual), at<void>(out), Dtype(out_dtype),
+                           tokens, width, eps});
+        });
+    def_step_op(
+        cls, "layer_norm",
+        +[](Cpu& cpu, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t out, int out_dtype,
+            int64_t tokens, int64_t width, float eps) {
+            layer_norm(cpu, {at<float>(x), at<float>(weight), at<float>(bias), at<float>(residual), at<void>(out),
+                             Dtype(out_dtype), tokens, width, eps});
+        });
+    def_step_op(
+        cls, "add", +[](Cpu& cpu, uintptr_t x, uintptr_t residual, int64_t tokens, int64_t width) {
+            add(cpu, {at<float>(x), at<float>(residual), tokens, width});
+        });
+    def_step_op(
+        cls, "softcap", +[](Cpu& cpu, uintptr_t x, int64_t rows, int64_t width, float cap) {
+            softcap(cpu, {at<float>(x), rows, width, cap});
+        });
+    def_step_op(
+        cls, "rope_and_cache",
+        +[](Cpu& cpu, uintptr_t qkv, uintptr_t positions, uintptr_t kv_index, uintptr_t cos_sin, uintptr_t q_norm,
+            uintptr_t k_norm, uintptr_t k_cache, uintptr_t v_cache, int cache_dtype, uintptr_t q_out, int64_t tokens,
+            int64_t heads, int64_t kv_heads, int64_t head_width, int64_t max_positions, int64_t rotary_width,
+            int64_t pages, int64_t page_size, float norm_eps, bool norm_all) {
+            rope_and_cache(cpu, {at<float>(qkv),
+                                 at<int32_t>(positions),
+                                 at<int64_t>(kv_index),
+                                 at<float>(cos_sin),
+                                 at<float>(q_norm),
+                                 at<float>(k_norm),
+                                 at<void>(k_cache),
+                                 at<void>(v_cache),
+                                 Dtype(cache_dtype),
+                                 at<float>(q_out),
+                                 tokens,
+                                 heads,
+                                 kv_heads,
+                                 head_width,
+                                 max_positions,
+                                 rotary_width,
+                                 pages,
+                                 page_size,
+                                 norm_eps,
+                                 norm_all});
+        });
+    def_step_op(
+        cls, "silu_mul", +[](Cpu& cpu, uintptr_t gate_up, uintptr_t out, int out_dtype, int64_t tokens, int64_t width) {
+            silu_mul(cpu, {at<float>(gate_up), at<void>(out), Dtype(out_dtype), tokens, width});
+        });
+    def_step_op(
+        cls, "gelu_mul", +[](Cpu& cpu, uintptr_t gate_up, uintptr_t out, int out_dtype, int64_t tokens, int64_t width) {
+            gelu_mul(cpu, {at<float>(gate_up), at<void>(out), Dtype(out_dtype), tokens, width});
+        });
+    def_step_op(
+        cls, "activate",
+        +[](Cpu& cpu, int kind, uintptr_t x, uintptr_t out, int out_dtype, int64_t tokens, int64_t width) {
+            activate(cpu, {Activation(kind), at<float>(x), at<void>(out), Dtype(out_dtype), tokens, width});
+        });
+    def_step_op(
+        cls, "gather_rows",
+        +[](Cpu& cpu, uintptr_t x, uintptr_t index, uintptr_t out, int dtype, int64_t x_rows, int64_t rows,
+            int64_t width) {
+            gather_rows(cpu, {at<void>(x), at<int32_t>(index), at<void>(out), Dtype(dtype), x_rows, rows, width});
+        });
 }
 
 void bind_linear(py::module_& m, py::class_<Cpu>& cls) {
@@ -126,12 +148,13 @@ void bind_linear(py::module_& m, py::class_<Cpu>& cls) {
     def_op(cls, "packed_bytes", [](Cpu& cpu, int format, int64_t outputs, int64_t depth, bool gated) {
         return PackedWeight::bytes_of(*cpu.kernels.gemm[format], outputs, depth, gated);
     });
-    def_op(cls, "linear",
-           [](Cpu& cpu, uintptr_t x, int x_dtype, const PackedWeight& weight, uintptr_t bias, uintptr_t out,
-              int out_dtype, int64_t rows) {
-               weight.multiply(Dtype(x_dtype), at<void>(x), rows, at<float>(bias), Dtype(out_dtype), at<void>(out),
-                               cpu.pool);
-           });
+    def_step_op(
+        cls, "linear",
+        +[](Cpu& cpu, uintptr_t x, int x_dtype, const PackedWeight& weight, uintptr_t bias, uintptr_t out,
+            int out_dtype, int64_t rows) {
+            weight.multiply(Dtype(x_dtype), at<void>(x), rows, at<float>(bias), Dtype(out_dtype), at<void>(out),
+                            cpu.pool);
+        });
 }
 
 void bind_attention(py::module_& m, py::class_<Cpu>& cls) {
@@ -148,9 +171,9 @@ void bind_attention(py::module_& m, py::class_<Cpu>& cls) {
             return py::make_tuple(a.pages, a.kv_heads, a.page_size, a.head_width);
         });
     def_op(cls, "plan_attention",
-           [](Cpu& cpu, uintptr_t q_start, uintptr_t kv_len, uintptr_t slot, uintptr_t page_table, int64_t sequences,
-              int64_t slots, int64_t slot_pages, int64_t heads, int64_t kv_heads, int64_t head_width, int64_t pages,
-              int64_t page_size, int64_t window) {
+           [](Cpu& cpu, AttentionPlan* again, uintptr_t q_start, uintptr_t kv_len, uintptr_t slot, uintptr_t page_table,
+              int64_t sequences, int64_t slots, int64_t slot_pages, int64_t heads, int64_t kv_heads, int64_t head_width,
+              int64_t pages, int64_t page_size, int64_t window) -> std::unique_ptr<AttentionPlan> {
                const AttentionPlanArgs args = {at<int32_t>(q_start),
                                                at<int32_t>(kv_len),
                                                at<int32_t>(slot),
@@ -164,17 +187,26 @@ void bind_attention(py::module_& m, py::class_<Cpu>& cls) {
                                                pages,
                                                page_size,
                                                window};
-               return std::make_unique<AttentionPlan>(args, *cpu.kernels.attention, cpu.pool.size());
+               if (!again) return std::make_unique<AttentionPlan>(args, *cpu.kernels.attention, cpu.pool.size());
+               again->make(args, cpu.pool.size());
+               return nullptr;
            });
-    def_op(cls, "attention",
-           [](Cpu& cpu, AttentionPlan& plan, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, int cache_dtype,
-              float scale, float softcap, uintptr_t out, int out_dtype, uintptr_t lse) {
-               const AttentionPlanArgs& a = plan.shape();
-               plan.run({at<float>(q), at<void>(k_cache), at<void>(v_cache), Dtype(cache_dtype), at<void>(out),
-                         Dtype(out_dtype), at<float>(lse), a.heads, a.kv_heads, a.head_width, a.page_size, a.window,
-                         scale, softcap},
-                        *cpu.kernels.attention, cpu.pool);
-           });
+    def_step_op(
+        cls, "attention",
+        +[](Cpu& cpu, AttentionPlan& plan, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, int cache_dtype,
+            float scale, float softcap, uintptr_t out, int out_dtype, uintptr_t lse) {
+            const AttentionPlanArgs& a = plan.shape();
+            plan.run({at<float>(q), at<void>(k_cache), at<void>(v_cache), Dtype(cache_dtype), at<void>(out),
+                      Dtype(out_dtype), at<float>(lse), a.heads, a.kv_heads, a.head_width, a.page_size, a.window, scale,
+                      softcap},
+                     *cpu.kernels.attention, cpu.pool);
+        });
+}
+
+void bind_program(py::module_& m, py::class_<Cpu>& cls) {
+    py::class_<Program>(m, "Program").def(py::init<>()).def("__len__", &Program::size);
+    cls.def("record", [](Cpu& cpu, Program* program) { cpu.recording = program; });
+    def_op(cls, "replay", [](Cpu&, const Program& program) { program.run(); });
 }
 
 void bind_sample(py::class_<Cpu>& cls) {
@@ -247,4 +279,5 @@ PYBIND11_MODULE(_ops, m) {
     bind_sample(cls);
     bind_linear(m, cls);
     bind_attention(m, cls);
+    bind_program(m, cls);
 }

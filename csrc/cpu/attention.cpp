@@ -36,7 +36,19 @@ int64_t key_blocks(const QueryRange& q) {
 }  // namespace
 
 AttentionPlan::AttentionPlan(const AttentionPlanArgs& args, const AttentionKernel& kernel, int threads)
-    : shape_(args), group_(args.heads / args.kv_heads), state_floats_(kernel.state_floats(args.head_width)) {
+    : state_floats_(kernel.state_floats(args.head_width)) {
+    make(args, threads);
+}
+
+void AttentionPlan::make(const AttentionPlanArgs& args, int threads) {
+    shape_ = args;
+    group_ = args.heads / args.kv_heads;
+    tokens_ = max_rows_ = 0;
+    pages_.clear();
+    queries_.clear();
+    items_.clear();
+    merges_.clear();
+    partial_.clear();
     const std::vector<QueryRange> sequences = copy_sequences();
     cut(sequences, threads);
     std::sort(items_.begin(), items_.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });

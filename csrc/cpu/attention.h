@@ -19,6 +19,9 @@ class AttentionPlan {
     AttentionPlan(const AttentionPlan&) = delete;  // ranges point into pages_
     AttentionPlan& operator=(const AttentionPlan&) = delete;
 
+    // Anew, in the memory that the plan has; after a throw it is of no use.
+    void make(const AttentionPlanArgs&, int threads);
+
     // `args` must have the shape that the plan was made for, and `kernel` be the same.
     void run(const AttentionArgs& args, const AttentionKernel& kernel, ThreadPool& pool);
 

@@ -9,12 +9,14 @@
 #include "batchinfer/ops.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/program.h"
 
 namespace batchinfer {
 
 struct Cpu {
     ThreadPool pool;
     const KernelTable& kernels;
+    Program* recording = nullptr;  // to which the ops of a step are added as they are called
 
     // See ThreadPool and choose_kernels for the arguments and what they throw.
     explicit Cpu(int threads = 0, const std::string& isa = "") : pool(threads), kernels(choose_kernels(isa)) {}

@@ -78,7 +78,7 @@ class Task:
             self.dispatcher.done(chunk, None)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tasks=st.integers(1, 5), count=st.integers(0, 15), data=st.data())
 def test_every_chunk_is_done_whichever_tasks_live(tasks: int, count: int, data: st.DataObject) -> None:
     output: list[int] = []

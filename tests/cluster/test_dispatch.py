@@ -109,7 +109,7 @@ class Job:
 
 
 @pytest.mark.feature("job", "rank 0 hands out chunks by messages and computes too")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(size=st.integers(1, 5), count=st.integers(1, 12), data=st.data())
 def test_each_chunk_is_computed_once_under_any_interleaving(size: int, count: int, data: st.DataObject) -> None:
     job = Job(size, count)
@@ -132,7 +132,7 @@ def test_each_chunk_is_computed_once_under_any_interleaving(size: int, count: in
     assert job.ranks[0].dispatcher.reports[1:] == [len(rank.computed) for rank in job.ranks[1:]]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(size=st.integers(2, 5), count=st.integers(1, 12), data=st.data())
 def test_the_survivors_finish_whoever_dies_whenever(size: int, count: int, data: st.DataObject) -> None:
     """Rank 0 too. Nothing is asked of the dead but what they had committed."""
@@ -154,7 +154,7 @@ def test_the_survivors_finish_whoever_dies_whenever(size: int, count: int, data:
         assert not any(rank.dispatcher.lost for rank in finished[1:])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(size=st.integers(2, 4), count=st.integers(1, 10), data=st.data())
 def test_ranks_that_sleep_and_wake_do_no_harm(size: int, count: int, data: st.DataObject) -> None:
     """Taken for dead, and back with what they had in hand: no rank gets a chunk that it is computing."""

@@ -53,7 +53,7 @@ def through_parquet(table: pa.Table, **options: Any) -> pa.Table:
     return pq.read_table(io.BytesIO(sink.getvalue()))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(rows, min_size=1, max_size=12), st.data())
 def test_the_layout_does_not_count(values: list[dict[str, Any]], data: st.DataObject):
     table = table_of(values)
@@ -66,7 +66,7 @@ def test_the_layout_does_not_count(values: list[dict[str, Any]], data: st.DataOb
     assert content_digest(through_parquet(table, **options)) == digest
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(rows, min_size=1, max_size=6), st.data())
 def test_every_value_counts(values: list[dict[str, Any]], data: st.DataObject):
     row = data.draw(st.integers(0, len(values) - 1))

@@ -122,7 +122,7 @@ def test_the_fullest_record_is_taken(tmp_path: Path) -> None:
     assert same(got[CHUNK.row_id(2)], completion(2, begun, finished))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_cut_or_flipped_file_gives_whole_records_or_none(data: st.DataObject) -> None:
     frames = [encode(PLAN, CHUNK.index, [record]) for record in RECORDS]

@@ -409,7 +409,7 @@ def test_jobs_that_race_for_everything(tmp_path: Path):
     assert report.complete
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     st.lists(st.lists(st.none() | st.text(max_size=6), max_size=12), min_size=1, max_size=3).filter(any),
     st.integers(1, 5),

@@ -29,7 +29,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[InputFile]:
     return list_inputs(str(folder))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 999), st.integers(1, 400)), min_size=1, max_size=6))
 def test_chunks_in_any_order(files: list[InputFile], wanted: list[tuple[int, int, int]]):
     with ChunkReader(files, ["text", "key", "id"]) as chunks:

@@ -88,7 +88,7 @@ def test_right_drafts_save_steps(decoder: Decoder) -> None:
     assert stats.accepted_tokens > 30
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     lookup=st.integers(1, 12),
     pages=st.integers(24, 80),

@@ -95,7 +95,7 @@ class Traces(RuleBasedStateMachine):
             self.harness.scheduler.check_integrity()
 
 
-Traces.TestCase.settings = settings(max_examples=70, stateful_step_count=20, deadline=None)
+Traces.TestCase.settings = settings(max_examples=70, stateful_step_count=20)
 TestTraces = Traces.TestCase
 
 
@@ -105,7 +105,7 @@ def workloads(draw: st.DrawFn) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return config, draw(st.lists(sequences(config["max_seq_len"]), min_size=1, max_size=15))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(workload=workloads(), steps_ahead=st.integers(0, 1))
 def test_nothing_is_preempted_while_predictions_hold(
     workload: tuple[dict[str, Any], list[dict[str, Any]]], steps_ahead: int
@@ -119,7 +119,7 @@ def test_nothing_is_preempted_while_predictions_hold(
     assert harness.scheduler.preemptions == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(workload=workloads(), steps_ahead=st.integers(0, 1))
 def test_same_calls_same_steps(workload: tuple[dict[str, Any], list[dict[str, Any]]], steps_ahead: int) -> None:
     config, given_sequences = workload
@@ -139,7 +139,7 @@ def test_same_calls_same_steps(workload: tuple[dict[str, Any], list[dict[str, An
 
 
 @pytest.mark.feature("engine", "prefix cache: token ids compared, pages shared within a step too")
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     given_prompts=st.lists(prompts(28), min_size=1, max_size=12),
     page_size=st.integers(1, 5),
@@ -178,7 +178,7 @@ def test_model_would_notice_foreign_tokens() -> None:
         harness.advance()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(workload=workloads(), lookup=st.sampled_from([1, 2, 5, 64]))
 def test_drafts_save_steps_and_change_no_token(
     workload: tuple[dict[str, Any], list[dict[str, Any]]], lookup: int

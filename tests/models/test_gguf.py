@@ -86,7 +86,7 @@ def test_every_cut_is_an_error(small: Path, tmp_path: Path) -> None:
             read_gguf(str(path))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(at=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
 def test_damage_is_an_error_or_harmless(small: Path, at: float, value: int) -> None:
     """Never another exception, and never a tensor outside the file."""

@@ -84,7 +84,7 @@ def test_broken_headers(tmp_path: Path, data: bytes, message: str) -> None:
 WHOLE = save({"a": np.arange(3, dtype=np.float32), "b": np.zeros((2, 2), np.float16)})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(at=st.integers(0, len(WHOLE) - 1), value=st.integers(0, 255), cut=st.integers(0, len(WHOLE)))
 def test_damage_is_an_error_or_harmless(tmp_path_factory: Any, at: int, value: int, cut: int) -> None:
     """Never another exception, and never a tensor outside the file."""

@@ -243,7 +243,7 @@ KEYS += ["partial_rotary_factor", "residual_multiplier", "query_pre_attn_scalar"
 KEYS += ["layer_types", "sliding_window", "use_sliding_window", "max_window_layers", "tie_word_embeddings", "mlp_bias"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(name=st.sampled_from(sorted(ARCHITECTURES)), changes=st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3))
 def test_no_config_raises_anything_else(name: str, changes: dict[str, Any]) -> None:
     try:

@@ -16,10 +16,11 @@ from torch import Tensor
 from batchinfer import _ops
 from batchinfer.ops import AttentionInput
 from batchinfer.ops.native import NativeOps
+from batchinfer.ops.quantized import decode_kv, encode_kv
 from batchinfer.ops.reference import ReferenceOps
 
 ISAS = _ops.build_info["usable_isas"]
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 isas = pytest.mark.parametrize("isa", ISAS)
@@ -79,7 +80,8 @@ def make_case(
     kv_len = torch.tensor([length for _, length in sequences], dtype=torch.int32)
     q = torch.randn(int(q_start[-1]), heads, width, generator=g)
     inputs = AttentionInput(q_start, kv_len, slots, table)
-    return Case(inputs, q, caches[0].to(dtype), caches[1].to(dtype), window, softcap)
+    k_cache, v_cache = encode_kv(caches) if dtype is torch.int8 else caches.to(dtype)
+    return Case(inputs, q, k_cache, v_cache, window, softcap)
 
 
 def attend(ops: NativeOps | ReferenceOps, case: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -95,9 +97,10 @@ def check(ops: NativeOps, case: Case, atol: float = 2e-5, lse_atol: float = 2e-5
     and every probability may be off by half a unit of its 8 bits."""
     exact, slack = ReferenceOps(torch.float64), 0.0
     out, lse = attend(ops, case)
-    if ops.bf16_dot and case.k_cache.dtype is torch.bfloat16:
+    if ops.bf16_dot and case.k_cache.dtype is not torch.float32:
         case = dataclasses.replace(case, q=case.q.bfloat16().float())
-        sizes, _ = attend(exact, dataclasses.replace(case, v_cache=case.v_cache.abs()), torch.float64)
+        keys, values = (decode_kv(cache, torch.float64) for cache in (case.k_cache, case.v_cache))
+        sizes, _ = attend(exact, dataclasses.replace(case, k_cache=keys, v_cache=values.abs()), torch.float64)
         slack = sizes * 2**-8
     truth_out, truth_lse = attend(exact, case, torch.float64)
     error = (out.double() - truth_out).abs()
@@ -145,7 +148,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 @pytest.mark.feature("CPU kernels", "paged attention with log-sum-exp: GQA, prefill and decode, bf16 and fp32")
 @pytest.mark.feature("CPU kernels", "sliding windows and soft caps of attention scores")
 @isas
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(case=cases(), threads=st.integers(1, 3))
 def test_against_float64(isa: str, case: dict[str, Any], threads: int) -> None:
     check(native(isa, threads), make_case(**case))
@@ -214,7 +217,7 @@ def test_keys_before_the_window_are_not_read(dtype: torch.dtype) -> None:
     clean, _ = attend(native(ISAS[0]), case)
     for slot, unseen in zip(case.inputs.slot.tolist(), (600, 531), strict=True):
         for page in case.inputs.page_table[slot, : unseen // 64 * 4].tolist():
-            case.k_cache[page] = case.v_cache[page] = torch.nan
+            case.k_cache[page] = case.v_cache[page] = -1 if dtype is torch.int8 else torch.nan  # as a scale NaN too
     assert torch.equal(attend(native(ISAS[0]), case)[0], clean)
 
 

@@ -57,7 +57,7 @@ def check(ops: NativeOps, x: Tensor, weight: Tensor, bias: Tensor | None) -> Non
 
 @pytest.mark.feature("CPU kernels", "matrix products with weights packed once, bf16 and fp32")
 @isas
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 40) | st.integers(100, 260),
     outputs=st.integers(1, 140),
@@ -97,7 +97,7 @@ def test_a_row_does_not_depend_on_batch_or_threads(isa: str, dtype: torch.dtype)
 
 @pytest.mark.feature("CPU kernels", "gate and up products with SiLU in one pass")
 @isas
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 40) | st.integers(100, 130),
     width=st.integers(1, 70),

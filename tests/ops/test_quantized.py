@@ -50,7 +50,7 @@ def sizes(x: Tensor, weight: Quantized) -> Tensor:
 )
 @isas
 @formats
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     rows=st.integers(1, 30) | st.integers(100, 230),
     outputs=st.integers(1, 140),

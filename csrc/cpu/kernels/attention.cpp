@@ -14,7 +14,7 @@ struct F32Cache {
     using Values = F32Weights;
     using Factor = float;
     static constexpr int64_t kValuesPerWord = 1;
-    static constexpr bool kPaired = false;
+    static constexpr bool kPaired = false, kScaled = false;
 };
 #if BATCHINFER_BF16_DOT
 // Queries and probabilities are rounded to bfloat16, as on a GPU; their sum is not.
@@ -23,7 +23,11 @@ struct Bf16Cache {
     using Values = Bf16DotWeights;
     using Factor = bf16;
     static constexpr int64_t kValuesPerWord = 1;
-    static constexpr bool kPaired = true;
+    static constexpr bool kPaired = true, kScaled = false;
+};
+// Codes are bfloat16 numbers; the scales of keys go into the scores, those of values into the probabilities.
+struct CodesCache : Bf16Cache {
+    static constexpr bool kScaled = true;
 };
 #else
 struct Bf16Cache {
@@ -31,7 +35,10 @@ struct Bf16Cache {
     using Values = Bf16Columns;
     using Factor = float;
     static constexpr int64_t kValuesPerWord = 2;
-    static constexpr bool kPaired = false;
+    static constexpr bool kPaired = false, kScaled = false;
+};
+struct CodesCache : F32Cache {
+    static constexpr bool kScaled = true;
 };
 #endif
 
@@ -48,9 +55,11 @@ int64_t round_up(int64_t n, int64_t multiple) {
 }
 
 CacheShape cache_shape(const AttentionArgs& a) {
-    const bool half = a.cache_dtype == Dtype::bfloat16;
-    const int64_t per_word = half ? 2 : 1;
-    return {a, a.head_width / per_word, padded_width(a.head_width) / per_word, half && Bf16Cache::kPaired};
+    const bool codes = a.cache_dtype == Dtype::int8;
+    const bool half = codes ? CodesCache::kPaired : a.cache_dtype == Dtype::bfloat16;
+    const int64_t per_word = half ? 2 : 1, words = a.head_width / per_word;
+    return {a, codes ? a.head_width + kScaleBytes : words * 4, words, padded_width(a.head_width) / per_word,
+            half && Bf16Cache::kPaired};
 }
 
 // Sizes in bytes of an item's buffers, each rounded up to a cache line.
@@ -156,8 +165,11 @@ void attend_tile(const Work& w, int64_t row, int64_t start, int64_t count, Ahead
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-            for (int c = 0; c < C; ++c)
-                (sum[r][c] * scale).store(w.scores + r * kDepthBlock + n + c * Vec::W);
+            for (int c = 0; c < C; ++c) {
+                Vec score = sum[r][c] * scale;
+                if constexpr (Cache::kScaled) score = score * Vec::load(w.block.key_scales + n + c * Vec::W);
+                score.store(w.scores + r * kDepthBlock + n + c * Vec::W);
+            }
         }
     }
     ahead.ask();
@@ -166,9 +178,9 @@ void attend_tile(const Work& w, int64_t row, int64_t start, int64_t count, Ahead
         float* scores = w.scores + r * kDepthBlock;
         const int64_t position = w.position[row + r];
         if (w.a.softcap > 0.0f) softcap({scores, 1, round_up(count, Vec::W), w.a.softcap}, 0, 1);
-        factor[r] =
-            softmax(scores, window_start(position, w.a.window) - start, position - start + 1, count,
-                    w.running_of(row + r), static_cast<typename Cache::Factor*>(w.probabilities) + r * kDepthBlock);
+        factor[r] = softmax(scores, window_start(position, w.a.window) - start, position - start + 1, count,
+                            w.running_of(row + r), Cache::kScaled ? w.block.value_scales : nullptr,
+                            static_cast<typename Cache::Factor*>(w.probabilities) + r * kDepthBlock);
     }
     ahead.ask();
     const int64_t stride = state_floats(w.a.head_width);
@@ -227,6 +239,20 @@ struct ByRows {
 };
 constexpr ByRows<F32Cache> kF32ByRows;
 constexpr ByRows<Bf16Cache> kBf16ByRows;
+constexpr ByRows<CodesCache> kCodesByRows;
+
+// f of what stands for the dtype of the cache.
+template <class F>
+auto with_cache(Dtype dtype, F f) {
+    switch (dtype) {
+        case Dtype::bfloat16:
+            return f(Bf16Cache{}, kBf16ByRows.entry);
+        case Dtype::int8:
+            return f(CodesCache{}, kCodesByRows.entry);
+        default:
+            return f(F32Cache{}, kF32ByRows.entry);
+    }
+}
 
 int64_t furthest(const Work& w, int64_t begin, int64_t end) {
     int64_t position = -1;
@@ -247,7 +273,7 @@ int64_t earliest(const Work& w, int64_t begin, int64_t end) {
 void attend_blocks(const Work& w, const int32_t* pages, int64_t kv_head, int64_t begin, int64_t end, int64_t first,
                    int64_t last, const Positions& after, Ahead& ahead) {
     const int64_t length = furthest(w, begin, end) + 1;
-    const AttendTile* by_rows = w.a.cache_dtype == Dtype::bfloat16 ? kBf16ByRows.entry : kF32ByRows.entry;
+    const AttendTile* by_rows = with_cache(w.a.cache_dtype, [](auto, const AttendTile* entry) { return entry; });
     const int64_t tiles = (end - begin + kTileRows - 1) / kTileRows;
     first = max(first, earliest(w, begin, end) / kKeyBlock);
     last = min(last, (length + kKeyBlock - 1) / kKeyBlock);
@@ -312,8 +338,9 @@ void attend(const AttentionArgs& a, const AttentionItem& item, const AttentionIt
         rows += item.queries[i].tokens * group;
     const Work w(a, rows, scratch);
     for (int64_t i = 0, row = 0; i < item.num_queries; row += item.queries[i++].tokens * group) {
-        const auto load = a.cache_dtype == Dtype::bfloat16 ? load_queries<Bf16Cache::Factor> : load_queries<float>;
-        load(w, item.queries[i], item.kv_head, row);
+        with_cache(a.cache_dtype, [&](auto cache, const AttendTile*) {
+            load_queries<typename decltype(cache)::Factor>(w, item.queries[i], item.kv_head, row);
+        });
     }
     for (int64_t r = 0; r < rows; ++r) {
         w.running_of(r).clear();

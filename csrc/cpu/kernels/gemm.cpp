@@ -1,6 +1,6 @@
 #include "cpu/kernels/gemm.h"
 
-#include "cpu/kernels/gemm_amx.h"
+#include "cpu/kernels/gemm_matrices.h"
 #include "cpu/kernels/gemm_output.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/tile.h"
@@ -262,6 +262,6 @@ constexpr GemmKernel kernel() {
 }  // namespace
 
 const GemmKernel gemm_float32 = kernel<F32Weights, float, float>();
-const GemmKernel gemm_bfloat16 = bfloat16_on_tiles(kernel<HalfWeights, uint16_t, uint32_t>());
+const GemmKernel gemm_bfloat16 = by_matrices<Bf16Words>(kernel<HalfWeights, uint16_t, uint32_t>());
 
 }  // namespace batchinfer::BATCHINFER_ISA

@@ -9,13 +9,9 @@
 // kernels; bfloat16 products are summed apart for even and odd k of a tile, with subnormals as 0.
 //
 // tests/csrc runs this with tile instructions emulated; it has not run on a processor that has them.
-#include "cpu/kernels/gemm_amx.h"
+#include "cpu/kernels/gemm_matrices.h"
 
 #if BATCHINFER_AMX
-
-#include "cpu/kernels/gemm_output.h"
-#include "cpu/kernels/kernels.h"
-#include "cpu/kernels/packed_codes.h"
 
 namespace batchinfer::BATCHINFER_ISA {
 namespace {
@@ -23,9 +19,8 @@ namespace {
 constexpr int kTileRows = 16;       // most that a register has
 constexpr int64_t kTileBytes = 64;  // of k in a row of activations
 constexpr int64_t kStepWords = kTileBytes / 4;
-constexpr int64_t kPanelRow = 4 * kPanel;         // bytes: a word of k of each column
 constexpr int64_t kColumnsBytes = kPanelRow / 2;  // of one tile
-static_assert(kColumnsBytes <= 64 && kAmxRows == 2 * kTileRows);
+static_assert(kColumnsBytes <= 64 && kMatrixRows == 2 * kTileRows);
 
 // What the intrinsics are pointed to is in memory from here on: GCC 12 does not take them for reads.
 void settle(const void* p) {
@@ -53,57 +48,31 @@ struct TileShapes {
 };
 static_assert(sizeof(TileShapes) == 64);
 
-struct Bf16Tiles {
-    static constexpr int64_t kDepth = kTileBytes / 2;      // of a step
-    static constexpr int64_t kRowBytes = 2 * kDepthBlock;  // of a row in a depth block
-    static constexpr int64_t kScaleBytes = 0;              // behind a panel's words
-    static int64_t words(int64_t depth) { return (depth + 1) / 2; }
-    static void dot() {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-    }
-    static void dot_more_rows() {
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    static void dot_more_columns() {
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_dpbf16ps(3, 4, 7);
-    }
-    static void finish(const void*, int64_t, int64_t, int64_t, int, const char*, float*, int64_t) {}
-};
+void dot(Bf16Words) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+}
+void dot_more_rows(Bf16Words) {
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+}
+void dot_more_columns(Bf16Words) {
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_dpbf16ps(3, 4, 7);
+}
 
-struct Int8Tiles {
-    static constexpr int64_t kDepth = kTileBytes;
-    static constexpr int64_t kRowBytes = kDepthBlock;
-    static constexpr int64_t kScaleBytes = kPanel * sizeof(float);
-    static int64_t words(int64_t depth) { return (depth + 3) / 4; }
-    static void dot() {  // signed activations, unsigned weights
-        _tile_dpbsud(0, 4, 6);
-        _tile_dpbsud(1, 4, 7);
-    }
-    static void dot_more_rows() {
-        _tile_dpbsud(2, 5, 6);
-        _tile_dpbsud(3, 5, 7);
-    }
-    static void dot_more_columns() {
-        _tile_dpbsud(2, 4, 6);
-        _tile_dpbsud(3, 4, 7);
-    }
-    // The sums of a panel, integers until then, times the scales of their row and column.
-    static void finish(const void* packed, int64_t rows, int64_t depth, int64_t row, int count, const char* panel,
-                       float* part, int64_t stride) {
-        const PackedRows x(packed, rows, depth, 1);
-        const auto* scales = reinterpret_cast<const float*>(panel + words(depth) * kPanelRow);
-        for (int r = 0; r < count; ++r, part += stride) {
-            const Ints zero = kInt8Zero * x.total(row + r) - Ints{};
-            for (int c = 0; c < kPanel; c += Vec::W) {
-                const Vec whole = {__builtin_convertvector(bits_as<Ints>(Vec::load(part + c).v) - zero, Floats)};
-                (whole * (Vec::load(scales + c) * Vec::broadcast(x.scale[row + r]))).store(part + c);
-            }
-        }
-    }
-};
+void dot(Int8Words) {  // signed activations, unsigned weights
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+}
+void dot_more_rows(Int8Words) {
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+}
+void dot_more_columns(Int8Words) {
+    _tile_dpbsud(2, 4, 6);
+    _tile_dpbsud(3, 4, 7);
+}
 
 // What a step reads: tiles of activations one below the other, and of one or two panels.
 struct Step {
@@ -117,55 +86,42 @@ void add(const Step& step) {
     _tile_loadd(4, step.x, step.x_stride);
     _tile_loadd(6, step.w[0], kPanelRow);
     _tile_loadd(7, step.w[0] + kColumnsBytes, kPanelRow);
-    Format::dot();
+    dot(Format{});
     if constexpr (kMoreRows) {
         _tile_loadd(5, step.x + kTileRows * step.x_stride, step.x_stride);
-        Format::dot_more_rows();
+        dot_more_rows(Format{});
     }
     if constexpr (kMoreColumns) {
         _tile_loadd(6, step.w[1], kPanelRow);
         _tile_loadd(7, step.w[1] + kColumnsBytes, kPanelRow);
-        Format::dot_more_columns();
+        dot_more_columns(Format{});
     }
 }
 
 // A depth's end that fills no tile, with zeros behind it.
 struct Rest {
-    alignas(64) char x[kAmxRows * kTileBytes] = {};
+    alignas(64) char x[kMatrixRows * kTileBytes] = {};
     alignas(64) char w[2][kStepWords * kPanelRow] = {};
-};
-
-// The activations of a task.
-struct Packed {
-    const void* data;
-    int64_t rows, depth;
-
-    // 64 bytes of k of a row.
-    template <class Format>
-    const char* at(int64_t row, int64_t step) const {
-        const int64_t k = step * Format::kDepth;
-        return static_cast<const char*>(data) + (k / kDepthBlock * rows + row) * Format::kRowBytes +
-               k % kDepthBlock * kTileBytes / Format::kDepth;
-    }
 };
 
 // Sums of `count` rows from `row` on and of one panel, or with kMoreColumns two, to part [count, panels * kPanel].
 template <class Format, bool kMoreRows, bool kMoreColumns>
-void sum_up(const Packed& x, int64_t row, int count, const char* const (&panels)[2], float* part) {
+void sum_up(const PackedTask& x, int64_t row, int count, const char* const (&panels)[2], float* part) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    const int64_t steps = x.depth / Format::kDepth, words = Format::words(x.depth % Format::kDepth);
+    const int64_t steps = Format::words(x.depth) / kStepWords, words = Format::words(x.depth) % kStepWords;
     constexpr int64_t kStepBytes = kStepWords * kPanelRow;
     for (int64_t i = 0; i < steps; ++i) {
-        add<Format, kMoreRows, kMoreColumns>(
-            {x.at<Format>(row, i), Format::kRowBytes, {panels[0] + i * kStepBytes, panels[1] + i * kStepBytes}});
+        add<Format, kMoreRows, kMoreColumns>({x.at<Format>(row, i * kTileBytes),
+                                              Format::kRowBytes,
+                                              {panels[0] + i * kStepBytes, panels[1] + i * kStepBytes}});
     }
     if (words > 0) {
         Rest rest;
         for (int r = 0; r < count; ++r)
-            __builtin_memcpy(rest.x + r * kTileBytes, x.at<Format>(row + r, steps), words * 4);
+            __builtin_memcpy(rest.x + r * kTileBytes, x.at<Format>(row + r, steps * kTileBytes), words * 4);
         for (int p = 0; p <= kMoreColumns; ++p)
             __builtin_memcpy(rest.w[p], panels[p] + steps * kStepBytes, words * kPanelRow);
         settle(&rest);
@@ -182,12 +138,15 @@ void sum_up(const Packed& x, int64_t row, int count, const char* const (&panels)
     }
 }
 
+}  // namespace
+
 template <class Format, class Output>
-void multiply(const void* packed, int64_t rows, int64_t depth, const void* weights, const GemmOutput& to, Coming) {
-    const Packed x = {packed, rows, depth};
-    const int64_t panel_bytes = Format::words(depth) * kPanelRow + Format::kScaleBytes;
+void multiply_matrices(const void* packed, int64_t rows, int64_t depth, const void* weights, const GemmOutput& to,
+                       Coming) {
+    const PackedTask x = {packed, rows, depth};
+    const int64_t panel_bytes = Format::panel_bytes(depth);
     const int64_t panels = (to.columns + Output::kColumns - 1) / Output::kColumns;
-    const int64_t blocks = (rows + kAmxRows - 1) / kAmxRows;
+    const int64_t blocks = (rows + kMatrixRows - 1) / kMatrixRows;
     for (int64_t i = 0, shaped = 0; i < blocks; ++i) {
         const int64_t row = rows * i / blocks;
         const int count = static_cast<int>(rows * (i + 1) / blocks - row);
@@ -195,14 +154,14 @@ void multiply(const void* packed, int64_t rows, int64_t depth, const void* weigh
         shaped = count;
         const auto* panel = static_cast<const char*>(weights);
         for (int64_t p = 0, n; p < panels; p += n, panel += n * panel_bytes) {
-            alignas(64) float part[kAmxRows * kPanel];
+            alignas(64) float part[kMatrixRows * kPanel];
             n = count <= kTileRows && p + 2 <= panels ? 2 : 1;
             const auto sum = count > kTileRows ? sum_up<Format, true, false>
                              : n == 2          ? sum_up<Format, false, true>
                                                : sum_up<Format, false, false>;
             sum(x, row, count, {panel, panel + panel_bytes}, part);
             for (int64_t j = 0; j < n; ++j) {
-                Format::finish(packed, rows, depth, row, count, panel + j * panel_bytes, part + j * kPanel, n * kPanel);
+                Format::finish(x, row, count, panel + j * panel_bytes, part + j * kPanel, n * kPanel);
                 Output::write(part + j * kPanel, n * kPanel, count, row, (p + j) * Output::kColumns, to);
             }
         }
@@ -210,24 +169,7 @@ void multiply(const void* packed, int64_t rows, int64_t depth, const void* weigh
     _tile_release();
 }
 
-}  // namespace
-
-void multiply_bfloat16_on_tiles(const void* x, int64_t rows, int64_t depth, const void* panels, const GemmOutput& to,
-                                Coming coming) {
-    multiply<Bf16Tiles, PlainOutput>(x, rows, depth, panels, to, coming);
-}
-void multiply_bfloat16_gated_on_tiles(const void* x, int64_t rows, int64_t depth, const void* panels,
-                                      const GemmOutput& to, Coming coming) {
-    multiply<Bf16Tiles, GatedOutput>(x, rows, depth, panels, to, coming);
-}
-void multiply_int8_on_tiles(const void* x, int64_t rows, int64_t depth, const void* panels, const GemmOutput& to,
-                            Coming coming) {
-    multiply<Int8Tiles, PlainOutput>(x, rows, depth, panels, to, coming);
-}
-void multiply_int8_gated_on_tiles(const void* x, int64_t rows, int64_t depth, const void* panels, const GemmOutput& to,
-                                  Coming coming) {
-    multiply<Int8Tiles, GatedOutput>(x, rows, depth, panels, to, coming);
-}
+BATCHINFER_MULTIPLY_MATRICES
 
 }  // namespace batchinfer::BATCHINFER_ISA
 

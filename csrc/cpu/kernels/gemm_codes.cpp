@@ -12,7 +12,8 @@
 // its scales and minima [columns] float16, then the words; blocks4 keeps the codes of k + 4 in the upper halves of the
 // bytes of k.
 #include "cpu/kernels/code_dot.h"
-#include "cpu/kernels/gemm_amx.h"
+#include "cpu/kernels/codes.h"
+#include "cpu/kernels/gemm_matrices.h"
 #include "cpu/kernels/gemm_output.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/packed_codes.h"
@@ -37,54 +38,22 @@ constexpr int kWholeRows = 12, kWholeWideRows = 5, kBlockRows = 6, kBlockWideRow
 constexpr int kWholeRows = 4, kWholeWideRows = 1, kBlockRows = 2, kBlockWideRows = 0;
 #endif
 
-// `count` values as codes and the sum of these. 0 for a scale of 0.
-int32_t encode(const float* x, int64_t count, float inverse, int8_t* codes) {
-    constexpr float kShifter =
-        12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then is in the low bits
-    typedef int8_t Bytes __attribute__((vector_size(Vec::W)));
-    Vec sum = Vec::zero();
-    for (int64_t k = 0; k < count; k += Vec::W) {
-        const Vec shifted = Vec::load(x + k) * Vec::broadcast(inverse) + Vec::broadcast(kShifter);
-        const Ints code = bits_as<Ints>(shifted.v) - bits_as<Ints>(Vec::broadcast(kShifter).v);
-        const Bytes bytes = __builtin_convertvector(code, Bytes);
-        __builtin_memcpy(codes + k, &bytes, sizeof(bytes));
-        sum = sum + Vec{__builtin_convertvector(code, Floats)};  // at most 127 * depth: exact up to 2^24
-    }
-    return static_cast<int32_t>(reduce_sum(sum));
+// Exact: codes are small, and so are sums of up to 2^24 / 127 of them.
+int32_t sum_of(Ints codes) {
+    return static_cast<int32_t>(reduce_sum({__builtin_convertvector(codes, Floats)}));
 }
 
-// The scale of `count` values; NaN if one of them is not finite.
-float scale_of(const float* x, int64_t count) {
-    Vec largest = Vec::zero(), poison = Vec::zero();
-    for (int64_t k = 0; k < count; k += Vec::W) {
-        const Vec v = Vec::load(x + k);
-        largest = max(max(v, Vec::zero() - v), largest);
-        poison = poison + (v - v);
-    }
-    return reduce_max(largest) / 127.0f + reduce_sum(poison);
-}
-
-float inverse_of(float scale) {  // of a subnormal one it could be infinite
-    return scale >= 0x1p-126f && scale < __builtin_inff() ? 1.0f / scale : 0.0f;
-}
-
-// `block` values of a row at `k`, zeros behind the last, as float32. `to` has room for kDepthBlock.
+// W values, zeros behind the first `left`.
 template <class T>
-const float* values_at(const Rows& x, int64_t row, int64_t k, int64_t depth, float* to) {
-    const T* from = static_cast<const T*>(x.data) + row * x.stride + k;
-    const int64_t count = min(kDepthBlock, depth - k);
-    for (int64_t i = 0; i < kDepthBlock; i += Vec::W) {
-        const int64_t left = count - i;
-        const Vec v = left >= Vec::W ? Vec::load(from + i)
-                      : left > 0     ? Vec::load(from + i, static_cast<int>(left))
-                                     : Vec::zero();
-        v.store(to + i);
-    }
-    return to;
+Vec load_left(const T* from, int64_t left) {
+    return left >= Vec::W ? Vec::load(from) : left > 0 ? Vec::load(from, static_cast<int>(left)) : Vec::zero();
 }
 
-const float* values_of(const Rows& x, int64_t row, int64_t k, int64_t depth, float* to) {
-    return x.dtype == Dtype::float32 ? values_at<float>(x, row, k, depth, to) : values_at<bf16>(x, row, k, depth, to);
+// f(x) of a row's first value, of the type that it has.
+template <class F>
+void with_row(const Rows& x, int64_t row, F f) {
+    x.dtype == Dtype::float32 ? f(static_cast<const float*>(x.data) + row * x.stride)
+                              : f(static_cast<const bf16*>(x.data) + row * x.stride);
 }
 
 // Sums of a tile as it leaves them: [R, P * kPanel].
@@ -140,19 +109,20 @@ struct Int8 {
             scales[n] = columns[n].values ? *static_cast<const float*>(columns[n].scales) : 0.0f;
     }
 
-    static void pack_row(const Rows& x, int64_t row, int64_t depth, const PackedRows& to) {
-        float values[kDepthBlock], scale = 0.0f, poison = 0.0f;
+    template <class T>
+    static void pack_row(const T* x, int64_t row, int64_t depth, const PackedRows& to) {
+        Largest largest;
+        for_vectors(depth, [&](int64_t k, auto count) { largest.see(Vec::load(x + k, count)); });
+        const float scale = largest.scale();
+        const Vec inverse = Vec::broadcast(inverse_of(scale));
+        Ints sums = {};
         for (int64_t k = 0; k < depth; k += kDepthBlock) {
-            const float s = scale_of(values_of(x, row, k, depth, values), kDepthBlock);
-            scale = s > scale ? s : scale;
-            poison += s - s;
+            auto* codes = const_cast<int8_t*>(to.at(row, k));
+            for (int64_t i = 0; i < kDepthBlock; i += Vec::W)
+                sums += encode(load_left(x + k + i, depth - k - i), inverse, codes + i);
         }
-        const float inverse = inverse_of(scale);
-        int32_t sum = 0;
-        for (int64_t k = 0; k < depth; k += kDepthBlock)
-            sum +=
-                encode(values_of(x, row, k, depth, values), kDepthBlock, inverse, const_cast<int8_t*>(to.at(row, k)));
-        const_cast<float*>(to.scale)[row] = scale + poison;
+        const int32_t sum = sum_of(sums);
+        const_cast<float*>(to.scale)[row] = scale;
         __builtin_memcpy(const_cast<float*>(to.moment) + row, &sum, sizeof(sum));
     }
 
@@ -216,18 +186,23 @@ struct Blocks {
         }
     }
 
-    static void pack_row(const Rows& x, int64_t row, int64_t depth, const PackedRows& to) {
-        float values[kDepthBlock];
-        for (int64_t k = 0; k < depth; k += kDepthBlock) {
-            values_of(x, row, k, depth, values);
-            for (int64_t i = 0; i < min(kDepthBlock, depth - k); i += kScaleBlock) {
-                const float scale = scale_of(values + i, kScaleBlock);
-                auto* codes = const_cast<int8_t*>(to.at(row, k + i));
-                const int32_t sum = encode(values + i, kScaleBlock, inverse_of(scale), codes);
-                const int64_t at = row * to.scales + (k + i) / kScaleBlock;
-                const_cast<float*>(to.scale)[at] = scale;
-                const_cast<float*>(to.moment)[at] = scale * static_cast<float>(sum);
+    template <class T>
+    static void pack_row(const T* x, int64_t row, int64_t depth, const PackedRows& to) {
+        for (int64_t block = 0; block < depth / kScaleBlock; ++block) {
+            const int64_t k = block * kScaleBlock, at = row * to.scales + block;
+            Vec values[kScaleBlock / Vec::W];
+            Largest largest;
+            for (int64_t i = 0; i < kScaleBlock / Vec::W; ++i) {
+                values[i] = Vec::load(x + k + i * Vec::W);
+                largest.see(values[i]);
             }
+            const float scale = largest.scale();
+            const Vec inverse = Vec::broadcast(inverse_of(scale));
+            Ints sums = {};
+            for (int64_t i = 0; i < kScaleBlock / Vec::W; ++i)
+                sums += encode(values[i], inverse, const_cast<int8_t*>(to.at(row, k)) + i * Vec::W);
+            const_cast<float*>(to.scale)[at] = scale;
+            const_cast<float*>(to.moment)[at] = scale * static_cast<float>(sum_of(sums));
         }
     }
 
@@ -281,7 +256,7 @@ template <class Format>
 void pack_rows(const Rows& x, int64_t rows, int64_t depth, void* packed) {
     const PackedRows to(packed, rows, depth, Format::scales(depth));
     for (int64_t r = 0; r < rows; ++r)
-        Format::pack_row(x, r, depth, to);
+        with_row(x, r, [&](const auto* row) { Format::pack_row(row, r, depth, to); });
 }
 
 template <int R, class Format>
@@ -351,7 +326,7 @@ constexpr GemmKernel kernel() {
 
 }  // namespace
 
-const GemmKernel gemm_int8 = int8_on_tiles(kernel<Int8>());
+const GemmKernel gemm_int8 = by_matrices<Int8Words>(kernel<Int8>());
 const GemmKernel gemm_blocks8 = kernel<Blocks<8, 32>>();
 const GemmKernel gemm_blocks4 = kernel<Blocks<4, 32>>();
 const GemmKernel gemm_short_blocks8 = kernel<Blocks<8, 16>>();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/attention.h"
+#include "cpu/kernels/codes.h"
 #include "cpu/kernels/transpose.h"
 #include "cpu/vec.h"
 
@@ -13,15 +14,18 @@ struct Positions {
     int64_t kv_head, start, count;
 };
 
-// A cache's tokens in 32-bit words: one float, or two bfloat16.
+// A cache's tokens in 32-bit words: one float, or two bfloat16. Codes become one of these when they are loaded.
 struct CacheShape {
     const AttentionArgs& a;
-    int64_t words;   // of a token's key or value
-    int64_t padded;  // the same, up to whole pairs of vectors
-    bool paired;     // values are read as words of two positions of one column
+    int64_t row_bytes;  // of a token's key or value where it lies
+    int64_t words;      // the same, as the tiles read it
+    int64_t padded;     // the same, up to whole pairs of vectors
+    bool paired;        // values are read as words of two positions of one column
+
+    bool codes() const { return a.cache_dtype == Dtype::int8; }
 };
 
-// Calls f(first, count, words) for every stretch of the positions that lies in one page.
+// Calls f(first, count, byte) for every stretch of the positions that lies in one page, from `byte` of the cache on.
 template <class F>
 inline void for_pages(const CacheShape& c, const Positions& p, F f) {
     const int64_t page_size = c.a.page_size;
@@ -29,7 +33,7 @@ inline void for_pages(const CacheShape& c, const Positions& p, F f) {
     int64_t offset = p.start % page_size;
     for (int64_t t = 0, n; t < p.count; t += n, ++page, offset = 0) {
         n = page_size - offset < p.count - t ? page_size - offset : p.count - t;
-        f(t, n, ((*page * c.a.kv_heads + p.kv_head) * page_size + offset) * c.words);
+        f(t, n, ((*page * c.a.kv_heads + p.kv_head) * page_size + offset) * c.row_bytes);
     }
 }
 
@@ -43,9 +47,9 @@ class Ahead {
         current_ = ranges_ = 0;
         int64_t bytes = 0;
         for_pages(c, p, [&](int64_t, int64_t n, int64_t at) {
-            range_[ranges_++] = {static_cast<const char*>(c.a.k_cache) + at * 4, n * c.words * 4};
-            range_[ranges_++] = {static_cast<const char*>(c.a.v_cache) + at * 4, n * c.words * 4};
-            bytes += 2 * n * c.words * 4;
+            range_[ranges_++] = {static_cast<const char*>(c.a.k_cache) + at, n * c.row_bytes};
+            range_[ranges_++] = {static_cast<const char*>(c.a.v_cache) + at, n * c.row_bytes};
+            bytes += 2 * n * c.row_bytes;
         });
         portion_ = (bytes / portions + 63) / 64 * 64;
     }
@@ -84,26 +88,33 @@ struct KeyBlock {
     uint32_t* keys;    // [words, kKeyBlock]; what stands beyond the last position is of no meaning
     uint32_t* values;  // [kKeyBlock, padded], or paired [kKeyBlock / 2, 2 * padded]
     Run* runs;         // [kKeyBlock + 1], ends with a count of 0
+    // Of codes: the scales [kKeyBlock], 0 beyond the last position, and the rows of both as numbers.
+    float *key_scales, *value_scales;
+    uint32_t *key_rows, *value_rows;  // [kKeyBlock, words]
 
     static int64_t bytes(const CacheShape& c) {
-        return (c.words + c.padded) * kKeyBlock * sizeof(uint32_t) + (kKeyBlock + 1) * sizeof(Run);
+        const int64_t decoded = c.codes() ? 2 * (1 + c.words) : 0;
+        return (c.words + c.padded + decoded) * kKeyBlock * sizeof(uint32_t) + (kKeyBlock + 1) * sizeof(Run);
     }
 
     KeyBlock(const CacheShape& c, void* memory)
         : keys(static_cast<uint32_t*>(memory)),
           values(keys + c.words * kKeyBlock),
-          runs(reinterpret_cast<Run*>(values + c.padded * kKeyBlock)) {}
+          runs(reinterpret_cast<Run*>(values + c.padded * kKeyBlock)),
+          key_scales(reinterpret_cast<float*>(runs + kKeyBlock + 1)),
+          value_scales(key_scales + kKeyBlock),
+          key_rows(reinterpret_cast<uint32_t*>(value_scales + kKeyBlock)),
+          value_rows(key_rows + c.words * kKeyBlock) {}
 
     void load(const CacheShape& c, const Positions& p, Ahead& ahead) const {
         const uint32_t* key[kKeyBlock];
-        Run* run = runs;
-        for_pages(c, p, [&](int64_t t, int64_t n, int64_t at) {
-            const uint32_t* k = static_cast<const uint32_t*>(c.a.k_cache) + at;
-            for (const int64_t end = t + n; t < end; ++t, k += c.words)
-                key[t] = k;
-            *run++ = {static_cast<const uint32_t*>(c.a.v_cache) + at, n};
-        });
-        run->count = 0;
+        if (c.codes()) {
+            c.paired ? decode<bf16>(c, p) : decode<float>(c, p);
+            for (int64_t t = 0; t < p.count; ++t)
+                key[t] = key_rows + t * c.words;
+        } else {
+            find_rows(c, p, key);
+        }
         if (c.paired) {
             pair_values(c);
         } else if (c.words != c.padded) {
@@ -118,6 +129,36 @@ struct KeyBlock {
     }
 
   private:
+    void find_rows(const CacheShape& c, const Positions& p, const uint32_t** key) const {
+        Run* run = runs;
+        for_pages(c, p, [&](int64_t t, int64_t n, int64_t at) {
+            const auto* k = reinterpret_cast<const uint32_t*>(static_cast<const char*>(c.a.k_cache) + at);
+            const auto* v = reinterpret_cast<const uint32_t*>(static_cast<const char*>(c.a.v_cache) + at);
+            for (const int64_t end = t + n; t < end; ++t, k += c.words)
+                key[t] = k;
+            *run++ = {v, n};
+        });
+        run->count = 0;
+    }
+
+    // Codes -> rows of numbers, one run of values.
+    template <class T>
+    void decode(const CacheShape& c, const Positions& p) const {
+        const int64_t width = c.a.head_width;
+        for_pages(c, p, [&](int64_t t, int64_t n, int64_t at) {
+            const auto* k = static_cast<const int8_t*>(c.a.k_cache) + at;
+            const auto* v = static_cast<const int8_t*>(c.a.v_cache) + at;
+            for (const int64_t end = t + n; t < end; ++t, k += c.row_bytes, v += c.row_bytes) {
+                key_scales[t] = decode_head(k, width, reinterpret_cast<T*>(key_rows + t * c.words));
+                value_scales[t] = decode_head(v, width, reinterpret_cast<T*>(value_rows + t * c.words));
+            }
+        });
+        for (int64_t t = p.count; t < kKeyBlock; ++t)
+            key_scales[t] = value_scales[t] = 0.0f;
+        runs[0] = {value_rows, p.count};
+        runs[1].count = 0;
+    }
+
     static int lanes(All) { return Vec::W; }
     static int lanes(int count) { return count; }
 

@@ -45,9 +45,11 @@ inline int64_t state_floats(int64_t head_width) {
 }
 
 // Turns the scores of a row into exponentials, `out` (float, may be the scores; or bf16), and updates its maximum and
-// sum. The row may see the scores [first, seen) of `count` computed. Returns the factor for what was summed before.
+// sum. The row may see the scores [first, seen) of `count` computed. `out`, but not the sum, is multiplied by `scales`
+// unless that is null. Returns the factor for what was summed before.
 template <class T>
-inline float softmax(float* scores, int64_t first, int64_t seen, int64_t count, State state, T* out) {
+inline float softmax(float* scores, int64_t first, int64_t seen, int64_t count, State state, const float* scales,
+                     T* out) {
     if (first >= seen || first >= count) {
         for (int64_t i = 0; i < count; i += Vec::W)
             Vec::zero().store(out + i);
@@ -69,7 +71,7 @@ inline float softmax(float* scores, int64_t first, int64_t seen, int64_t count, 
     Vec sum = Vec::zero();
     for (int64_t i = 0; i < count; i += Vec::W) {
         const Vec p = exp(Vec::load(scores + i) - shift);
-        p.store(out + i);
+        (scales ? p * Vec::load(scales + i) : p).store(out + i);
         sum = sum + p;
     }
     const float factor = maximum == state.maximum() ? 1.0f : exp(Vec::broadcast(state.maximum() - maximum)).v[0];

@@ -1,5 +1,6 @@
 // Splits the fused projection of a token, normalises and rotates its heads, and writes keys and values straight to
 // their page: no separate k and v tensors exist.
+#include "cpu/kernels/codes.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/rms_norm_row.h"
 
@@ -40,8 +41,11 @@ void write_head(const RopeAndCacheArgs& a, const float* x, const float* norm, co
 }
 
 template <class T>
+constexpr bool kCodes = __is_same(T, int8_t);
+
+template <class T>
 void rope_and_cache_as(const RopeAndCacheArgs& a, int64_t begin, int64_t end) {
-    const int64_t width = a.head_width, head_stride = a.page_size * width;
+    const int64_t width = a.head_width, row = kCodes<T> ? width + kScaleBytes : width, head_stride = a.page_size * row;
     for (int64_t t = begin; t < end; ++t) {
         const float* q = a.qkv + t * (a.heads + 2 * a.kv_heads) * width;
         const float* k = q + a.heads * width;
@@ -49,7 +53,7 @@ void rope_and_cache_as(const RopeAndCacheArgs& a, int64_t begin, int64_t end) {
         const float* cos_sin = a.cos_sin ? a.cos_sin + a.positions[t] * a.rotary_width : nullptr;
         float* q_out = a.q_out + t * a.heads * width;
         const int64_t page = a.kv_index[t] / a.page_size, offset = a.kv_index[t] % a.page_size;
-        const int64_t slot = page * a.kv_heads * head_stride + offset * width;
+        const int64_t slot = page * a.kv_heads * head_stride + offset * row;
         T* k_out = static_cast<T*>(a.k_cache) + slot;
         T* v_out = static_cast<T*>(a.v_cache) + slot;
         // q_out, not yet written, holds the normalised key heads for a moment.
@@ -59,8 +63,15 @@ void rope_and_cache_as(const RopeAndCacheArgs& a, int64_t begin, int64_t end) {
             k = q_out, k_norm = nullptr;
         }
         for (int64_t g = 0; g < a.kv_heads; ++g) {
-            write_head(a, k + g * width, k_norm, cos_sin, q_out, k_out + g * head_stride);
-            copy(v + g * width, width, v_out + g * head_stride);
+            if constexpr (kCodes<T>) {
+                float* const key = q_out + g * width;  // of k itself, or unused yet
+                write_head(a, k + g * width, k_norm, cos_sin, key, key);
+                encode_head(key, width, k_out + g * head_stride);
+                encode_head(v + g * width, width, v_out + g * head_stride);
+            } else {
+                write_head(a, k + g * width, k_norm, cos_sin, q_out, k_out + g * head_stride);
+                copy(v + g * width, width, v_out + g * head_stride);
+            }
         }
         if (a.norm_all) {
             rms_norm_row(q, q_norm, a.heads * width, a.norm_eps, q_out);
@@ -75,7 +86,14 @@ void rope_and_cache_as(const RopeAndCacheArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void rope_and_cache(const RopeAndCacheArgs& a, int64_t begin, int64_t end) {
-    a.cache_dtype == Dtype::bfloat16 ? rope_and_cache_as<bf16>(a, begin, end) : rope_and_cache_as<float>(a, begin, end);
+    switch (a.cache_dtype) {
+        case Dtype::float32:
+            return rope_and_cache_as<float>(a, begin, end);
+        case Dtype::bfloat16:
+            return rope_and_cache_as<bf16>(a, begin, end);
+        case Dtype::int8:
+            return rope_and_cache_as<int8_t>(a, begin, end);
+    }
 }
 
 }  // namespace batchinfer::BATCHINFER_ISA

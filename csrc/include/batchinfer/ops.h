@@ -9,7 +9,8 @@
 namespace batchinfer {
 
 // Of weights and caches. On the CPU activations are float32, but for what only a matrix product reads (`out_dtype`).
-enum class Dtype : int32_t { float32 = 0, bfloat16 = 1 };
+// int8 is of caches alone: a row of one is head_width signed codes and their scale, float32.
+enum class Dtype : int32_t { float32 = 0, bfloat16 = 1, int8 = 2 };
 
 struct EmbedArgs {
     const int32_t* ids;  // [tokens]
@@ -61,7 +62,7 @@ struct RopeAndCacheArgs {
     const float* cos_sin;      // [max_positions, rotary_width] or null: no rotation
     const float* q_norm;       // [head_width] or null: no norm of the heads; [heads * head_width] with norm_all
     const float* k_norm;       // [head_width], null together with q_norm; [kv_heads * head_width] with norm_all
-    void* k_cache;             // [pages, kv_heads, page_size, head_width]
+    void* k_cache;             // [pages, kv_heads, page_size, head_width], or rows of codes
     void* v_cache;
     Dtype cache_dtype;
     float* q_out;  // [tokens, heads, head_width]
@@ -157,7 +158,7 @@ struct AttentionPlanArgs {
 
 struct AttentionArgs {
     const float* q;       // [tokens, heads, head_width]
-    const void* k_cache;  // [pages, kv_heads, page_size, head_width]
+    const void* k_cache;  // [pages, kv_heads, page_size, head_width], or rows of codes
     const void* v_cache;
     Dtype cache_dtype;
     void* out;  // [tokens, heads, head_width]

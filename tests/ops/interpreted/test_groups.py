@@ -77,3 +77,12 @@ def test_wrong_arguments_are_named(ops):
     odd = GroupQuantized(one.codes, one.scales.repeat(1, 6)[:, :11], 24, None, 4)
     with pytest.raises(ValueError, match=r"groups of 24: multiples of 16 are possible"):
         ops.pack_weight(odd)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [("int4", 4.125), ("int4 with zeros", 4.75), ("int8 of outputs", 8.0), ("float8 in blocks", 8.25)]
+)
+def test_memory(ops, kind, bits):
+    """A scale of 16 bits for each group (32 of float8, as in the files), and a zero of 8."""
+    packed = ops.pack_weight(draw(kind, 512, 2048))
+    assert packed.nbytes * 8 / 512 / 2048 == pytest.approx(bits, rel=2e-3)

@@ -1,0 +1,31 @@
+"""What the KV cache is kept in: engine.kv_dtype, and the backends that have it."""
+
+from __future__ import annotations
+
+import torch
+
+from batchinfer.config import EngineConfig
+from batchinfer.ops import Lack, Ops
+from batchinfer.types import ExitCode, JobError
+
+DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
+"""Of engine.dtype."""
+
+KV_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
+
+
+def kv_dtype(engine: EngineConfig) -> torch.dtype:
+    """The cache's dtype."""
+    return DTYPES[engine.dtype] if engine.kv_dtype == "auto" else KV_DTYPES[engine.kv_dtype]
+
+
+def check_kv_dtype(engine: EngineConfig, ops: Ops) -> None:
+    """Raises JobError (64) where the backend has no cache of that kind."""
+    kept = kv_dtype(engine)
+    need: Lack = "int8 KV cache" if kept is torch.int8 else "KV cache of another dtype"
+    if kept is not DTYPES[engine.dtype] and need in ops.lacks:
+        raise JobError(
+            f"engine.kv_dtype={engine.kv_dtype} with engine.dtype={engine.dtype} is for the CPU, and "
+            f"{type(ops).__name__} has not got it yet: set engine.device=cpu, or engine.kv_dtype=auto",
+            ExitCode.USAGE,
+        )
