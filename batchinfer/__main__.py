@@ -45,6 +45,7 @@ COMMANDS = {
     ),
     "export": Command("write a finished job's rows as JSON lines or OpenAI results", ("output.path", "export.path")),
     "bench": Command("time the engine on the rows of the input, or on bench.workload", ("model.path",)),
+    "bundle": Command("compile the Triton kernels ahead, for GPUs that are not here", ("model.path", "bundle.path")),
     "doctor": Command("say what this installation and this node can do, and what to repair", ()),
 }
 
@@ -91,6 +92,10 @@ def _dispatch(name: str, options: argparse.Namespace, config: Config, world: Wor
         from batchinfer import bench
 
         return bench.main(config)
+    if name == "bundle":
+        from batchinfer.engine import bundle
+
+        return bundle.main(config)
     if name == "run":
         from batchinfer import job
 

@@ -84,6 +84,13 @@ class Step:
     def new_seqs(self) -> _Int64:
         """The sequences that got ``new_slots``."""
     @property
+    def copied_row(self) -> _Int32:
+        """[C], C <= max_step_tokens; index into the T tokens: the K/V of these goes to other places too, of sequences
+        with the same prompt, before any token attends."""
+    @property
+    def copied_index(self) -> _Int64:
+        """[C]; the places, as in ``kv_index``."""
+    @property
     def page_table(self) -> _Int32:
         """[max_slots, ceil(max_seq_len / page_size)]; the scheduler's own table, the same for all steps: a later
         :meth:`Scheduler.schedule` changes it. Only a row's first ceil(kv_len / page_size) entries have a meaning."""

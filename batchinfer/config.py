@@ -111,6 +111,7 @@ class EngineConfig:
 
     device: str = "auto"
     ops: str = "auto"
+    kernels: str | None = None
     dtype: str = "auto"
     kv_dtype: str = "auto"
     weights: str = "auto"
@@ -191,6 +192,14 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class BundleConfig:
+    """Of ``batchinfer bundle`` alone: the file of kernels that it makes, and for which GPUs."""
+
+    path: str = MISSING
+    targets: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a job depends on, apart from the files themselves."""
 
@@ -208,6 +217,7 @@ class Config:
     compact: CompactConfig = field(default_factory=CompactConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    bundle: BundleConfig = field(default_factory=BundleConfig)
 
 
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -126,6 +126,8 @@ def _check_engine(value: dict[str, Any]) -> None:
     device, ops = value["engine.device"], value["engine.ops"]
     if ops != "auto" and device in ("cpu", "reference"):
         raise _refused("engine.ops", ops, f"it chooses among the kernels of a GPU, and engine.device is {device}")
+    if value["engine.kernels"] is not None and device in ("cpu", "reference"):
+        raise _refused("engine.kernels", value["engine.kernels"], f"it is for a GPU, and engine.device is {device}")
     if value["engine.weights"] == "int8" and device not in ("auto", "cpu", "reference"):
         raise _refused("engine.weights", value["engine.weights"], f"it is for the CPU, and engine.device is {device}")
     if page_size & (page_size - 1):

@@ -62,7 +62,7 @@ def _keys_of(path: Path) -> list[str]:
             name, value = match.groups()
             rows.append(f"| `{section}.{name}` | `{value}` | {' '.join(comment)} |")
             comment = []
-        elif match := re.fullmatch(r"(job|bench|compact|convert|export):", line):
+        elif match := re.fullmatch(r"(job|bench|compact|convert|export|bundle):", line):
             section, comment = match[1], []
         elif line.lstrip().startswith("# "):
             comment.append(line.strip(" #"))

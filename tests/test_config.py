@@ -97,6 +97,7 @@ RERANK = {"task.name": "rerank", "input.query_column": "q", "input.document_colu
         ({"sampling.best_of": 2, "sampling.n": 3}, "sampling.best_of=2 is not allowed"),
         ({"sampling.logit_bias": {3: 200.0}}, "sampling.logit_bias[3]=200.0 is not allowed"),
         ({"engine.device": "cpu", "engine.ops": "triton"}, "of a GPU, and engine.device is cpu"),
+        ({"engine.device": "cpu", "engine.kernels": "k.zip"}, "it is for a GPU, and engine.device is cpu"),
         ({"engine.device": "cuda", "engine.weights": "int8"}, "it is for the CPU, and engine.device is cuda"),
         ({"engine.weights": "keep", "model.dummy_weights": True}, "has no file whose weights could be kept"),
         ({"output.compression": "brotli"}, "one of zstd, snappy, lz4, gzip, none"),

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "batchinfer"
 ALLOWED = {
     "__init__": {"llm"},
     "rules": set(),
-    "__main__": {"rules", "job", "inquire", "bench", "doctor", "cluster"},
+    "__main__": {"rules", "job", "inquire", "bench", "doctor", "cluster", "engine.bundle"},
     "job": {"opening", "data", "cluster", "engine", "models.files", "fingerprint", "loop", "pipeline", "report"},
     "opening": {"data", "cluster", "models.identity", "models.pool_spec", "engine.constrain", "fingerprint", "report"},
     "fingerprint": {"data"},

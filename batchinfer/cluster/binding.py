@@ -28,8 +28,9 @@ PCI = Path("/sys/bus/pci/devices")
 @dataclass(frozen=True)
 class Place:
     """One rank's. ``cpus`` it may run on, and the NUMA domains ``numa`` in which they lie. ``gpu`` is the PCI address
-    of the GPU that it will use, which lies in domain ``gpu_numa`` (None where unknown); "" if it uses none. ``shares``:
-    it computes on the CPU, and may do so with weights that another rank has packed (sharing.py)."""
+    of the GPU that it will use, which lies in domain ``gpu_numa`` (None where unknown); "" if it uses none. ``uuid``:
+    of that GPU or of the slice of it (MIG) that the rank sees, where the driver tells. ``shares``: it computes on the
+    CPU, and may do so with weights that another rank has packed (sharing.py)."""
 
     host: str
     cpus: tuple[int, ...]
@@ -37,6 +38,7 @@ class Place:
     gpu: str = ""
     gpu_numa: int | None = None
     shares: bool = False
+    uuid: str = ""
 
 
 def place(host: str, local_rank: int, gpus: bool, shares: bool = False) -> Place:
@@ -47,9 +49,9 @@ def place(host: str, local_rank: int, gpus: bool, shares: bool = False) -> Place
         return Place(host, cpus, numa, shares=shares)
     check_visibility(os.environ)
     visible = _visible_gpus()
-    gpu = visible[gpu_index(local_rank, len(visible))] if visible else ""
+    gpu, uuid = visible[gpu_index(local_rank, len(visible))] if visible else ("", "")
     near = _read(PCI / gpu.lower() / "numa_node") if gpu else ""
-    return Place(host, cpus, numa, gpu, int(near) if near.isdecimal() else None)
+    return Place(host, cpus, numa, gpu, int(near) if near.isdecimal() else None, uuid=uuid)
 
 
 def gpu_index(local_rank: int, visible: int) -> int:
@@ -69,12 +71,12 @@ def check_visibility(environment: Mapping[str, str]) -> None:
 
 
 def check_places(places: Sequence[Place]) -> None:
-    """JobError(69) if two ranks use one GPU. (Each would take it for its own, and its memory.)"""
-    users: dict[tuple[str, str], list[int]] = defaultdict(list)
+    """JobError(69) if two ranks use one GPU, or one slice of it. (Each would take it for its own, and its memory.)"""
+    users: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for rank, at in enumerate(places):
         if at.gpu:
-            users[at.host, at.gpu].append(rank)
-    for (host, gpu), ranks in users.items():
+            users[at.host, at.gpu, at.uuid].append(rank)
+    for (host, gpu, _), ranks in users.items():
         if len(ranks) > 1:
             shared = ", ".join(str(rank) for rank in ranks)
             raise JobError(
@@ -130,9 +132,9 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _visible_gpus() -> list[str]:
-    """PCI addresses of the GPUs that the driver shows this process, in its order; cgroups and visibility variables are
-    its business. No device is opened: cuInit and hipGetDeviceCount make no context."""
+def _visible_gpus() -> list[tuple[str, str]]:
+    """PCI addresses and UUIDs of the GPUs that the driver shows this process, in its order; cgroups and visibility
+    variables are its business. No device is opened: cuInit and hipGetDeviceCount make no context."""
     for library, count, address in (
         ("libcuda.so.1", "cuDeviceGetCount", "cuDeviceGetPCIBusId"),
         ("libamdhip64.so", "hipGetDeviceCount", "hipDeviceGetPCIBusId"),
@@ -149,7 +151,15 @@ def _visible_gpus() -> list[str]:
         found = []
         for device in range(number.value):
             if getattr(driver, address)(text, len(text), device) == 0:
-                found.append(re.sub(r"^0000(?=[0-9A-Fa-f]{4}:)", "", text.value.decode()).lower())
+                pci = re.sub(r"^0000(?=[0-9A-Fa-f]{4}:)", "", text.value.decode()).lower()
+                found.append((pci, _uuid(driver, device)))
         if found:
             return found
     return []
+
+
+def _uuid(driver: ctypes.CDLL, device: int) -> str:
+    """By NVIDIA's driver (of CUDA 11.4 and later), whose slices of a GPU have its address and a UUID of their own."""
+    data = ctypes.create_string_buffer(16)
+    known = hasattr(driver, "cuDeviceGetUuid_v2") and driver.cuDeviceGetUuid_v2(data, device) == 0
+    return data.raw.hex() if known else ""

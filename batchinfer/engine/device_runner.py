@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from batchinfer.engine.memory import allocate_or_shrink, device_budget
-from batchinfer.engine.runner import StepOutput
+from batchinfer.engine.runner import StepOutput, copies
 from batchinfer.engine.slots import Rows, ScoredRows, SlotTable
 from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.engine.step_shape import Limits, StepShape
 from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores
+from batchinfer.models.layers import Copies
 from batchinfer.ops import SampleOutput
+from batchinfer.ops.accelerator import Accelerator, Event
 from batchinfer.types import ExitCode, JobError
 
 if TYPE_CHECKING:
@@ -45,8 +47,8 @@ class _Started:
     """A step under way: its tokens on their way to the host, and the events around it."""
 
     out: StepOutput
-    begin: torch.cuda.Event
-    end: torch.cuda.Event
+    begin: Event
+    end: Event
 
 
 @dataclass
@@ -55,10 +57,10 @@ class EventClock:
     ``time`` is known. From each event on to the next, because the distance of two is a float32 in milliseconds: after
     an hour it would be a quarter of one off."""
 
-    event: torch.cuda.Event
+    event: Event
     time: float = 0.0
 
-    def advance(self, event: torch.cuda.Event) -> float:
+    def advance(self, event: Event) -> float:
         """The time of an event, which the device has passed. The next ones are counted from it."""
         self.time += self.event.elapsed_time(event) / 1000
         self.event = event
@@ -84,65 +86,65 @@ def capture(compute: Callable[[], Tensor], pool: tuple[int, int]) -> Captured:
 
 
 class DeviceRunner:
-    """A :class:`batchinfer.engine.runner.Runner` for a decoder whose ops run on a CUDA device."""
+    """A :class:`batchinfer.engine.runner.Runner` for a decoder whose ops run on ``gpu``."""
 
     ahead = 1
 
-    def __init__(self, decoder: Decoder, page_size: int, max_slots: int):
+    def __init__(self, decoder: Decoder, page_size: int, max_slots: int, gpu: Accelerator):
         if page_size < SMALLEST_PAGE:
             raise JobError(
                 f"engine.page_size={page_size} is not allowed: on a GPU a page holds at least {SMALLEST_PAGE} tokens",
                 ExitCode.USAGE,
             )
+        self._gpu = gpu
         self._decoder, self._ops, self._device = decoder, decoder.ops, decoder.ops.device
         self._page_size, self._max_slots = page_size, max_slots
-        self._stream = torch.cuda.Stream(self._device)
+        self._stream = gpu.stream()
         self._graphs: dict[StepShape, Captured] = {}
         self._seen: set[StepShape] = set()
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = gpu.graph_pool() if gpu.graphs else None
         self._started: deque[_Started] = deque()
         self._parity = 0
         self.slots = SlotTable(max_slots, decoder.spec.vocab_size)
         self.seconds = {"launch": 0.0, "wait": 0.0, "device": 0.0}
-        self._clock = EventClock(torch.cuda.Event(enable_timing=True))
+        self._clock = EventClock(gpu.event())
 
         self.limits = Limits.of(decoder.spec, max_slots, decoder.max_step_tokens, decoder.max_samples)
 
         columns = -(-decoder.max_positions // page_size)
         sizes = decoder.max_step_tokens, max_slots, decoder.max_samples
-        self._buffer = StepBuffer(*sizes, self._device)
+        self._buffer = StepBuffer(*sizes, lambda size: torch.empty(size, dtype=torch.uint8, device=self._device))
         # Two: while the copy of one waits for the step before, the other has been copied and can be filled.
-        host = torch.device("cpu")
-        self._host = [StepBuffer(*sizes, host, pin=True) for _ in range(2)]
-        self._updates: list[Tensor] = [_pinned((0, 2)) for _ in range(2)]
+        self._host = [StepBuffer(*sizes, lambda size: gpu.pinned((size,), torch.uint8)) for _ in range(2)]
+        self._updates: list[Tensor] = [gpu.pinned((0, 2), torch.int64) for _ in range(2)]
         self._page_table = torch.zeros(max_slots, columns, dtype=torch.int32, device=self._device)
         self._last_token = torch.zeros(max_slots + 1, dtype=torch.int32, device=self._device)  # the last: of nobody
         self._cache = decoder.new_cache(1, page_size)
         # What was made on the default stream is finished before this one uses it; here, and in allocate().
-        torch.cuda.synchronize(self._device)
-        with torch.cuda.stream(self._stream):
+        self._gpu.synchronize()
+        with self._gpu.on(self._stream):
             self._profile()
             self._clock.event.record()
-        torch.cuda.synchronize(self._device)
+        self._gpu.synchronize()
         self._clock.time = time.perf_counter()
 
     def cache_budget(self, ranks_on_node: int) -> int:
         """Each rank has a device of its own, so that the number of ranks does not matter."""
-        return device_budget(*torch.cuda.mem_get_info(self._device))
+        return device_budget(*self._gpu.memory())
 
     def allocate(self, num_pages: int) -> int:
         self._cache = KVCache((), ())
 
         def make(pages: int) -> None:
-            torch.cuda.empty_cache()
+            self._gpu.empty_cache()
             self._cache = self._decoder.new_cache(pages, self._page_size)
-            torch.cuda.synchronize(self._device)
+            self._gpu.synchronize()
 
         def free() -> int:
-            return torch.cuda.mem_get_info(self._device)[0]
+            return self._gpu.memory()[0]
 
         page_bytes = KVCache.bytes_per_page(self._decoder.spec, self._page_size, self._decoder.kv_dtype)
-        return allocate_or_shrink(make, num_pages, page_bytes, torch.cuda.OutOfMemoryError, free)
+        return allocate_or_shrink(make, num_pages, page_bytes, self._gpu.OutOfMemory, free)
 
     def start(self, step: Step, rows: Rows) -> None:
         start = time.perf_counter()
@@ -151,12 +153,12 @@ class DeviceRunner:
         adapters = rows.adapters()
         adapted = adapters is not None
         shape = StepShape(step.num_tokens, step.num_samples, adapted=adapted)
-        if not (extras or scored or self._decoder.pooling):
+        if not (extras or scored or self._decoder.pooling or len(step.copied_row)):
             shape = self.limits.shape(step.num_tokens, step.num_samples, step.num_decode, adapted)
         host = self._host[self._parity]
         host.fill(step, self.slots, shape, adapters)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.stream(self._stream):
+        begin, end = self._gpu.event(), self._gpu.event()
+        with self._gpu.on(self._stream):
             begin.record()
             self._update_page_table(step.page_updates)
             self._buffer.data.copy_(host.data, non_blocking=True)
@@ -165,10 +167,12 @@ class DeviceRunner:
                 graph.graph.replay()
                 out = StepOutput(SampleOutput(graph.tokens))
             else:
-                out = self._compute(shape, extras, self._score_input(scored) if scored else None)
-            scores = None if out.scores is None else _to_host(out.scores, len(out.scores.chosen))
-            states = None if out.states is None else _copy(out.states)
-            out = StepOutput(_to_host(out.sample, step.num_samples), scores, states)
+                score = self._score_input(scored) if scored else None
+                copied = copies(step, lambda array: torch.from_numpy(array).to(self._device))
+                out = self._compute(shape, extras, score, copied)
+            scores = None if out.scores is None else self._to_host(out.scores, len(out.scores.chosen))
+            states = None if out.states is None else self._copy(out.states)
+            out = StepOutput(self._to_host(out.sample, step.num_samples), scores, states)
             end.record()
         self._started.append(_Started(out, begin, end))
         self._parity ^= 1
@@ -184,23 +188,29 @@ class DeviceRunner:
         return replace(step.out, begin=begin, end=end)
 
     def peak_device_bytes(self) -> int:
-        return torch.cuda.max_memory_reserved(self._device)
+        return self._gpu.peak_bytes()
 
     def close(self) -> None:
-        torch.cuda.synchronize(self._device)
+        self._gpu.synchronize()
         self._started.clear()
         self._graphs.clear()
         self._cache = KVCache((), ())
         del self._decoder, self._ops, self._buffer, self._page_table  # the engine may live on, for its counters
-        torch.cuda.empty_cache()
+        self._gpu.empty_cache()
 
-    def _compute(self, shape: StepShape, extras: dict[str, object], score: ScoreInput | None = None) -> StepOutput:
+    def _compute(
+        self,
+        shape: StepShape,
+        extras: dict[str, object],
+        score: ScoreInput | None = None,
+        copied: Copies | None = None,
+    ) -> StepOutput:
         """The step in the device's buffer: forward, sample, and remember the tokens of the slots."""
         arrays, tokens, samples = self._buffer.arrays, shape.tokens, shape.samples
         ids, slot = arrays["token_ids"][:tokens], arrays["slot"][:tokens]
         ids = ids[: len(slot)]  # decodes come first, one token a sequence where some are not known yet
         torch.where(ids < 0, self._last_token.index_select(0, slot), ids, out=ids)
-        step = replace(self._buffer.step_input(shape, self._page_table), score=score)
+        step = replace(self._buffer.step_input(shape, self._page_table), score=score, copies=copied)
         if self._decoder.pooling:
             tokens_of_nobody = torch.zeros(samples, dtype=torch.int32, device=self._device)
             return StepOutput(SampleOutput(tokens_of_nobody), states=self._decoder.pool(step, self._cache))
@@ -221,7 +231,7 @@ class DeviceRunner:
         """Whether there is a graph for steps of this shape; makes it at the second time of asking."""
         if shape in self._graphs:
             return True
-        if shape not in self._seen:
+        if shape not in self._seen or not self._gpu.graphs:
             self._seen.add(shape)
             return False
         self._graphs[shape] = capture(lambda: self._compute(shape, {}).sample.tokens, self._pool)
@@ -233,7 +243,7 @@ class DeviceRunner:
         if not count:
             return
         if len(self._updates[self._parity]) < count:
-            self._updates[self._parity] = _pinned((max(UPDATES, 2 * count), 2))
+            self._updates[self._parity] = self._gpu.pinned((max(UPDATES, 2 * count), 2), torch.int64)
         pinned = self._updates[self._parity][:count]
         values = pinned.numpy()
         np.multiply(updates[:, 0], self._page_table.shape[1], out=values[:, 0], dtype=np.int64)
@@ -241,6 +251,14 @@ class DeviceRunner:
         values[:, 1] = updates[:, 2]
         place, page = pinned.to(self._device, non_blocking=True).unbind(1)
         self._page_table.view(-1).scatter_(0, place, page.to(torch.int32))
+
+    def _to_host(self, out: A, rows: int) -> A:
+        """Copies of the first ``rows`` rows of its tensors, there once the stream has come this far."""
+        tensors = {f.name: getattr(out, f.name) for f in fields(out)}
+        return replace(out, **{name: None if t is None else self._copy(t[:rows]) for name, t in tensors.items()})
+
+    def _copy(self, t: Tensor) -> Tensor:
+        return self._gpu.pinned(tuple(t.shape), t.dtype).copy_(t, non_blocking=True)
 
     def _profile(self) -> None:
         """A step of the largest size on one page, so that what it takes of the memory is taken, its kernels are loaded
@@ -255,11 +273,9 @@ class DeviceRunner:
         arrays["sample_slot"].fill_(self._max_slots)
         arrays["temperature"].fill_(1.0)
         arrays["top_p"].fill_(0.9)
-        self._compute(StepShape(tokens, self._decoder.max_samples, adapted=self._decoder.adapted), {})
-
-
-def _pinned(shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=torch.int64, pin_memory=True)
+        zeros = arrays["positions"]
+        shape = StepShape(tokens, self._decoder.max_samples, adapted=self._decoder.adapted)
+        self._compute(shape, {}, copied=Copies(zeros, zeros, arrays["kv_index"]))
 
 
 def _to_device(name: str, value: object, device: torch.device) -> object:
@@ -267,16 +283,3 @@ def _to_device(name: str, value: object, device: torch.device) -> object:
     if isinstance(value, tuple):
         return tuple(_to_device(name, part, device) for part in value)
     return value if name == "num_logprobs" else value.to(device)  # type: ignore[attr-defined]
-
-
-def _to_host(out: A, rows: int) -> A:
-    """Copies of the first ``rows`` rows of its tensors, there once the stream has come this far."""
-
-    def copy(t: Tensor | None) -> Tensor | None:
-        return None if t is None else _copy(t[:rows])
-
-    return replace(out, **{f.name: copy(getattr(out, f.name)) for f in fields(out)})
-
-
-def _copy(t: Tensor) -> Tensor:
-    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)

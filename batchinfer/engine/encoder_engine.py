@@ -12,6 +12,7 @@ from batchinfer.engine.pooled import Layers, finish
 from batchinfer.engine.refusal import refusal
 from batchinfer.models.encoder import Encoder, EncoderInput
 from batchinfer.models.tokenizer import Tokenizer
+from batchinfer.ops.accelerator import Accelerator
 from batchinfer.types import Completion, EngineStats, PoolSpec, Request, Sample
 
 
@@ -113,7 +114,7 @@ class EncoderEngine:
     def peak_device_bytes(self) -> int:
         """Most memory of a GPU that was in use; 0 where the host's is."""
         device = self._encoder.ops.device
-        return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+        return 0 if device.type == "cpu" else Accelerator(device).peak_bytes()
 
     def close(self) -> None:
         """Drop what is open."""

@@ -70,7 +70,7 @@ def load_engine(
     page (69).
     """
     try:
-        ops = op_list.load(engine.device, threads, rank=rank_on_node, ops=engine.ops)
+        ops = op_list.load(engine.device, threads, rank=rank_on_node, ops=engine.ops, kernels=engine.kernels)
     except RuntimeError as error:
         raise JobError(f"engine.device={engine.device}: {error}", ExitCode.UNFIT) from None
     encoder = encoder_spec(model.path)

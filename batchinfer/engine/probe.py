@@ -11,6 +11,7 @@ import torch
 from batchinfer.config import EngineConfig
 from batchinfer.engine.memory import cpu_count
 from batchinfer.engine.roofline import Ceilings
+from batchinfer.ops.accelerator import Accelerator
 from batchinfer.ops.choice import choose, find_gpus
 from batchinfer.types import ExitCode, JobError
 
@@ -42,7 +43,7 @@ def measure(config: EngineConfig, dtype: torch.dtype) -> Ceilings:
     finally:
         torch.set_num_threads(threads)
         if gpu:
-            torch.cuda.empty_cache()
+            Accelerator(device).empty_cache()
 
 
 def _product_rate(side: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -64,6 +65,6 @@ def _fastest(run: Callable[[], object], device: torch.device) -> float:
     while (start := time.perf_counter()) < end:
         run()
         if device.type != "cpu":
-            torch.cuda.synchronize(device)
+            Accelerator(device).synchronize()
         best = min(best, time.perf_counter() - start)
     return best

@@ -32,15 +32,15 @@ class Replay:
 
     def __init__(self, decoder: Decoder, cache: KVCache):
         self._decoder, self._cache = decoder, cache
-        # A mixture gathers the rows of its experts outside the program; so do copies and sinks.
-        outside = decoder.spec.experts is not None or decoder.spec.latent is not None or decoder.spec.sinks
+        # A mixture gathers the rows of its experts outside the program, an adapter its own; so are copies and sinks.
+        spec = decoder.spec
+        outside = spec.experts is not None or spec.latent is not None or spec.sinks or decoder.adapted
         self._able = isinstance(decoder.ops, NativeOps) and not outside
         self._programs: dict[tuple[int, int], Recorded] = {}
 
     def forward(self, step: StepInput) -> tuple[Tensor, Scores | None]:
         tokens, samples = shape = len(step.token_ids), len(step.sample_row)
-        plain = step.score is None and not (step.adapters.tokens or step.adapters.samples)
-        if not (self._able and plain and samples and tokens <= MOST_TOKENS):
+        if not (self._able and samples and tokens <= MOST_TOKENS and step.score is None):
             return self._decoder.forward(step, self._cache)
         recorded = self._programs.pop(shape, None)
         if recorded is None:

@@ -15,9 +15,10 @@ from batchinfer.engine.memory import free_memory, host_budget
 from batchinfer.engine.replay import Replay
 from batchinfer.engine.slots import Rows, SlotTable
 from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores, StepInput
+from batchinfer.models.layers import Copies
 from batchinfer.models.lora import NO_ADAPTERS, AdapterRows, Groups
 from batchinfer.ops import AttentionInput, SampleOutput
-from batchinfer.types import ExitCode, JobError
+from batchinfer.ops.accelerator import Accelerator
 
 if TYPE_CHECKING:
     from batchinfer._engine import Step
@@ -68,19 +69,12 @@ class Runner(Protocol):
 
 
 def make_runner(decoder: Decoder, page_size: int, max_slots: int) -> Runner:
-    """The runner for the decoder's device. Raises JobError: a page size that the device can't work with (64), a device
-    that has ops and no runner (69)."""
-    device = decoder.ops.device.type
-    if device == "cpu":
+    """The runner for the decoder's device. Raises JobError(64) for a page size that the device can't work with."""
+    if decoder.ops.device.type == "cpu":
         return HostRunner(decoder, page_size, max_slots)
-    if device != "cuda":
-        raise JobError(
-            f"engine.device={device}: there are kernels for it, but no step loop yet; cuda, rocm and cpu have one",
-            ExitCode.UNFIT,
-        )
     from batchinfer.engine.device_runner import DeviceRunner
 
-    return DeviceRunner(decoder, page_size, max_slots)
+    return DeviceRunner(decoder, page_size, max_slots, Accelerator(decoder.ops.device))
 
 
 class HostRunner:
@@ -148,7 +142,15 @@ class HostRunner:
             sample_row=tensor(step.sample_row),
             score=ScoreInput(tensor(scored[0]), tensor(scored[1]), scored[2]) if scored else None,
             adapters=grouped_rows(rows),
+            copies=copies(step, tensor),
         )
+
+
+def copies(step: Step, tensor: Callable[[np.ndarray], torch.Tensor]) -> Copies | None:
+    """``tensor`` puts an array where the decoder needs it."""
+    if not len(step.copied_row):
+        return None
+    return Copies(*(tensor(a) for a in (step.copied_row, step.positions[step.copied_row], step.copied_index)))
 
 
 def grouped_rows(rows: Rows) -> AdapterRows:

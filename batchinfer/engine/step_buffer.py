@@ -7,6 +7,7 @@ and values go nowhere, sequences without tokens, samples that are written to a s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +29,7 @@ _ALIGN = 16
 
 
 class StepBuffer:
-    """One buffer in the memory of ``device`` (pinned if that is the host and ``pin``), seen as a step's arrays.
+    """One buffer, seen as a step's arrays. ``empty(size)`` makes it: so many bytes, uint8, where they are wanted.
 
     ``max_tokens`` T, ``max_slots`` S, ``max_samples`` N: no step has more tokens, sequences or samples. ``arrays`` maps
     names to views: token_ids, positions, adapter int32 [T]; kv_index int64 [T]; q_start [S + 1], kv_len, slot int32
@@ -36,7 +37,7 @@ class StepBuffer:
     float32 [N].
     """
 
-    def __init__(self, max_tokens: int, max_slots: int, max_samples: int, device: torch.device, pin: bool = False):
+    def __init__(self, max_tokens: int, max_slots: int, max_samples: int, empty: Callable[[int], Tensor]):
         self.max_slots = max_slots
         lengths: dict[str, tuple[torch.dtype, int]] = {
             "token_ids": (torch.int32, max_tokens),
@@ -55,7 +56,7 @@ class StepBuffer:
         for name, (dtype, length) in lengths.items():
             starts[name] = size
             size += -(-length * dtype.itemsize // _ALIGN) * _ALIGN
-        self.data = torch.empty(size, dtype=torch.uint8, device=device, pin_memory=pin)
+        self.data = empty(size)
         self.arrays = {
             name: self.data[starts[name] : starts[name] + length * dtype.itemsize].view(dtype)
             for name, (dtype, length) in lengths.items()

@@ -12,6 +12,7 @@ from torch import Tensor
 from batchinfer.models.latent import LATENT_NORM_EPS, LatentInput, LatentOutput
 from batchinfer.models.layers import (
     Attention,
+    Copies,
     Layer,
     Linear,
     Mixture,
@@ -59,8 +60,8 @@ class StepInput:
     """One step: T tokens of S sequences, N of which are sampled from.
 
     ``token_ids``, ``positions`` int32 [T]; ``kv_index`` int64 [T], the token's place in the cache (page * page size +
-    offset); ``sample_row`` int32 [N], which of the T tokens. ``score`` is None in most steps. ``adapters``: the rows
-    that do not go through the base model alone.
+    offset); ``sample_row`` int32 [N], which of the T tokens. ``score`` and ``copies`` are None in most steps.
+    ``adapters``: the rows that do not go through the base model alone.
     """
 
     token_ids: Tensor
@@ -70,6 +71,7 @@ class StepInput:
     sample_row: Tensor
     score: ScoreInput | None = None
     adapters: AdapterRows = NO_ADAPTERS
+    copies: Copies | None = None
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ class Decoder:
                 self.ropes.get(kind.rope),
                 scale,
                 spec.score_softcap,
+                step.copies,
             )
             for kind in self.different_kinds
         }

@@ -129,6 +129,16 @@ class Workspace:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """C tokens of a step, ``row`` int32 [C], at ``positions`` int32 [C], whose keys and values go to a second place of
+    the cache, ``kv_index`` int64 [C]: that of another sequence that begins alike."""
+
+    row: Tensor
+    positions: Tensor
+    kv_index: Tensor
+
+
+@dataclass(frozen=True)
 class Attention:
     """What attention needs besides the layer's weights; the same for every layer of a kind in a step."""
 
@@ -138,6 +148,7 @@ class Attention:
     rope: Rope | None
     scale: float
     softcap: float
+    copies: Copies | None = None
 
 
 def normed(ops: Ops, norm: Norm | None, w: Workspace, pending: bool) -> Tensor:
@@ -163,9 +174,21 @@ def attend(
     """w.attn = attention heads of x; writes this step's keys and values to the caches."""
     layer.qkv(ops, x, w.qkv, rows)
     ops.rope_and_cache(w.qkv, step.positions, step.kv_index, step.rope, k_cache, v_cache, w.q, layer.head_norm)
+    if step.copies is not None:
+        _copy(ops, layer, w, step, step.copies, k_cache, v_cache)
     ops.attention(w.q, k_cache, v_cache, step.plan, step.scale, w.attn, w.lse, step.softcap)
     if layer.sinks is not None:
         ops.sink(w.attn, w.lse, layer.sinks)
+
+
+def _copy(
+    ops: Ops, layer: Layer, w: Workspace, step: Attention, copies: Copies, k_cache: Tensor, v_cache: Tensor
+) -> None:
+    """Once more from the same rows of w.qkv, so that the second place gets the bits of the first."""
+    count = len(copies.row)
+    qkv, q = w.qkv.new_empty(count, w.qkv.shape[1]), w.q.new_empty(count, *w.q.shape[1:])
+    ops.gather_rows(w.qkv, copies.row, qkv)
+    ops.rope_and_cache(qkv, copies.positions, copies.kv_index, step.rope, k_cache, v_cache, q, layer.head_norm)
 
 
 def project(ops: Ops, layer: Layer, w: Workspace, out: Tensor, rows: Rows = ()) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from batchinfer.ops.choice import choose, find_gpus
@@ -311,21 +312,29 @@ class Ops(Protocol):
         smallest id. Temperature 0 is the arg max after penalties and bans."""
 
 
-def load(device: str, threads: int = 0, *, rank: int = 0, ops: str = "auto") -> Ops:
+def load(device: str, threads: int = 0, *, rank: int = 0, ops: str = "auto", kernels: str | None = None) -> Ops:
     """The ops for ``device`` and ``ops``, values of ``engine.device`` and ``engine.ops``, in the process that is number
-    ``rank`` of its node. ``threads`` (of the CPU backend) 0: the CPUs that this process may use.
+    ``rank`` of its node. ``threads`` (of the CPU backend) 0: the CPUs that this process may use. ``kernels``: a bundle
+    of Triton's, which every GPU backend may take some of.
 
     Raises RuntimeError, saying what to do, where the build or the node lacks the device.
     """
     choice = choose(device, ops, find_gpus, rank)
+    if choice.backend in ("native", "triton"):
+        from batchinfer.ops.triton.cache import use_local_cache
+
+        cache = use_local_cache(rank)
+        if kernels is not None:
+            try:
+                from batchinfer.ops.triton.bundle import use_bundle
+            except ImportError as error:
+                raise RuntimeError(f"engine.kernels={kernels} is for Triton 3.4 or newer ({error})") from None
+            use_bundle(Path(kernels), cache)
     if choice.backend == "native":
         from batchinfer.ops.gpu import open_gpu
 
         return open_gpu(choice.device)
     if choice.backend == "triton":
-        from batchinfer.ops.triton.cache import use_local_cache
-
-        use_local_cache(rank)
         from batchinfer.ops.triton.backend import TritonOps
 
         return TritonOps(choice.device)

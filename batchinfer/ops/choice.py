@@ -44,7 +44,7 @@ def choose(asked: str, ops: str, find: Callable[[], Gpus], rank: int = 0) -> Cho
     or a GPU without kernels, is a mistake to report, not a reason to compute a hundred times slower. On a GPU, auto is
     the extension's kernels where it has them, else Triton's. Rank i takes the i-th visible device, or the only one,
     where the launcher shows each rank its own; cluster/binding.py counts in the same way, and refuses ranks that would
-    share one. Raises RuntimeError with the fix.
+    share one. Raises RuntimeError with the fix, to be read after the setting's name.
     """
     if asked not in ("auto", *VENDORS):
         return Choice(asked)
@@ -54,7 +54,7 @@ def choose(asked: str, ops: str, find: Callable[[], Gpus], rank: int = 0) -> Cho
     wanted = gpus.torch if asked == "auto" else asked
     if gpus.count == 0:
         raise RuntimeError(
-            f"{_build(gpus, asked)}, and this process can use no GPU ({gpus.reason}): ask the scheduler for one "
+            f"{_build(gpus)}, and this process can use no GPU ({gpus.reason}): ask the scheduler for one "
             "(srun --gpus-per-task=1), or compute on the CPU with engine.device=cpu"
         )
     if wanted != gpus.torch:
@@ -65,8 +65,8 @@ def choose(asked: str, ops: str, find: Callable[[], Gpus], rank: int = 0) -> Cho
     return Choice(_backend(ops, gpus), f"{TORCH_NAMES[wanted]}:{rank % gpus.count}")
 
 
-def _build(gpus: Gpus, asked: str) -> str:
-    return f"this build is for {VENDORS[gpus.compiled]}" if gpus.compiled else f"engine.device={asked} means a GPU"
+def _build(gpus: Gpus) -> str:
+    return f"this build is for {VENDORS[gpus.compiled]}" if gpus.compiled else "that means a GPU"
 
 
 def _backend(ops: str, gpus: Gpus) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.ops import AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
+from batchinfer.ops.accelerator import Accelerator
 from batchinfer.ops.device import DeviceOps, fitting_split, parts
 from batchinfer.ops.fields import SAMPLE_FIELDS
 from batchinfer.ops.grouped import GroupQuantized
@@ -59,6 +60,7 @@ class GpuOps(DeviceOps):
         super().__init__(device)
         self.lacks = DeviceOps.lacks | (frozenset() if find_spec("triton") else BY_TRITON)
         self._gpu = extension
+        self._accelerator = Accelerator(device)
         self._workspaces: dict[tuple, tuple[int, tuple[Tensor, ...]]] = {}
         self._lists: dict[tuple[tuple, int], tuple[Tensor, ...]] = {}
 
@@ -253,9 +255,7 @@ class GpuOps(DeviceOps):
         )
 
     def _stream(self) -> int:
-        if self.device.type == "xpu":
-            return torch.xpu.current_stream(self.device).sycl_queue
-        return torch.cuda.current_stream(self.device).cuda_stream
+        return self._accelerator.queue()
 
 
 def open_gpu(device: str = "cuda") -> GpuOps:
@@ -270,7 +270,7 @@ def open_gpu(device: str = "cuda") -> GpuOps:
         )
     if chosen.index is None:
         chosen = torch.device(chosen.type, module.current_device())
-    module.set_device(chosen)
+    Accelerator(chosen).use()
     return GpuOps(chosen, extension)
 
 

@@ -153,6 +153,7 @@ void Scheduler::begin_step() {
     step_ = step.get();
     sampled_[forecast_.now() % kMaxStepsAhead].clear();
     preempted_ = false;
+    twin_ = nullptr;
 }
 
 void Scheduler::schedule_decodes() {
@@ -251,6 +252,8 @@ void Scheduler::match_prefix(const Sequence& sequence) {
 }
 
 void Scheduler::prefill(Sequence& sequence) {
+    const int32_t found = sequence.computed;
+    if (config_.prefix_cache && !copy_twin(sequence)) return;
     const int32_t first = sequence.computed;
     int32_t end = std::min(sequence.known(), first + prompt_limit_ - step_->num_tokens);
     if (end <= first) return;
@@ -267,6 +270,7 @@ void Scheduler::prefill(Sequence& sequence) {
     sequence.computed = end;
     publish(sequence, /*adopt=*/false);
     if (end < sequence.known()) return;
+    if (first == found) note_twin(sequence, first);
     sequence.decoding = true;
     forecast_.cancel_growth(sequence.num_pages, sequence.life);  // the steps that the prompt took are known now
     sequence.life = predict(sequence, 0);

@@ -54,6 +54,9 @@ struct Step {
     // These grow as needed.
     std::vector<int32_t> new_slots;  // slots given out in this step, and to which sequences
     std::vector<int64_t> new_seqs;
+    // Tokens of the step whose K/V goes to another place too, and that place, as in kv_index.
+    std::vector<int32_t> copied_row;    // [C], no more than a step may have tokens
+    std::vector<int64_t> copied_index;  // [C]
     std::vector<int32_t> page_updates;  // [U, 3]; (slot, column, page): changed entries of the page table, each once
 
     std::shared_ptr<const PageTable> page_table;
@@ -79,6 +82,10 @@ struct Step {
         sample_seq[num_samples] = seq_id;
         sample_count[num_samples] = tokens_before;
         ++num_samples;
+    }
+    void add_copy(int32_t row, int64_t kv) {
+        copied_row.push_back(row);
+        copied_index.push_back(kv);
     }
     void add_page_update(int32_t slot, int32_t column, PageId page) {
         page_updates.insert(page_updates.end(), {slot, column, page});

@@ -5,8 +5,9 @@
 // of one key, and then one in 16 elements of the result. A sub-group has every eighth row. All sums are float32.
 //
 // The work list is a running sum over the sequences, read by a grid of fixed size: no launch depends on lengths. A
-// sequence with one token in the step is split at fixed positions, so that few long sequences still fill the device;
-// its sums depend on no neighbour. Prompts are not split, and shared beginnings are read by each sequence for itself.
+// sequence with one token in the step is split at fixed positions, so that few long sequences still fill the device; a
+// beginning that a group of them shares is read once for all, as in csrc/gpu, and its results are parts of each. Its
+// sums depend on no neighbour but those. Prompts are not split.
 #pragma once
 
 #include "sycl/device.h"
@@ -16,38 +17,72 @@ namespace batchinfer::gpu {
 inline constexpr int kTileRows = 16;
 inline constexpr int kBlockKeys = kSubGroup;  // pages hold whole blocks
 
-// How a sequence is cut into items: (part of its keys, tile of rows) for every kv head.
+// Positions; csrc/gpu/attention.cuh says why a shorter shared beginning is left to the caches.
+inline constexpr int kLeastShared = 512;
+
+// Decoding sequences are taken in fixed groups of so many as have their query heads in one tile: a power of two.
+inline int group_size(const AttentionPlan& p) {
+    int count = 1;
+    while (2 * count * (p.heads / p.kv_heads) <= kTileRows) {
+        count *= 2;
+    }
+    return count;
+}
+
+inline int group_start(const AttentionPlan& p, int s) {
+    return s / group_size(p) * group_size(p);
+}
+
+// Members of the group that begins with this sequence.
+inline int members_of(const AttentionPlan& p, int first) {
+    return smaller_of(group_size(p), p.sequences - first);
+}
+
+// How a sequence is cut into items: (part of its keys, tile of rows) for every kv head. The parts of its group's shared
+// beginning come first; their items, of one tile each, are the first member's.
 struct Cut {
-    int first;  // key of the first part
-    int parts, tiles;
+    int first;  // key of the first part of its own
+    int together, alone, tiles;
+
+    int parts() const { return together + alone; }
 };
 
-inline Cut cut_of(const AttentionPlan& p, const Sequence& q) {
-    Cut cut{0, 1, (q.tokens * (p.heads / p.kv_heads) + kTileRows - 1) / kTileRows};
+inline Cut cut_of(const AttentionPlan& p, const Sequence& q, int shared) {
+    Cut cut{0, 0, 1, (q.tokens * (p.heads / p.kv_heads) + kTileRows - 1) / kTileRows};
     if (q.tokens == 1) {
-        cut.first = window_start(p, q.length - 1) / kBlockKeys * kBlockKeys;
-        cut.parts = (q.length - cut.first + p.split - 1) / p.split;
+        cut.first = shared ? shared : window_start(p, q.length - 1) / kBlockKeys * kBlockKeys;
+        cut.together = (shared + p.split - 1) / p.split;
+        cut.alone = (q.length - cut.first + p.split - 1) / p.split;
     }
     return cut;
 }
 
-// decode_start: running sum of the items of all sequences; partial_start: of the parts of those that have several. The
-// plan's other lists and counters are not used.
+// decode_start: running sum of the items of all sequences; partial_start: of the parts of those that have several;
+// shared: leading positions that a sequence's group reads together. The plan's other lists and counters are not used.
 struct PlanAttention {
     using Args = AttentionPlan;
-    using Local = NoLocal;
-    static constexpr int kThreads = 256;
+    static constexpr int kThreads = 256;  // whole groups
 
-    static void run(const Item& item, Local&, const Args& p) {
+    struct alignas(16) Local {
+        int common[kThreads];
+    };
+
+    static void run(const Item& item, Local& local, const Args& p) {
         const auto group = item.get_group();
+        const int t = thread_of(item);
         int items = 0, parts = 0;
         for (int base = 0; base < p.sequences; base += kThreads) {
-            const int s = base + thread_of(item);
+            const int s = base + t;
+            sycl::group_barrier(group);  // all have read what the last round wrote
+            if (s < p.sequences) local.common[t] = common_length(p, s);
+            sycl::group_barrier(group);
             int my_items = 0, my_parts = 0;
             if (s < p.sequences) {
-                const Cut cut = cut_of(p, sequence_of(p, s, INT32_MAX));
-                my_items = cut.parts * cut.tiles * p.kv_heads;
-                my_parts = cut.parts > 1 ? cut.parts : 0;
+                const int first = group_start(p, s), shared = shared_length(p, local, first, base);
+                const Cut cut = cut_of(p, sequence_of(p, s, INT32_MAX), shared);
+                my_items = (cut.alone * cut.tiles + (s == first ? cut.together : 0)) * p.kv_heads;
+                my_parts = cut.parts() > 1 ? cut.parts() : 0;
+                p.shared[s] = shared;
             }
             const int items_here = sycl::inclusive_scan_over_group(group, my_items, sycl::plus<int>());
             const int parts_here = sycl::inclusive_scan_over_group(group, my_parts, sycl::plus<int>());
@@ -56,7 +91,30 @@ struct PlanAttention {
             items += sycl::group_broadcast(group, items_here, kThreads - 1);
             parts += sycl::group_broadcast(group, parts_here, kThreads - 1);
         }
-        if (thread_of(item) == 0) p.decode_start[0] = p.partial_start[0] = 0;
+        if (t == 0) p.decode_start[0] = p.partial_start[0] = 0;
+    }
+
+    // Leading positions, in whole pages, that a decoding sequence has in the same pages as the first of its group. Its
+    // last position is never among them: every sequence keeps a part of its own.
+    static int common_length(const Args& p, int s) {
+        const Sequence q = sequence_of(p, s, INT32_MAX), lead = sequence_of(p, group_start(p, s), INT32_MAX);
+        if (q.tokens != 1 || lead.tokens != 1 || p.window != 0) return 0;
+        const int pages = (smaller_of(q.length, lead.length) - 1) / p.page_size;
+        int same = 0;
+        while (same < pages && q.page_row[same] == lead.page_row[same]) {
+            ++same;
+        }
+        return same * p.page_size;
+    }
+
+    // What all of a group have in common; 0 where that is not worth it, or nobody shares.
+    static int shared_length(const Args& p, const Local& local, int first, int base) {
+        const int members = members_of(p, first);
+        int shared = members > 1 ? INT32_MAX : 0;
+        for (int m = 0; m < members; ++m) {
+            shared = smaller_of(shared, local.common[first - base + m]);
+        }
+        return shared < kLeastShared ? 0 : shared;
     }
 };
 
@@ -75,23 +133,29 @@ inline int64_t partial_row(const AttentionPlan& p, int s, int part, int head) {
     return int64_t{p.partial_start[s] + part} * p.heads + head;
 }
 
-// An item: a tile of rows of sequence s, one kv head, and a range of keys.
+// An item: a tile of rows of sequence s, one kv head, and a range of keys. Where it is of a shared beginning, its rows
+// are those of all members of the group that s begins.
 struct Task {
     Sequence q;
     int s, kv_head, heads;  // heads: of a kv head
+    bool shared;
     int part, parts;
     int tile, rows;  // its first row in the sequence, and how many there are
     int begin, end;  // keys; whole blocks before the end
 
     int head(int row) const { return kv_head * heads + (tile + row) % heads; }
-    int token(int row) const { return (tile + row) / heads; }
-    int64_t step_row(const AttentionPlan& p, int row) const {
-        return int64_t{q.token + token(row)} * p.heads + head(row);
+    int member(int row) const { return shared ? s + row / heads : s; }
+    int token(int row) const { return shared ? 0 : (tile + row) / heads; }
+    int64_t step_row(const AttentionPlan& p, int row, int step_tokens) const {
+        const int first =
+            shared ? smaller_of(sequence_of(p, member(row), step_tokens).token, step_tokens - 1) : q.token;
+        return int64_t{first + token(row)} * p.heads + head(row);
     }
+    int64_t partial(const AttentionPlan& p, int row) const { return partial_row(p, member(row), part, head(row)); }
     int last_key(int row) const { return q.length - q.tokens + token(row); }
     bool sees(const AttentionPlan& p, int row, int key) const {
         const int last = last_key(row);
-        return key < end && key <= last && key >= window_start(p, last);
+        return key < end && (shared || (key <= last && key >= window_start(p, last)));
     }
 };
 
@@ -101,14 +165,28 @@ inline Task task_of(const AttentionPlan& p, int number, int step_tokens) {
     t.s = find_sequence(p.decode_start, p.sequences, number);
     t.q = sequence_of(p, t.s, step_tokens);
     t.heads = p.heads / p.kv_heads;
-    t.parts = larger_of(p.partial_start[t.s + 1] - p.partial_start[t.s], 1);
-    const int tiles = (p.decode_start[t.s + 1] - p.decode_start[t.s]) / (t.parts * p.kv_heads);
-    const int within = number - p.decode_start[t.s];
+    const int shared = p.shared[t.s];
+    const Cut cut = cut_of(p, sequence_of(p, t.s, INT32_MAX), shared);  // as the plan has it
+    t.parts = cut.parts();
+    const int leading = group_start(p, t.s) == t.s ? cut.together * p.kv_heads : 0;
+    int within = number - p.decode_start[t.s];
+    t.shared = within < leading;
     t.kv_head = within % p.kv_heads;
-    t.tile = within / p.kv_heads % tiles * kTileRows;
-    t.part = within / p.kv_heads / tiles;
+    if (t.shared) {
+        t.tile = 0;
+        t.rows = members_of(p, t.s) * t.heads;
+        t.part = within / p.kv_heads;
+        t.begin = t.part * p.split;
+        t.end = smaller_of(shared, t.begin + p.split);
+        return t;
+    }
+    within -= leading;
+    t.tile = within / p.kv_heads % cut.tiles * kTileRows;
     t.rows = smaller_of(t.q.tokens * t.heads - t.tile, kTileRows);
-    t.begin = window_start(p, t.last_key(0)) / kBlockKeys * kBlockKeys + t.part * p.split;
+    const int own = within / p.kv_heads / cut.tiles;
+    t.part = cut.together + own;
+    t.begin =
+        shared ? shared + own * p.split : window_start(p, t.last_key(0)) / kBlockKeys * kBlockKeys + own * p.split;
     t.end = t.last_key(t.rows - 1) + 1;
     if (t.parts > 1) t.end = smaller_of(t.end, t.begin + p.split);
     return t;
@@ -186,7 +264,7 @@ struct Attend {
 
     static void load_queries(sycl::sub_group lanes, Local& local, const Args& a, const Task& task) {
         for (int row = lanes.get_group_linear_id(); row < task.rows; row += kSubGroups) {
-            const T* from = static_cast<const T*>(a.q) + task.step_row(a.plan, row) * a.plan.head_width;
+            const T* from = static_cast<const T*>(a.q) + task.step_row(a.plan, row, a.tokens) * a.plan.head_width;
             for (int e = lanes.get_local_linear_id(); e < a.plan.head_width; e += kSubGroup) {
                 local.query[row][e] = to_float(from[e]);
             }
@@ -228,7 +306,7 @@ struct Attend {
         const AttentionPlan& p = a.plan;
         const float total = sycl::reduce_over_group(lanes, seen.sum, sycl::plus<float>());
         const float lse = seen.maximum + sycl::log2(total);
-        const int64_t whole = task.step_row(p, row), partial = partial_row(p, task.s, task.part, task.head(row));
+        const int64_t whole = task.step_row(p, row, a.tokens), partial = task.parts > 1 ? task.partial(p, row) : 0;
         for (int piece = 0; piece < kPieces; ++piece) {
             const int e = piece * kSubGroup + lanes.get_local_linear_id();
             if (e >= p.head_width) break;

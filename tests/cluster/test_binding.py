@@ -62,6 +62,7 @@ def test_the_table_shows_each_rank_and_what_is_far() -> None:
 
 def test_two_ranks_on_one_gpu_are_refused() -> None:
     check_places([Place("a", (0,), gpu="x"), Place("b", (0,), gpu="x"), Place("a", (0,)), Place("a", (0,))])
+    check_places([Place("a", (0,), gpu="x", uuid=slice_of_it) for slice_of_it in "12"])
     with pytest.raises(JobError, match=r"ranks 0, 2 would share one GPU \(x on a\).*--ntasks-per-node") as caught:
         check_places([Place("a", (0,), gpu="x"), Place("a", (1,), gpu="y"), Place("a", (2,), gpu="x")])
     assert caught.value.exit_code == ExitCode.UNFIT

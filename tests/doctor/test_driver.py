@@ -52,3 +52,11 @@ def test_no_driver(tmp_path: Path) -> None:
     """An empty file in the library's place: on a machine with a driver as on others nothing can be loaded."""
     (tmp_path / "libcuda.so.1").touch()
     assert ask(tmp_path) == ("", ())
+
+
+def test_a_rank_knows_its_gpu_from_a_slice_of_it(library: Path) -> None:
+    """By address and UUID, which two slices of a GPU don't have in common."""
+    code = "from batchinfer.cluster.binding import place; at = place('n', 1, True); print(at.gpu, at.uuid)"
+    environment = os.environ | {"LD_LIBRARY_PATH": str(library)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0000:01:00.0", "a1" * 16]

@@ -67,6 +67,7 @@ class Harness:
     done: dict[int, list[int]] = field(default_factory=dict)
     pending: deque[tuple[Step, list[int]]] = field(default_factory=deque)
     prefill_tokens: list[tuple[int, int]] = field(default_factory=list)  # (sequence, tokens) of prompt parts computed
+    copied: int = 0  # tokens of prompts taken over from another sequence of the step
     drafted: int = 0
     accepted: int = 0
 
@@ -157,7 +158,8 @@ class Harness:
                 assert before is not None
                 histories.append((*before, token))
                 assert step.kv_index[t] == self.where(slot, position)
-                self.kv[step.kv_index[t]] = histories[-1]
+                for place in (step.kv_index[t], *step.copied_index[step.copied_row == t]):
+                    self.kv[place] = histories[-1]
         tokens = [next_token(histories[row]) for row in step.sample_row.tolist()]
         for slot, token in zip(step.sample_slot.tolist(), tokens, strict=True):
             self.last_token[slot] = token
@@ -177,10 +179,12 @@ class Harness:
         assert step.q_start[0] == 0
         assert step.q_start[-1] == step.num_tokens
         assert (np.diff(step.q_start) >= 1).all()
-        assert len(set(step.kv_index.tolist())) == step.num_tokens, "two tokens go to one place"
+        places = [*step.kv_index.tolist(), *step.copied_index.tolist()]
+        assert len(set(places)) == len(places), "two tokens go to one place"
         assert len(set(step.seq_slot.tolist())) == step.num_seqs
         assert scheduler.pages_used + scheduler.pages_cached + scheduler.pages_free == config["num_pages"]
 
+        self.copied += len(step.copied_row)
         self.check_slots(step)
         ids = step.seq_ids.tolist()
         samples: dict[int, list[tuple[int, int, int]]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from engine.tiny_engine import VOCAB, make_decoder, make_engine, random_prompts, run
 
 from batchinfer._engine import Step
-from batchinfer.engine.runner import HostRunner, StepOutput, grouped_rows
+from batchinfer.engine.runner import HostRunner, StepOutput, copies, grouped_rows
 from batchinfer.engine.slots import Rows
 from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.engine.step_shape import StepShape
@@ -19,7 +20,7 @@ from batchinfer.models.decoder import Decoder, ScoreInput
 from batchinfer.ops import SampleOutput
 from batchinfer.types import Completion, Request, SamplingParams
 
-CPU = torch.device("cpu")
+empty_bytes = partial(torch.empty, dtype=torch.uint8)
 
 
 class LaggingRunner(HostRunner):
@@ -30,7 +31,8 @@ class LaggingRunner(HostRunner):
 
     def __init__(self, decoder: Decoder, page_size: int, max_slots: int):
         super().__init__(decoder, page_size, max_slots)
-        self._buffers = [StepBuffer(decoder.max_step_tokens, max_slots, decoder.max_samples, CPU) for _ in range(2)]
+        sizes = decoder.max_step_tokens, max_slots, decoder.max_samples
+        self._buffers = [StepBuffer(*sizes, empty_bytes) for _ in range(2)]
         self._last_token = np.full(max_slots + 1, -7, np.int32)
         self._table = torch.full((max_slots, -(-decoder.max_positions // page_size)), -7, dtype=torch.int32)
         self.most_ahead = 0
@@ -48,15 +50,17 @@ class LaggingRunner(HostRunner):
         given = buffer.step_input(shape, self._table)
         a, count = given.attention, step.num_seqs  # the CPU's attention takes no empty sequences
         attention = replace(a, q_start=a.q_start[: count + 1], kv_len=a.kv_len[:count], slot=a.slot[:count])
-        adapters = grouped_rows(rows)
+        adapters, copied = grouped_rows(rows), copies(step, torch.from_numpy)
         if self._decoder.pooling:
-            states = self._decoder.pool(replace(given, attention=attention, adapters=adapters), self._cache)
+            states = self._decoder.pool(
+                replace(given, attention=attention, adapters=adapters, copies=copied), self._cache
+            )
             self._done.append(StepOutput(SampleOutput(torch.zeros(step.num_samples, dtype=torch.int32)), states=states))
             return
         scored = rows.scored()
         score = ScoreInput(torch.from_numpy(scored[0]), torch.from_numpy(scored[1]), scored[2]) if scored else None
         logits, scores = self._decoder.forward(
-            replace(given, attention=attention, score=score, adapters=adapters), self._cache
+            replace(given, attention=attention, score=score, adapters=adapters, copies=copied), self._cache
         )
         out = SampleOutput(torch.zeros(0, dtype=torch.int32))
         if step.num_samples:

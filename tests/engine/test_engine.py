@@ -284,3 +284,17 @@ def test_an_expected_length_is_what_is_left(decoder: Decoder) -> None:
     assert engine.expected_tokens(Request(0, prompt, SamplingParams(max_tokens=60, n=2), so_far=begun)) == 23
     assert engine.expected_tokens(Request(0, prompt, SamplingParams(max_tokens=10_000))) == 118  # positions left
     assert engine.expected_tokens(Request(0, prompt, SamplingParams(), scored_from=5)) == 1
+
+
+@pytest.mark.feature("engine", "samples of a prompt: the tokens of the page that each goes on in are computed once")
+def test_samples_take_over_what_one_of_them_computes(decoder: Decoder) -> None:
+    """To the bit, and for the rest of their lives: with the cache off each computes its whole prompt."""
+    params = SamplingParams(max_tokens=20, temperature=1.0, n=4, logprobs=2, ignore_eos=True)
+    requests = [Request(i, p, params, seed=i) for i, p in enumerate(random_prompts(6))]
+    sharing, alone = (make_engine(decoder, page_size=16, prefix_cache=cache) for cache in (True, False))
+    got, want = run(sharing, requests), run(alone, requests)
+    for request in requests:
+        for one, other in zip(got[request.id].samples, want[request.id].samples, strict=True):
+            assert one.token_ids.tolist() == other.token_ids.tolist()
+            assert (one.logprobs.chosen == other.logprobs.chosen).all()
+    assert sharing.stats().prefill.tokens < 0.5 * alone.stats().prefill.tokens

@@ -133,7 +133,7 @@ def test_same_calls_same_steps(workload: tuple[dict[str, Any], list[dict[str, An
         if a is None or b is None:
             continue
         for name in ("token_ids", "positions", "kv_index", "q_start", "kv_len", "seq_slot", "sample_row", "sample_slot",
-                     "sample_count", "new_slots", "page_updates"):  # fmt: skip
+                     "sample_count", "new_slots", "page_updates", "copied_row", "copied_index"):  # fmt: skip
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name), name)
         assert a.seq_ids.tolist() == [seq_id - 1000 for seq_id in b.seq_ids.tolist()]
 
@@ -165,7 +165,8 @@ def test_with_room_enough_every_shared_page_is_computed_once(
         found += matched
         seen |= {prompt[:end] for end in range(page_size, len(prompt) + 1, page_size)}
     assert harness.scheduler.cached_prompt_tokens == found
-    assert sum(count for _, count in harness.prefill_tokens) == sum(map(len, given_prompts)) - found
+    computed = sum(count for _, count in harness.prefill_tokens)
+    assert computed + harness.copied == sum(map(len, given_prompts)) - found
 
 
 def test_model_would_notice_foreign_tokens() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.engine.step_shape import StepShape
 from batchinfer.types import SamplingParams
 
+empty_bytes = partial(torch.empty, dtype=torch.uint8)
+
 
 def test_arrays_are_the_steps_and_the_rest_is_of_nobody() -> None:
     scheduler = Scheduler(num_pages=20, page_size=4, max_slots=5, max_step_tokens=16, max_seq_len=32)
@@ -22,7 +25,7 @@ def test_arrays_are_the_steps_and_the_rest_is_of_nobody() -> None:
         slots.assign(seq_id, SamplingParams(temperature=0.5 + seq_id, top_p=0.9), seed=2**63 + seq_id, stop_ids=[])
     step = scheduler.schedule()
     assert (step.num_tokens, step.num_samples) == (6, 3)
-    buffer = StepBuffer(16, 5, 5, torch.device("cpu"))
+    buffer = StepBuffer(16, 5, 5, empty_bytes)
     buffer.data.fill_(0xEE)
     shape = StepShape(8, 4, adapted=True)
     of_token = np.array([3, -1, -1, 0, 0, 0], np.int32)
@@ -46,7 +49,7 @@ def test_arrays_are_the_steps_and_the_rest_is_of_nobody() -> None:
 
 
 def test_arrays_do_not_overlap_and_stand_where_wide_accesses_may() -> None:
-    buffer = StepBuffer(37, 11, 23, torch.device("cpu"))
+    buffer = StepBuffer(37, 11, 23, empty_bytes)
     spans = sorted((a.data_ptr(), a.data_ptr() + a.nbytes) for a in buffer.arrays.values())
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     assert all((start - buffer.data.data_ptr()) % 16 == 0 for start, _ in spans)

@@ -7,14 +7,17 @@ The emulator takes a million times as long, so tests ask :func:`sized` for what 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.machinery
 import importlib.util
 import os
+import time
 from typing import TypeVar
 
 import torch
 
+from batchinfer.ops.accelerator import Accelerator
 from batchinfer.ops.device import DeviceOps
 from batchinfer.ops.gpu import GpuOps, open_gpu
 
@@ -22,7 +25,7 @@ T = TypeVar("T")
 EMULATOR = os.environ.get("BATCHINFER_GPU_EMULATOR", "")
 SIMT = bool(EMULATOR) and hasattr(ctypes.CDLL(EMULATOR), "simt_seed")
 SYCL = bool(EMULATOR) and not SIMT
-DEVICE = torch.device("cpu" if EMULATOR else "cuda")
+DEVICE = torch.device("cpu" if EMULATOR else "xpu" if torch.xpu.is_available() else "cuda")
 
 
 class EmulatedOps(GpuOps):
@@ -38,13 +41,61 @@ class EmulatedOps(GpuOps):
         return 0
 
 
+class HostEvent:
+    """A time of the host's clock: where every launch is waited for, the device has passed it when it is recorded."""
+
+    time = 0.0
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: HostEvent) -> float:
+        return 1000 * (later.time - self.time)
+
+
+class HostAccelerator(Accelerator):
+    """The step loop's device where kernels run on the host: one queue that waits for each launch, no graphs."""
+
+    OutOfMemory = MemoryError
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+
+    def stream(self) -> object:
+        return None
+
+    def on(self, stream: object) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def event(self) -> HostEvent:
+        return HostEvent()
+
+    def synchronize(self) -> None:
+        pass
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def memory(self) -> tuple[int, int]:
+        return 4 << 30, 8 << 30
+
+    def peak_bytes(self) -> int:
+        return 1
+
+    def empty_cache(self) -> None:
+        pass
+
+
 def open_ops() -> DeviceOps:
     """Raises RuntimeError where there is neither."""
     if os.environ.get("BATCHINFER_GPU_OPS") == "triton":
         from batchinfer.ops.triton.backend import TritonOps
 
-        return TritonOps()
-    return EmulatedOps() if EMULATOR else open_gpu()
+        return TritonOps(DEVICE.type)
+    return EmulatedOps() if EMULATOR else open_gpu(DEVICE.type)
 
 
 def put(t: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from gpu.backend import DEVICE, put, sized
 
 from batchinfer.ops import AttentionInput
+from batchinfer.ops.gpu import GpuOps
 from batchinfer.ops.reference import ReferenceOps
 
 TRUTH = ReferenceOps(torch.float64)
@@ -277,6 +278,18 @@ def test_shared_beginnings(gpu, shape, page_size):
     assert_attention(apart, gpu, shape[2] ** -0.5)
     again, _ = together.run(gpu, 0.1)  # the counters are back at zero
     assert torch.equal(together.run(gpu, 0.1)[0], again)
+
+
+@pytest.mark.feature("engine", "SYCL attention reads a beginning that sequences share once for several of them")
+def test_a_group_reads_together_what_all_of_it_share(gpu):
+    """Groups of four, by 3 heads on a kv head: all share 36 pages, all but one do, and the rest share 33."""
+    if not isinstance(gpu, GpuOps):
+        pytest.skip("looks into the lists of the compiled kernels")
+    case = make_case((9, 3, 64), torch.bfloat16, [(1, 600 + i) for i in range(10)])
+    together, _ = share_beginnings(case, [36] * 4 + [36, 36, 36, 10] + [33] * 2)
+    plan = gpu.plan_attention(together.on_device(), 9, put(together.k))
+    assert plan.tensors[7][:10].tolist() == [36 * 16] * 4 + [0] * 4 + [33 * 16] * 2
+    assert_attention(together, gpu, 0.1)
 
 
 def test_the_promise_of_decodes_alone_changes_nothing(gpu):

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from engine.tiny_engine import LetterTokenizer, run
-from gpu.backend import SYCL
+from gpu.backend import SYCL, EmulatedOps, HostAccelerator
 
 from batchinfer._engine import Scheduler
 from batchinfer.config import EngineConfig, ModelConfig
+from batchinfer.engine.device_runner import DeviceRunner
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.loading import load_engine
@@ -95,7 +96,8 @@ def make_decoder(spec: ModelSpec, ops: Ops, dtype: torch.dtype) -> Decoder:
 
 def make_engine(decoder: Decoder, pool: PoolSpec | None = None, adapters: int = 0, **options: Any) -> Engine:
     given = {"num_pages": 400, "page_size": 16, "max_slots": 64, "max_step_tokens": 256} | options
-    runner = make_runner(decoder, given["page_size"], given["max_slots"])
+    make = step_loop if isinstance(decoder.ops, EmulatedOps) else make_runner
+    runner = make(decoder, given["page_size"], given["max_slots"])
     assert runner.allocate(given["num_pages"]) == given["num_pages"]
     return Engine(
         Scheduler(max_seq_len=512, prefix_cache=True, **given),
@@ -110,6 +112,11 @@ def make_engine(decoder: Decoder, pool: PoolSpec | None = None, adapters: int = 
         pool=pool,
         adapters=adapters,
     )
+
+
+def step_loop(decoder: Decoder, page_size: int, max_slots: int) -> DeviceRunner:
+    """A GPU's, for kernels that run on the host."""
+    return DeviceRunner(decoder, page_size, max_slots, HostAccelerator())
 
 
 def prompts(count: int) -> list[np.ndarray]:
@@ -182,6 +189,7 @@ def tokens(done: dict[int, Completion]) -> dict[int, list[list[int]]]:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.feature("engine", "CUDA gives the CPU's tokens, greedy and sampled, with graphs and a step ahead")
+@pytest.mark.feature("engine", "the GPU's step loop over SYCL kernels on the CPU device gives the CPU's greedy tokens")
 def test_tokens_in_float32_are_the_cpus(quick_gpu, case: str, options: dict[str, Any]) -> None:
     """Sums in another order move logits by 1e-6 of their size, which decides a token once in many thousands."""
     from batchinfer.ops.native import NativeOps
@@ -191,7 +199,8 @@ def test_tokens_in_float32_are_the_cpus(quick_gpu, case: str, options: dict[str,
     engine = make_engine(make_decoder(LLAMA, quick_gpu, torch.float32), **options)
     got = run(engine, requests)
     same = [a == b for i in want for a, b in zip(tokens(want)[i], tokens(got)[i], strict=True)]
-    assert sum(same) >= 0.9 * len(same), f"{len(same) - sum(same)} of {len(same)} samples differ"
+    least = 1.0 if SYCL and case == "greedy" else 0.9
+    assert sum(same) >= least * len(same), f"{len(same) - sum(same)} of {len(same)} samples differ"
     if case == "logprobs":
         for i in (i for i in want if tokens(want)[i] == tokens(got)[i]):
             a, b = want[i].samples[0].logprobs, got[i].samples[0].logprobs

@@ -43,7 +43,8 @@ def test_products(real_gpu, kind: str, dtype: torch.dtype) -> None:
                 weights_rounded = eps / 2 if rows >= 128 and dtype is not torch.float32 else 0.0
                 # An old torch's product gives 16 bits only, and that of float8 matrices does.
                 bound = sizes * (weights_rounded + 2**-17) + (want.abs() + 1) * eps
-                if dtype is torch.bfloat16 and kind == "float8 of outputs":  # activations are rounded to float8 too
+                # With a scale for each output, one block over the depth among them, activations become float8 too.
+                if dtype is torch.bfloat16 and kind.startswith("float8") and weight.scales.shape[1] == 1:
                     bound += sizes * 2**-4 + x.double().abs().amax(1, keepdim=True) / 448 * dense.abs().sum(1) * 2**-10
                 assert (error <= bound).all(), (outputs, depth, rows, out_dtype)
 
@@ -58,7 +59,8 @@ def test_float8_is_multiplied_by_the_library_where_it_can(real_gpu) -> None:
     out = torch.empty(40, 512, dtype=torch.bfloat16, device=real_gpu.device)
     real_gpu.linear(put(x), real_gpu.pack_weight(weight), out)
     want = rounded @ weight.dense(torch.float64).T
-    assert (out.cpu().double() - want).norm() < 4e-3 * want.norm()  # float8 by itself is 2e-2 away from x's product
+    # An H100 adds such products in 14 bits (arXiv 2412.19437, 3.3.2). float8 by itself is 2e-2 away from x's product.
+    assert (out.cpu().double() - want).norm() < 7e-3 * want.norm()
 
 
 @pytest.mark.parametrize("kind", ["int4 with zeros", "float8 in blocks"])

@@ -31,15 +31,15 @@ def test_every_op_in_the_interpreter(tmp_path: Path) -> None:
 @pytest.mark.feature("Triton kernels (compiled)", "for sm_80, sm_90, gfx90a, gfx942, gfx1100, within recorded spills")
 @pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx90a", "gfx942", "gfx1100"])
 def test_compiles_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ops.triton_targets import TARGETS, compiled, need
+    from ops.triton_targets import LIMITS, compiled, need
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    target, kernels = TARGETS[name], compiled(TARGETS[name])
+    limits, kernels = LIMITS[name], compiled(name)
     # All of them; attention's in two widths, for prompts and for decoding; products of 2 sizes, or 2 sorts of codes.
     assert len(kernels) == (29 if name == "sm_90" else 28)
     needs = {name: need(kernel) for name, kernel in kernels.items()}
-    assert {name: it for name, it in needs.items() if it.spilled > target.spills.get(name, 0)} == {}
-    assert {name: it for name, it in needs.items() if it.shared > target.shared} == {}
+    assert {name: it for name, it in needs.items() if it.spilled > limits.spills.get(name, 0)} == {}
+    assert {name: it for name, it in needs.items() if it.shared > limits.shared} == {}
     for kernel in ("choose", "penalise"):  # tokens are the reference's only if each product is rounded by itself
         assert "fma.rn.f32" not in kernels[kernel].asm.get("ptx", "")
         assert " contract " not in kernels[kernel].asm["llir"]

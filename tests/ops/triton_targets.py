@@ -12,40 +12,37 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from ops.group_cases import draw
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from batchinfer.ops import AttentionInput, Clamp, Experts, HeadNorm, Rope, SampleInput
-from batchinfer.ops.triton.backend import TritonOps
+from batchinfer.ops.triton.compiling import CompilingOps
 from batchinfer.ops.triton.grouped import FROM_DENSE, Groups
-from batchinfer.ops.triton.mixture import Mixture
+from batchinfer.ops.triton.targets import TARGETS
 
 
 @dataclass(frozen=True)
-class Target:
+class Limits:
     """``shared``: bytes of shared memory that a program may take, for sm_80 those of compute capability 8.6, which has
     the least of the 8s. ``spills``: bytes of registers that a thread of a kernel may spill; of one that is not listed,
     none. Counted with Triton 3.9.0."""
 
-    gpu: GPUTarget
     shared: int
     spills: Mapping[str, int] = field(default_factory=dict)
 
 
-TARGETS = {
-    "sm_75": Target(GPUTarget("cuda", 75, 32), 64 << 10),
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 99 << 10, {"attend prefill 64": 8}),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 << 10, {"choose": 32}),
-    "gfx90a": Target(GPUTarget("hip", "gfx90a", 64), 64 << 10),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10),
-    "gfx1100": Target(GPUTarget("hip", "gfx1100", 32), 64 << 10),
+LIMITS = {
+    "sm_75": Limits(64 << 10),
+    "sm_80": Limits(99 << 10, {"attend prefill 64": 8}),
+    "sm_90": Limits(227 << 10, {"choose": 32}),
+    "gfx90a": Limits(64 << 10),
+    "gfx942": Limits(64 << 10),
+    "gfx1100": Limits(64 << 10),
 }
 
 IN_CI = ("sm_80", "sm_90", "gfx90a", "gfx942", "gfx1100")
@@ -59,32 +56,14 @@ class Need:
     shared: int
 
 
-class Driver:
-    """Stands where Triton asks which device is current."""
+class CompiledOps(CompilingOps):
+    """``named``: name, and what Triton made of it."""
 
-    def __init__(self, target: GPUTarget):
-        self._target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> str:
-        return str(self._target)
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
-class CompiledOps(TritonOps):
-    """Compiles what it should launch. ``kernels``: name, and what Triton made of it."""
-
-    def __init__(self, target: GPUTarget, shared: int) -> None:
-        super().__init__("cpu")
-        self._rdna = str(target.arch).startswith("gfx1")
-        self._mixture = Mixture(shared, self._rdna)
+    def __init__(self, name: str) -> None:
+        super().__init__(replace(TARGETS[name], shared=LIMITS[name].shared), "cpu")
         self._groups = Groups(100, self._rdna)
-        self.float8 = str(target.arch) in ("89", "90")
-        self.kernels: dict[str, Any] = {}
+        self.float8 = name in ("sm_89", "sm_90")
+        self.named: dict[str, Any] = {}
 
     def _run(self, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
         name = kernel.__name__
@@ -96,8 +75,8 @@ class CompiledOps(TritonOps):
             name = f"{name} {options['ROWS']}{' clamped' * options.get('CLAMPED', False)}"
         if name == "route" and options["KEPT"] < options["GROUPS"]:
             name = "route of groups"
-        if name not in self.kernels:
-            self.kernels[name] = kernel.warmup(*args, grid=grid, **options)
+        if name not in self.named:
+            self.named[name] = kernel.warmup(*args, grid=grid, **options)
 
 
 def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -161,12 +140,11 @@ def attend(ops: CompiledOps, heads: int, kv_heads: int, width: int, dtype: torch
     ops.attention(q, cache, cache, plan, 0.1, out, torch.zeros(3, heads), softcap)
 
 
-def compiled(target: Target, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """Every kernel. Triton keeps what it compiles in $TRITON_CACHE_DIR."""
-    driver.set_active(Driver(target.gpu))
-    ops = CompiledOps(target.gpu, target.shared)
+def compiled(name: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """Every kernel for the target. Triton keeps what it compiles in $TRITON_CACHE_DIR."""
+    ops = CompiledOps(name)
     call_all(ops, dtype)
-    return ops.kernels
+    return ops.named
 
 
 def need(kernel: Any) -> Need:
@@ -190,10 +168,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         for name in sys.argv[1:] or IN_CI:
-            target = TARGETS[name]
-            for kernel, result in compiled(target).items():
-                it, limit = need(result), target.spills.get(kernel, 0)
-                bad += it.spilled > limit or it.shared > target.shared
+            limits = LIMITS[name]
+            for kernel, result in compiled(name).items():
+                it, limit = need(result), limits.spills.get(kernel, 0)
+                bad += it.spilled > limit or it.shared > limits.shared
                 print(f"{name} {kernel}: {it.spilled} of {limit} bytes spilled, {it.shared} shared", flush=True)
     return 1 if bad else 0
 

@@ -84,7 +84,7 @@ def find_sequence(ends, sequences, item):
     return s, begin
 
 
-@triton.jit(do_not_specialize=["sequences", "step_tokens"])
+@triton.jit(do_not_specialize=["sequences", "step_tokens", "pages"])
 def attend(
     q,  # [step_tokens, HEADS, WIDTH]
     k_cache,  # [pages, KV_HEADS, PAGE, WIDTH]

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton import cdiv
 
 from batchinfer.ops import AttentionInput, Experts, HeadNorm, Rope, SampleInput, SampleOutput
+from batchinfer.ops.accelerator import Accelerator
 from batchinfer.ops.device import DeviceOps, fitting_split, parts
 from batchinfer.ops.fields import SAMPLE_FIELDS
 from batchinfer.ops.grouped import GroupQuantized
@@ -55,16 +56,16 @@ class Plan:
 class TritonOps(DeviceOps):
     """The ops on ``device``, on torch's current stream. Raises ValueError on shapes and dtypes.
 
-    ``device`` "cpu" is for the interpreter (TRITON_INTERPRET=1).
+    ``device`` "cpu" is for the interpreter (TRITON_INTERPRET=1), "meta" for :mod:`batchinfer.ops.triton.compiling`.
     """
 
     def __init__(self, device: str = "cuda"):
         super().__init__(torch.device(device))
         self._multiprocessors, self._rdna, shared = 1, False, LEAST_SHARED
-        if self.device.type != "cpu":
+        if self.device.type not in ("cpu", "meta"):
             module = torch.get_device_module(self.device)
             self.device = torch.device(self.device.type, self.device.index or 0)
-            module.set_device(self.device)
+            Accelerator(self.device).use()
             properties = module.get_device_properties(self.device)
             self._multiprocessors = getattr(properties, "multi_processor_count", 0) or properties.max_compute_units
             self._rdna = getattr(properties, "gcnArchName", "").startswith("gfx1")

@@ -25,7 +25,7 @@ def next_likely(logits, vocab, limit, limit_id, BLOCK: tl.constexpr):
     return first_of(best, best_ids)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_width"])
 def logprobs(
     logits,  # [rows, vocab]
     tokens,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_rows"])
 def lookup(ids, table, out, scale, table_rows, width, BLOCK: tl.constexpr):
     """out [rows, width] = scale * table[ids]; an id outside the table takes the nearest row."""
     row = tl.program_id(0).to(tl.int64)
