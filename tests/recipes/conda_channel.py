@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -82,10 +83,10 @@ class LocalChannel:
         """Name -> version=build of what a user gets, with a driver for this version of ``cuda`` or none."""
         return {r.name.normalized: f"{r.version}={r.build}" for r in self._records(specs, cuda)}
 
-    def install(self, prefix: Path, *specs: str) -> None:
+    def install(self, prefix: Path, *specs: str, cuda: str = "") -> None:
         import rattler
 
-        records = self._records(specs)
+        records = self._records(specs, cuda)
         asyncio.run(rattler.install(records, prefix, cache_dir=prefix.parent / "cache", show_progress=False))
 
     def _records(self, specs: Sequence[str], cuda: str = "") -> list:
@@ -101,6 +102,31 @@ class LocalChannel:
             virtual_packages=machine,
         )
         return asyncio.run(request)
+
+
+NVCC = (
+    "nvidia-cuda-nvcc==13.0.88",
+    "nvidia-cuda-crt==13.0.88",
+    "nvidia-nvvm==13.0.88",
+    "nvidia-cuda-runtime==13.0.96",
+    "nvidia-cuda-cccl==13.0.85",
+)
+"""NVIDIA's wheels that together are nvcc: 300 MB."""
+
+
+def add_nvcc(channel: LocalChannel, folder: Path) -> None:
+    """What the build for CUDA 13 needs besides, with NVIDIA's wheels installed in ``folder``. For one architecture: all
+    of them take eight times as long."""
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *NVCC)
+    subprocess.run(pip, check=True)
+    toolkit = folder / "nvidia/cu13"
+    (toolkit / "lib64").symlink_to("lib")  # where nvcc looks
+    script = f"export CUDACXX={toolkit}/bin/nvcc CUDAARCHS=80-real\n"
+    channel.add("cuda-nvcc_linux-64", "13.0.88", files={"etc/conda/activate.d/nvcc.sh": script})
+    channel.add("cuda-version", "13.0", constrains=["__cuda >=13"])
+    channel.add("cuda-cudart-dev", "13.0.96")
+    pins = ["__cuda", "cuda-version 13.0.*", "modules-of-this-machine"]
+    channel.add("pytorch", build="cuda_local_0", depends=pins, number=200)
 
 
 def add_this_machine(channel: LocalChannel) -> None:

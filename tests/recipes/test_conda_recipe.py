@@ -4,6 +4,7 @@ that their machine can use. All of it against a channel made of this machine (co
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from recipes.conda_channel import LocalChannel, add_this_machine
+from recipes.conda_channel import LocalChannel, add_nvcc, add_this_machine
 from recipes.project import ROOT, requirements
 
 rattler_build = pytest.importorskip("rattler_build", reason="pip install py-rattler-build")
@@ -149,30 +150,54 @@ def test_the_cpu_build_works(tmp_path: Path) -> None:
     """Two minutes of CPU time without a compiler cache."""
     channel = LocalChannel(tmp_path / "channel")
     add_this_machine(channel)
+    prefix = install(channel, "cpu", tmp_path)
+    done = bench(prefix, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["output_tokens"] == 2 * 1024
+
+
+@pytest.mark.skipif(not os.environ.get("BATCHINFER_TEST_CONDA_CUDA"), reason="takes four minutes: make conda-check")
+@pytest.mark.feature("recipes", "conda: the CUDA build is built with NVIDIA's wheels and installed, on a local channel")
+def test_the_cuda_build_is_built_and_refuses_a_node_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONDA_OVERRIDE_CUDA", "13.0")  # for the tests within the recipe
+    channel = LocalChannel(tmp_path / "channel")
+    add_this_machine(channel)
+    add_nvcc(channel, tmp_path / "nvcc")
+    prefix = install(channel, "cuda130", tmp_path, cuda="13.0")
+    found = subprocess.run([prefix / "bin/batchinfer", "doctor", "--json"], capture_output=True, text=True)
+    assert json.loads(found.stdout)["build"]["architectures"] == ["80-real"]
+    done = bench(prefix, tmp_path)
+    assert done.returncode == 69
+    assert "this build is for CUDA, and this process can use no GPU" in done.stderr
+
+
+def install(channel: LocalChannel, flavor: str, folder: Path, cuda: str = "") -> Path:
+    """Build a variant, let the recipe's tests pass, and install it: the environment."""
     channel.index()
     tools = rattler_build.ToolConfiguration(test_strategy="native")
     try:
-        render(RECIPE)["cpu"].run_build(tool_config=tools, output_dir=str(channel.folder), channels=[channel.uri])
+        render(RECIPE)[flavor].run_build(tool_config=tools, output_dir=str(channel.folder), channels=[channel.uri])
     except rattler_build.RattlerBuildError as error:  # it says only that a script failed
         logs = [path.read_text()[-4000:] for path in channel.folder.glob("bld/*/work/conda_build.log")]
         pytest.fail(f"{error}\n" + "\n".join(logs))
     channel.index()
-    prefix = tmp_path / "environment"
-    channel.install(prefix, "batchinfer")
+    prefix = folder / "environment"
+    channel.install(prefix, "batchinfer", cuda=cuda)
+    where = [str(prefix / "bin/python"), "-c", "import batchinfer; print(batchinfer.__file__)"]
+    found = subprocess.run(where, cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert found.startswith(str(prefix)), "another installation was tested"
+    return prefix
 
-    def run(*command: str) -> str:
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
 
-    where = run(str(prefix / "bin/python"), "-c", "import batchinfer; print(batchinfer.__file__)")
-    assert where.startswith(str(prefix)), "another installation was tested"
-    model = tmp_path / "model"
+def bench(prefix: Path, folder: Path) -> subprocess.CompletedProcess:
+    model = folder / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(TINY))
     settings = ["model.path=model", "model.dummy_weights=true", "bench.workload=decode", "bench.rows=2"]
-    line = json.loads(run(str(prefix / "bin/batchinfer"), "bench", *settings, "engine.kv_cache_gb=0.1"))
-    assert line["output_tokens"] == 2 * 1024
+    command = [str(prefix / "bin/batchinfer"), "bench", *settings, "engine.kv_cache_gb=0.1"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 TINY = {
