@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,7 +26,7 @@ from batchinfer.engine.step_shape import Limits, StepShape
 from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores
 from batchinfer.models.layers import Copies
 from batchinfer.ops import SampleOutput
-from batchinfer.ops.accelerator import Accelerator, Event
+from batchinfer.ops.accelerator import Accelerator, Event, Graph
 from batchinfer.types import ExitCode, JobError
 
 if TYPE_CHECKING:
@@ -71,18 +70,8 @@ class EventClock:
 class Captured:
     """A graph and the tensor that its tokens are in after a replay."""
 
-    graph: torch.cuda.CUDAGraph
+    graph: Graph
     tokens: Tensor
-
-
-def capture(compute: Callable[[], Tensor], pool: tuple[int, int]) -> Captured:
-    """What ``compute`` launches on the current stream, which is not run."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may use the device while this one captures (thread_local).
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-    tokens = compute()
-    graph.capture_end()
-    return Captured(graph, tokens)
 
 
 class DeviceRunner:
@@ -234,7 +223,7 @@ class DeviceRunner:
         if shape not in self._seen or not self._gpu.graphs:
             self._seen.add(shape)
             return False
-        self._graphs[shape] = capture(lambda: self._compute(shape, {}).sample.tokens, self._pool)
+        self._graphs[shape] = Captured(*self._gpu.capture(lambda: self._compute(shape, {}).sample.tokens, self._pool))
         return True
 
     def _update_page_table(self, updates: np.ndarray) -> None:

@@ -4,6 +4,7 @@ builds for ROCm call theirs cuda, too."""
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -23,6 +24,12 @@ class Event(Protocol):
 
     def elapsed_time(self, later: Event) -> float:
         """Milliseconds from here to there, with the precision of a float32."""
+
+
+class Graph(Protocol):
+    """A captured step."""
+
+    def replay(self) -> None: ...
 
 
 class Accelerator:
@@ -70,8 +77,15 @@ class Accelerator:
         """A tensor in the host's memory that the device copies to and from while the host goes on."""
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
-    def graph(self) -> torch.cuda.CUDAGraph:
-        return torch.cuda.CUDAGraph()
+    def capture(self, compute: Callable[[], Tensor], pool: object) -> tuple[Graph, Tensor]:
+        """What ``compute`` launches on the current stream, which is not run, and the tensor that it gives: filled by
+        each replay."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the device while this one captures (thread_local).
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        out = compute()
+        graph.capture_end()
+        return graph, out
 
     def graph_pool(self) -> object:
         """Memory that the graphs of one runner share, since no two of them run at a time."""

@@ -3,17 +3,16 @@ captured from, and the ops are the reference's, taught to leave out the rows tha
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
+from gpu.backend import HostAccelerator
 from torch import Tensor
 
-from batchinfer.engine import device_runner
+from batchinfer.engine.device_runner import DeviceRunner
+from batchinfer.models.decoder import Decoder
 from batchinfer.ops import AttentionInput, HeadNorm, Rope
 from batchinfer.ops.reference import ReferenceOps
 
@@ -45,20 +44,6 @@ class FilledOps(ReferenceOps):
         return super().plan_attention(inputs, num_heads, k_cache, window)
 
 
-class Event:
-    def __init__(self, enable_timing: bool = False):
-        self.time = 0.0
-
-    def record(self) -> None:
-        self.time = time.perf_counter()
-
-    def synchronize(self) -> None:
-        assert self.time
-
-    def elapsed_time(self, later: Event) -> float:
-        return 1000 * (later.time - self.time)
-
-
 class Again:
     """What it was captured from is run into the same tensor."""
 
@@ -72,26 +57,20 @@ class Again:
         self.tokens.copy_(tokens)
 
 
-def capture(compute: Callable[[], Tensor], pool: object) -> device_runner.Captured:
-    again = Again(compute)
-    return device_runner.Captured(again, again.tokens)  # type: ignore[arg-type]
+class CapturingAccelerator(HostAccelerator):
+    """One that has graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graphs = True
+
+    def graph_pool(self) -> None:
+        return None
+
+    def capture(self, compute: Callable[[], Tensor], pool: object) -> tuple[Again, Tensor]:
+        again = Again(compute)
+        return again, again.tokens
 
 
-@pytest.fixture
-def host_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextlib.contextmanager
-    def stream(_: object) -> Iterator[None]:
-        yield
-
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
-    monkeypatch.setattr(device_runner, "capture", capture)
-    for name, there in {
-        "Stream": lambda device: None,
-        "Event": Event,
-        "stream": stream,
-        "graph_pool_handle": lambda: None,
-        "synchronize": lambda device: None,
-        "empty_cache": lambda: None,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, there)
+def host_runner(decoder: Decoder, page_size: int, max_slots: int) -> DeviceRunner:
+    return DeviceRunner(decoder, page_size, max_slots, CapturingAccelerator())

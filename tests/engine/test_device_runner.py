@@ -6,15 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from engine.host_device import FilledOps, host_device  # noqa: F401
+from engine.host_device import FilledOps, host_runner
 from engine.tiny_engine import VOCAB, make_decoder, make_engine, random_prompts, run
 
-from batchinfer.engine.device_runner import DeviceRunner
 from batchinfer.models.decoder import Decoder
 from batchinfer.models.lora import Grouped, Stacked
 from batchinfer.types import Completion, Request, SamplingParams
-
-pytestmark = pytest.mark.usefixtures("host_device")
 
 PLAIN = SamplingParams(max_tokens=16, ignore_eos=True)
 CASES = {
@@ -59,7 +56,7 @@ def same_tokens(one: dict[int, Completion], other: dict[int, Completion]) -> boo
 def test_filled_up_and_captured_steps(decoder: Decoder, case: str, options: dict[str, Any]) -> None:
     asked, given = requests(CASES[case]), {"page_size": 16} | options
     want = run(make_engine(decoder, **given), asked)
-    engine = make_engine(decoder, make_runner=DeviceRunner, **given)
+    engine = make_engine(decoder, make_runner=host_runner, **given)
     assert same_tokens(run(engine, asked), want)
     graphs = engine._runner._graphs
     if case in ("greedy", "samples"):
@@ -81,7 +78,7 @@ def test_adapters_in_captured_steps() -> None:
     want = run(engine, mixed) | run(engine, alone)
     assert not same_tokens(want, run(make_engine(make_decoder(), page_size=16), requests(PLAIN)))
     decoder = make_decoder(ops=FilledOps(), adapters=Stacked)
-    engine = make_engine(decoder, make_runner=DeviceRunner, page_size=16, adapters=2)
+    engine = make_engine(decoder, make_runner=host_runner, page_size=16, adapters=2)
     assert same_tokens(run(engine, mixed) | run(engine, alone), want)
     shapes = {(shape.decode_only, shape.adapted) for shape in engine._runner._graphs}
     assert shapes == {(False, False), (False, True), (True, False), (True, True)}
