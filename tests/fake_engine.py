@@ -50,6 +50,7 @@ class FakeEngine:
         self.tokenizer = ByteTokenizer()
         self.max_seq_len = max_seq_len
         self.max_slots, self.kv_tokens = slots, slots * max_seq_len
+        self.flat_steps = True
         self.closed = False
         self._slots, self._fail_at_step = slots, fail_at_step
         self._waiting: deque[Request] = deque()

@@ -37,6 +37,7 @@ class EncoderEngine:
         self.max_seq_len = max_len + 1  # as if a token came after the text
         self.max_slots = max_slots
         self.kv_tokens = max_slots * max_len
+        self.flat_steps = True
         self._dense = dense
         self._encoder, self._pool, self._max_step_tokens = encoder, pool, max_step_tokens
         self._waiting: deque[Request] = deque()

@@ -74,10 +74,12 @@ class Engine:
         pool: PoolSpec | None = None,
         dense: Layers = (),
         adapters: int = 0,
+        flat_steps: bool = True,
     ):
         self._pool, self._dense = pool, dense
         self._adapters = adapters
         self.vocab_size = vocab_size
+        self.flat_steps = flat_steps
         self._lengths = lengths
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len

@@ -138,6 +138,7 @@ def load_engine(
         pool=pool,
         dense=() if pool is None else load_dense(model.path, pool.dense),
         adapters=len(adapters),
+        flat_steps=spec.experts is None,
     )
 
 

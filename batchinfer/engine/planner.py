@@ -97,6 +97,7 @@ class Engine(Protocol):
 
     max_slots: int
     kv_tokens: int  # that its KV cache has room for
+    flat_steps: bool  # a step of few sequences takes about as long as one of a hundred: it reads all weights
 
     @property
     def num_running(self) -> int: ...
@@ -178,6 +179,8 @@ class Planner:
     def _had_better_wait(self, request: Request, left: Rest) -> bool:
         """Whether a request can wait for a place beside the longest sample under way: it must be sure to end with it,
         whatever is expected."""
+        if not self._engine.flat_steps:  # a mixture's reads the experts that its tokens meet: the fewer, the fewer
+            return False
         running = self._engine.tokens_left()
         if not len(running) or request.sampling.max_tokens > running.max():
             return False

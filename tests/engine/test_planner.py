@@ -32,6 +32,7 @@ class Sizes:
         self.max_slots, self.kv_tokens = max_slots, kv_tokens
         self.running: list[int] = []  # what each sequence still gets
         self.waiting = 0
+        self.flat_steps = True
         self.limit = 0
 
     @property
@@ -214,6 +215,18 @@ def test_short_rows_wait_for_their_place_beside_the_longest() -> None:
         engine.running.append(given.sampling.max_tokens)
     assert len(engine.running) == 7
     planner.add([request(10)])
+    assert engine.limit == 0
+
+
+def test_nothing_waits_where_narrow_steps_are_cheap() -> None:
+    """500 chat-like requests to Qwen3-30B-A3B on an H100: 22.8 s all at once, 24.1 s spread."""
+    engine = Sizes(max_slots=16)
+    engine.flat_steps = False
+    planner = Planner(engine)
+    planner.add(request(i, [1] * 10, tokens) for i, tokens in enumerate([900] + [225] * 8))
+    while (given := planner.next(more=False)) is not None:
+        engine.running.append(given.sampling.max_tokens)
+    assert len(engine.running) == 9
     assert engine.limit == 0
 
 

@@ -54,5 +54,5 @@ def test_the_larger_the_model_the_sooner_the_device_is_busy() -> None:
     eight = replace(one, layers=32, width=4096, head_dim=128, mlp_width=14336)
     mixture = replace(one, experts=ExpertSpec(8, 2, 512, True, 0, (True,) * 16))
     filled = [Limits.of(spec, 256, 8192, 256).filled for spec in (one, eight, mixture)]
-    assert filled == [1068, 298, 0]
+    assert filled == [2466, 687, 0]
     assert Limits.of(SPEC, 256, 8192, 256).filled == 8192
