@@ -222,7 +222,7 @@ def bench_linear(gpu: GpuOps, copy: float) -> None:
 
 
 def bench_codes(gpu: GpuOps, copy: float) -> None:
-    """The widest product of a layer with weights that stay codes; the bytes are those of the codes. From 128 tokens
+    """The widest product of a layer with weights that stay codes; the bytes are those of the codes. From 200 tokens
     on they are dequantised first (ops/triton/grouped.py)."""
     outputs, depth = 28672, 4096
     for name, bits, group in (("int4, groups of 128", 4, 128), ("int8", 8, depth), ("float8", 0, depth)):
@@ -232,7 +232,7 @@ def bench_codes(gpu: GpuOps, copy: float) -> None:
             codes = torch.randn(outputs, depth).to(torch.float8_e4m3fn)
         scales = torch.rand(outputs, depth // group)
         weights = [gpu.pack_weight(GroupQuantized(codes, scales, group, bits=bits or 8)) for _ in range(8)]
-        for tokens in (1, 16, 64, 127, 128, 256, 1024):
+        for tokens in (1, 16, 64, 128, 192, 256, 1024):
             x = torch.randn(tokens, depth, device="cuda", dtype=BF16)
             out = torch.empty(tokens, outputs, device="cuda", dtype=BF16)
 

@@ -18,6 +18,7 @@ from batchinfer.models.packing import Suiting, bytes_of, pack
 from batchinfer.ops import Ops
 from batchinfer.ops.grouped import GroupQuantized
 from batchinfer.ops.reference import ReferenceOps
+from batchinfer.ops.triton.grouped import FROM_DENSE
 from batchinfer.types import Request, SamplingParams
 
 TRUTH = ReferenceOps(torch.float64)
@@ -27,20 +28,20 @@ TRUTH = ReferenceOps(torch.float64)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.feature("CUDA kernels", "products with codes: int4, int8 and float8 in groups, with zeros and orders")
 def test_products(real_gpu, kind: str, dtype: torch.dtype) -> None:
-    """Codes are exact in 16 bits; from 128 rows on the weights are rounded to them."""
+    """Codes are exact in 16 bits; from FROM_DENSE rows on the weights are rounded to them."""
     eps = torch.finfo(dtype).eps
     for outputs, depth in ((96, 128), (1000, 4096), (4096, 1056)):
         weight = draw(kind, outputs, depth)
         dense, packed = weight.dense(torch.float64), real_gpu.pack_weight(weight)
         bias = torch.randn(outputs)
-        for rows in (1, 16, 33, 100, 128, 500):
+        for rows in (1, 16, 33, 100, FROM_DENSE, 500):
             x = torch.randn(rows, depth).to(dtype)
             want, sizes = x.double() @ dense.T + bias, x.double().abs() @ dense.abs().T
             for out_dtype in {dtype, torch.float32}:
                 out = torch.empty(rows, outputs, dtype=out_dtype, device=real_gpu.device)
                 real_gpu.linear(put(x), packed, out, put(bias))
                 error = (out.cpu().double() - want).abs()
-                weights_rounded = eps / 2 if rows >= 128 and dtype is not torch.float32 else 0.0
+                weights_rounded = eps / 2 if rows >= FROM_DENSE and dtype is not torch.float32 else 0.0
                 # An old torch's product gives 16 bits only, and that of float8 matrices does.
                 bound = sizes * (weights_rounded + 2**-17) + (want.abs() + 1) * eps
                 # With a scale for each output, one block over the depth among them, activations become float8 too.
