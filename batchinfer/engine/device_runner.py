@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from batchinfer.engine.memory import allocate_or_shrink, device_budget
-from batchinfer.engine.runner import StepOutput, copies
+from batchinfer.engine.runner import StepOutput
 from batchinfer.engine.slots import Rows, ScoredRows, SlotTable
 from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.engine.step_shape import Limits, StepShape
 from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores
-from batchinfer.models.layers import Copies
 from batchinfer.ops import SampleOutput
 from batchinfer.ops.accelerator import Accelerator, Event, Graph
 from batchinfer.types import ExitCode, JobError
@@ -141,8 +140,9 @@ class DeviceRunner:
         scored = rows.scored()
         adapters = rows.adapters()
         adapted = adapters is not None
-        shape = StepShape(step.num_tokens, step.num_samples, adapted=adapted)
-        if not (extras or scored or self._decoder.pooling or len(step.copied_row)):
+        copied = len(step.copy_source)
+        shape = StepShape(step.num_tokens, step.num_samples, adapted=adapted, copies=copied)
+        if not (extras or scored or self._decoder.pooling or copied):
             shape = self.limits.shape(step.num_tokens, step.num_samples, step.num_decode, adapted)
         host = self._host[self._parity]
         host.fill(step, self.slots, shape, adapters)
@@ -157,8 +157,7 @@ class DeviceRunner:
                 out = StepOutput(SampleOutput(graph.tokens))
             else:
                 score = self._score_input(scored) if scored else None
-                copied = copies(step, lambda array: torch.from_numpy(array).to(self._device))
-                out = self._compute(shape, extras, score, copied)
+                out = self._compute(shape, extras, score)
             scores = None if out.scores is None else self._to_host(out.scores, len(out.scores.chosen))
             states = None if out.states is None else self._copy(out.states)
             out = StepOutput(self._to_host(out.sample, step.num_samples), scores, states)
@@ -187,19 +186,13 @@ class DeviceRunner:
         del self._decoder, self._ops, self._buffer, self._page_table  # the engine may live on, for its counters
         self._gpu.empty_cache()
 
-    def _compute(
-        self,
-        shape: StepShape,
-        extras: dict[str, object],
-        score: ScoreInput | None = None,
-        copied: Copies | None = None,
-    ) -> StepOutput:
+    def _compute(self, shape: StepShape, extras: dict[str, object], score: ScoreInput | None = None) -> StepOutput:
         """The step in the device's buffer: forward, sample, and remember the tokens of the slots."""
         arrays, tokens, samples = self._buffer.arrays, shape.tokens, shape.samples
         ids, slot = arrays["token_ids"][:tokens], arrays["slot"][:tokens]
         ids = ids[: len(slot)]  # decodes come first, one token a sequence where some are not known yet
         torch.where(ids < 0, self._last_token.index_select(0, slot), ids, out=ids)
-        step = replace(self._buffer.step_input(shape, self._page_table), score=score, copies=copied)
+        step = replace(self._buffer.step_input(shape, self._page_table), score=score)
         if self._decoder.pooling:
             tokens_of_nobody = torch.zeros(samples, dtype=torch.int32, device=self._device)
             return StepOutput(SampleOutput(tokens_of_nobody), states=self._decoder.pool(step, self._cache))
@@ -255,16 +248,15 @@ class DeviceRunner:
         tokens, arrays = self._decoder.max_step_tokens, self._buffer.arrays
         for array in arrays.values():
             array.zero_()
-        arrays["kv_index"].fill_(-1)
+        for name in ("kv_index", "copy_source"):
+            arrays[name].fill_(-1)
         longest = min(tokens, self._decoder.max_positions)
         torch.arange(0, longest * (self._max_slots + 1), longest, out=arrays["q_start"]).clamp_(max=tokens)
         arrays["kv_len"].fill_(longest)
         arrays["sample_slot"].fill_(self._max_slots)
         arrays["temperature"].fill_(1.0)
         arrays["top_p"].fill_(0.9)
-        zeros = arrays["positions"]
-        shape = StepShape(tokens, self._decoder.max_samples, adapted=self._decoder.adapted)
-        self._compute(shape, {}, copied=Copies(zeros, zeros, arrays["kv_index"]))
+        self._compute(StepShape(tokens, self._decoder.max_samples, adapted=self._decoder.adapted, copies=1), {})
 
 
 def _to_device(name: str, value: object, device: torch.device) -> object:

@@ -142,15 +142,8 @@ class HostRunner:
             sample_row=tensor(step.sample_row),
             score=ScoreInput(tensor(scored[0]), tensor(scored[1]), scored[2]) if scored else None,
             adapters=grouped_rows(rows),
-            copies=copies(step, tensor),
+            copies=Copies(tensor(step.copy_source), tensor(step.copy_target)) if len(step.copy_source) else None,
         )
-
-
-def copies(step: Step, tensor: Callable[[np.ndarray], torch.Tensor]) -> Copies | None:
-    """``tensor`` puts an array where the decoder needs it."""
-    if not len(step.copied_row):
-        return None
-    return Copies(*(tensor(a) for a in (step.copied_row, step.positions[step.copied_row], step.copied_index)))
 
 
 def grouped_rows(rows: Rows) -> AdapterRows:

@@ -292,6 +292,23 @@ class NativeOps(NativeLinear, TextAttention):
             norm_all,
         )
 
+    def copy_pages(self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None:
+        pages = shape_of("k_cache", k_cache, 4)[0]
+        (copies,) = shape_of("source", source, 1)
+        check("k_cache", k_cache, k_cache.dtype, tuple(k_cache.shape))
+        check("v_cache", v_cache, k_cache.dtype, tuple(k_cache.shape))
+        check("source", source, torch.int32, (copies,))
+        check("target", target, torch.int32, (copies,))
+        self._cpu.copy_pages(
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            source.data_ptr(),
+            target.data_ptr(),
+            copies,
+            pages,
+            k_cache[0].nbytes if pages else 0,
+        )
+
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         tokens, width = shape_of("out", out, 2)
         check("gate_up", gate_up, torch.float32, (tokens, 2 * width))

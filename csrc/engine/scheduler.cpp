@@ -270,7 +270,10 @@ void Scheduler::prefill(Sequence& sequence) {
     sequence.computed = end;
     publish(sequence, /*adopt=*/false);
     if (end < sequence.known()) return;
-    if (first == found) note_twin(sequence, first);
+    if (first == found) {
+        twin_ = &sequence;
+        twin_first_page_ = found / config_.page_size;
+    }
     sequence.decoding = true;
     forecast_.cancel_growth(sequence.num_pages, sequence.life);  // the steps that the prompt took are known now
     sequence.life = predict(sequence, 0);

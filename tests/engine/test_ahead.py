@@ -12,7 +12,7 @@ import torch
 from engine.tiny_engine import VOCAB, make_decoder, make_engine, random_prompts, run
 
 from batchinfer._engine import Step
-from batchinfer.engine.runner import HostRunner, StepOutput, copies, grouped_rows
+from batchinfer.engine.runner import HostRunner, StepOutput, grouped_rows
 from batchinfer.engine.slots import Rows
 from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.engine.step_shape import StepShape
@@ -40,7 +40,7 @@ class LaggingRunner(HostRunner):
     def start(self, step: Step, rows: Rows) -> None:
         buffer = self._buffers[step.index % 2]
         buffer.data.fill_(0xEE)
-        shape = StepShape(step.num_tokens, step.num_samples)
+        shape = StepShape(step.num_tokens, step.num_samples, copies=len(step.copy_source))
         buffer.fill(step, self.slots, shape)
         for slot, column, page in step.page_updates:
             self._table[slot, column] = page
@@ -50,17 +50,15 @@ class LaggingRunner(HostRunner):
         given = buffer.step_input(shape, self._table)
         a, count = given.attention, step.num_seqs  # the CPU's attention takes no empty sequences
         attention = replace(a, q_start=a.q_start[: count + 1], kv_len=a.kv_len[:count], slot=a.slot[:count])
-        adapters, copied = grouped_rows(rows), copies(step, torch.from_numpy)
+        adapters = grouped_rows(rows)
         if self._decoder.pooling:
-            states = self._decoder.pool(
-                replace(given, attention=attention, adapters=adapters, copies=copied), self._cache
-            )
+            states = self._decoder.pool(replace(given, attention=attention, adapters=adapters), self._cache)
             self._done.append(StepOutput(SampleOutput(torch.zeros(step.num_samples, dtype=torch.int32)), states=states))
             return
         scored = rows.scored()
         score = ScoreInput(torch.from_numpy(scored[0]), torch.from_numpy(scored[1]), scored[2]) if scored else None
         logits, scores = self._decoder.forward(
-            replace(given, attention=attention, score=score, adapters=adapters, copies=copied), self._cache
+            replace(given, attention=attention, score=score, adapters=adapters), self._cache
         )
         out = SampleOutput(torch.zeros(0, dtype=torch.int32))
         if step.num_samples:
