@@ -128,6 +128,10 @@ class Engine:
         """Steps have prompt tokens only up to so many tokens in all from now on; 0: as many as fit."""
         self._scheduler.limit_prompts(step_tokens)
 
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache of what no open request holds."""
+        self._scheduler.forget_prefixes()
+
     def expected_tokens(self, request: Request) -> int:
         """New tokens that each sample of a request will probably get, beside those that it brings along."""
         if request.scored_from is not None or self._pool:
