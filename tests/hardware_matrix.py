@@ -1,7 +1,9 @@
 """The README's table of ops and features against hardware, made of what recorder.py has written into tests/results/.
 
-python tests/hardware_matrix.py --check FILE    does FILE, of a run of now, show each op on every backend, and all that
-                                                tests/results/ci.jsonl shows? (CI asks at its end.)
+python tests/hardware_matrix.py --check FILE [COMMAND ...]
+
+Does FILE, of a run of now, show each op on every backend, and all that tests/results/ci.jsonl shows, but for what these
+commands had shown, which were not run? CI asks at its end.
 """
 
 from __future__ import annotations
@@ -114,9 +116,10 @@ def missing(now: Sequence[Session], before: Sequence[Session]) -> list[str]:
 
 
 def main() -> int:
-    if len(sys.argv) != 3 or sys.argv[1] != "--check":
+    if len(sys.argv) < 3 or sys.argv[1] != "--check":
         sys.exit(__doc__)
-    lost = missing(read([Path(sys.argv[2])]), read([RESULTS / "ci.jsonl"]))
+    before = [session for session in read([RESULTS / "ci.jsonl"]) if session.command not in sys.argv[3:]]
+    lost = missing(read([Path(sys.argv[2])]), before)
     print("\n".join(lost) or "each op on every backend, and all of tests/results/ci.jsonl")
     return 1 if lost else 0
 
