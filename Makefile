@@ -76,7 +76,7 @@ arm-check: $(VENV)/.tested
 	BATCHINFER_TEST_ARM=1 $(BIN)/pytest tests/csrc
 
 cuda-check:
-	$(PYTHON) tests/gpu/compile.py
+	PYTHONPATH=tests $(PYTHON) tests/gpu/compile.py
 
 conda-check: $(VENV)/.tested
 	BATCHINFER_TEST_CONDA_CUDA=1 $(BIN)/pytest tests/recipes/test_conda_recipe.py -k cuda_build_is_built

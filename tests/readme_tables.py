@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import hardware_matrix
 from models.drawn_models import CONFIGS, FAMILIES
 from models.tiny_models import BF16, GGUF, TINY
 
@@ -135,6 +136,7 @@ TABLES = {
     "models": models,
     "parity": parity,
     "feature matrix": feature_matrix,
+    "hardware": hardware_matrix.table,
     "modules": tree,
 }
 

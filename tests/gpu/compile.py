@@ -1,6 +1,8 @@
 """Compile csrc/gpu for several architectures and hold its register spills against csrc/gpu/spills.txt.
 
-python tests/gpu/compile.py [ARCH ...]      needs nvcc (CUDACXX, CUDA_HOME/bin or PATH), no GPU; MAX_JOBS processes
+PYTHONPATH=tests python tests/gpu/compile.py [ARCH ...]
+
+Needs nvcc (CUDACXX, CUDA_HOME/bin or PATH) and no GPU. MAX_JOBS processes.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import recorder
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = sorted((ROOT / "csrc/gpu").glob("*.cu"))
@@ -70,6 +74,7 @@ def main() -> int:
                 bad += count > limit
                 note = "" if count == limit else f", {limit} are recorded in {BUDGET.relative_to(ROOT)}"
                 print(f"{source.name} sm_{arch}: {count} bytes spilled{note}", flush=True)
+    recorder.write_compiled("make cuda-check", "cuda", not bad)
     return 1 if bad else 0
 
 
