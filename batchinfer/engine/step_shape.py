@@ -24,13 +24,14 @@ time so than with 1.3e11, where the kernels of its steps of 512 tokens follow on
 class StepShape:
     """Rows of a step as it is launched. ``decode_only``: each sequence has one token, and it is sampled from.
     ``adapted``: some tokens have an adapter. ``repeats``: the sizes are from the short list, so that the shape is worth
-    a graph."""
+    a graph. ``sampled``: the sampler is part of it."""
 
     tokens: int
     samples: int
     decode_only: bool = False
     adapted: bool = False
     repeats: bool = False
+    sampled: bool = True
 
 
 @dataclass(frozen=True)
