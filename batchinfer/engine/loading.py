@@ -142,6 +142,7 @@ def load_engine(
         dense=() if pool is None else load_dense(model.path, pool.dense),
         adapters=len(adapters),
         flat_steps=spec.experts is None,
+        threads=threads or len(os.sched_getaffinity(0)),
     )
 
 
