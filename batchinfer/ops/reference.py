@@ -114,7 +114,7 @@ class ReferenceOps:
         q_out.copy_(q)
         page, offset = kv_index // page_size, kv_index % page_size
         for x, into in ((k, k_cache), (v, v_cache)):
-            into[page, :, offset] = encode_kv(x) if into.dtype is torch.int8 else x.to(into.dtype)
+            into[page, :, offset] = encode_kv(x, into.dtype)
 
     def plan_attention(
         self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0

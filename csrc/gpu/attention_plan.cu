@@ -117,13 +117,15 @@ void plan_attention(const AttentionPlan& p, Stream stream) {
 
 void attention(const AttentionArgs& a, Stream stream) {
     if (a.tokens == 0 || a.plan.sequences == 0) return;
+    const bool codes = a.cache_dtype == GpuDtype::e4m3;
     const bool matrix_shape = a.dtype != GpuDtype::float32 && (a.plan.head_width == 64 || a.plan.head_width == 128);
     static const MatrixUnit unit = matrix_unit();
     if (matrix_shape && unit != MatrixUnit::none) {
         attention_decode(a, stream);
         // 3 us if the list is empty, which mostly only the device knows.
         if (a.plan.decode_only) return;
-        kWithSm90a&& unit == MatrixUnit::warpgroup ? attention_prefill_sm90(a, stream) : attention_prefill(a, stream);
+        kWithSm90a&& unit == MatrixUnit::warpgroup && !codes ? attention_prefill_sm90(a, stream)
+                                                             : attention_prefill(a, stream);
     } else {
         attention_generic(a, stream);
     }
