@@ -23,6 +23,7 @@ from batchinfer.models.lora import Factors, Grouped, Stacked
 from batchinfer.ops import AttentionInput, Rope, SampleInput
 from batchinfer.ops.gpu import GpuOps, open_gpu
 from batchinfer.ops.grouped import GroupQuantized
+from batchinfer.ops.quantized import FLOAT8
 
 BF16 = torch.bfloat16
 PAGE = 16
@@ -66,8 +67,8 @@ def copy_rate() -> float:
 
 
 class Step:
-    """A step's tensors: sequences of (tokens, keys), pages in random order. Each ``sharers`` sequences have their first
-    ``shared`` positions in the same pages."""
+    """A step's tensors: sequences of (tokens, keys), pages in random order, whose caches have the dtype ``kept``. Each
+    ``sharers`` sequences have their first ``shared`` positions in the same pages."""
 
     def __init__(
         self,
@@ -78,6 +79,7 @@ class Step:
         width: int,
         sharers: int = 1,
         shared: int = 0,
+        kept: torch.dtype = BF16,
     ):
         pages_of = [-(-n // PAGE) for _, n in lengths]
         pages, tokens = sum(pages_of), sum(t for t, _ in lengths)
@@ -96,13 +98,14 @@ class Step:
             torch.arange(len(lengths), dtype=torch.int32).cuda(),
             table.cuda(),
         )
-        self.k, self.v = (torch.randn(pages, kv_heads, PAGE, width, device="cuda", dtype=BF16) for _ in range(2))
+        caches = (torch.randn(pages, kv_heads, PAGE, width, device="cuda", dtype=BF16) for _ in range(2))
+        self.k, self.v = (cache.to(kept) for cache in caches)
         self.q = torch.randn(tokens, heads, width, device="cuda", dtype=BF16)
         self.out, self.lse = torch.empty_like(self.q), torch.empty(tokens, heads, device="cuda")
         self.gpu = gpu
         self.plan = gpu.plan_attention(self.inputs, heads, self.k)
         positions = sum(n for _, n in lengths) - (len(lengths) - -(-len(lengths) // sharers)) * shared
-        self.bytes = 2 * positions * kv_heads * width * 2 + 2 * self.q.numel() * 2
+        self.bytes = 2 * positions * kv_heads * width * kept.itemsize + 2 * self.q.numel() * 2
         pairs = sum(t * (n - t) + t * (t + 1) / 2 for t, n in lengths)
         self.flops = 4 * pairs * heads * width
 
@@ -115,6 +118,8 @@ def bench_decode(gpu: GpuOps, copy: float) -> None:
         for context in (1024, 2048, 4096, 8192) if name == "8B" else (1024, 4096):
             step = Step(gpu, [(1, context)] * 256, heads, kv_heads, width)
             line(f"decode {name}, 256 x {context}", seconds(step.attend), bytes=step.bytes, copy=copy)
+            step = Step(gpu, [(1, context)] * 256, heads, kv_heads, width, kept=FLOAT8)
+            line(f"  the same, fp8 cache, 256 x {context}", seconds(step.attend), bytes=step.bytes, copy=copy)
     mixed = [(1, 1 + (7919 * i) % 8192) for i in range(256)]
     step = Step(gpu, mixed, 32, 8, 128)
     line("decode 8B, 256 x 1..8192", seconds(step.attend), bytes=step.bytes, copy=copy)
@@ -145,6 +150,9 @@ def bench_prefill(gpu: GpuOps) -> None:
     for name, lengths, heads, kv_heads, width in cases:
         step = Step(gpu, lengths, heads, kv_heads, width)
         line(f"prefill {name}", seconds(step.attend), flops=step.flops)
+        if name.endswith("1 x 8192"):
+            step = Step(gpu, lengths, heads, kv_heads, width, kept=FLOAT8)
+            line("  the same, fp8 cache", seconds(step.attend), flops=step.flops)
     q, k, v = (torch.randn(1, heads, 8192, 128, device="cuda", dtype=BF16) for heads in (32, 32, 32))
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         with sdpa_kernel(backend):
@@ -184,6 +192,13 @@ def bench_rows(gpu: GpuOps, copy: float) -> None:
         "rope_and_cache, 16384 tokens",
         seconds(lambda: gpu.rope_and_cache(qkv, positions, kv_index, rope, k, v, q)),
         bytes=2 * qkv.numel() * 2,
+        copy=copy,
+    )
+    k8, v8 = k.to(FLOAT8), v.to(FLOAT8)
+    line(
+        "  the same, fp8 cache",
+        seconds(lambda: gpu.rope_and_cache(qkv, positions, kv_index, rope, k8, v8, q)),
+        bytes=2 * qkv.numel() * 2 - 2 * k8.numel(),
         copy=copy,
     )
     table = torch.randn(128_256, width, device="cuda", dtype=BF16)
