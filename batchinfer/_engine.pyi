@@ -149,6 +149,8 @@ class Scheduler:
     def limit_prompts(self, step_tokens: int) -> None:
         """From now on a step takes prompt tokens only up to ``step_tokens`` tokens in all (0: max_step_tokens again);
         its decodes go on, however many they are. ValueError for a negative number."""
+    def forget_prefixes(self) -> None:
+        """Free the pages that the prefix cache keeps of closed sequences."""
     def tokens_left(self) -> _Int64:
         """How many more tokens each open sequence is taken to generate, int64 [num_open] in no order: what admission
         reckons with."""

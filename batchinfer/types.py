@@ -179,11 +179,6 @@ class SamplingParams:
         return any(getattr(self, name) for name in CONSTRAINTS)
 
     @property
-    def needs_tokens(self) -> bool:
-        """Whether the host must know all tokens so far before the next can be chosen."""
-        return self.penalised or self.constrained or bool(self.bad_words)
-
-    @property
     def samples(self) -> int:
         """How many are generated."""
         return max(self.n, self.best_of)

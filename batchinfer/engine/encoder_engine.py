@@ -66,6 +66,9 @@ class EncoderEngine:
     def limit_prompts(self, step_tokens: int) -> None:
         """Nothing: a step has prompts and nothing else."""
 
+    def forget_prefixes(self) -> None:
+        """Nothing: texts are whole, and none is kept."""
+
     def expected_tokens(self, request: Request) -> int:
         """As if each text had one new token."""
         return 1

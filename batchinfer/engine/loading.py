@@ -25,6 +25,7 @@ except ImportError as error:  # BATCHINFER_DEVICE=none, or a folder of sources w
 from batchinfer.config import EngineConfig, ModelConfig
 from batchinfer.engine.encoder_engine import EncoderEngine
 from batchinfer.engine.engine import Engine
+from batchinfer.engine.half import with_dtype
 from batchinfer.engine.kv_dtype import DTYPES, check_kv_dtype, kv_dtype
 from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.memory import GIB, num_pages, trim_heap
@@ -76,12 +77,14 @@ def load_engine(
         raise JobError(f"engine.device={engine.device}: {error}", ExitCode.UNFIT) from None
     encoder = encoder_spec(model.path)
     if encoder is not None:
+        engine = with_dtype(engine, ops)
         return _encoder_engine(encoder, ops, model, engine, tokenizer, source, pool)
     trace = Trace(engine.profile) if engine.profile else None
     spec = load_spec(model.path)
     if spec.head != "tokens" and pool is None:
         raise ModelError(f"{model.path} has no LM head, without which nothing is generated or scored: {OTHER_TASKS}")
     spec = spec if pool is None else spec.with_head(pool.head)
+    engine = with_dtype(engine, ops, wide=spec.embed_scale != 1.0)
     check_kv_dtype(engine, ops)
     dtype = DTYPES[engine.dtype]
     max_len = spec.resolve_length(engine.max_model_len)
@@ -141,6 +144,7 @@ def load_engine(
         dense=() if pool is None else load_dense(model.path, pool.dense),
         adapters=len(adapters),
         flat_steps=spec.experts is None,
+        threads=threads or len(os.sched_getaffinity(0)),
     )
 
 

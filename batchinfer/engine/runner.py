@@ -56,7 +56,10 @@ class Runner(Protocol):
 
     def start(self, step: Step, rows: Rows) -> None:
         """Begin a step; ``rows`` as in :meth:`SlotTable.extras`. A token -1 is the one that the step started
-        before sampled for the same slot."""
+        before sampled for the same slot. What it samples by tokens that are not taken yet waits for :meth:`sample`."""
+
+    def sample(self) -> None:
+        """Sample what waits in the step started last; all tokens before it are taken by now. Nothing if none waits."""
 
     def finish(self) -> StepOutput:
         """Wait for the oldest step that was started. Valid until the next call."""
@@ -114,6 +117,9 @@ class HostRunner:
         self._done.append(StepOutput(sample, scores, states, start, end))
         self.seconds["forward"] += middle - start
         self.seconds["sample"] += end - middle
+
+    def sample(self) -> None:
+        """No step is ahead of the tokens here."""
 
     def finish(self) -> StepOutput:
         return self._done.popleft()

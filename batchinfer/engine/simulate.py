@@ -93,6 +93,9 @@ class SimulatedRunner:
         self.prompt_tokens += step.num_tokens - step.num_decode
         self.widths.append(step.num_seqs)
 
+    def sample(self) -> None:
+        """Nothing waits."""
+
     def finish(self) -> StepOutput:
         return self._done.popleft()
 

@@ -40,8 +40,9 @@ Lack = Literal[
     "groups of codes",
     "KV cache of another dtype",
     "int8 KV cache",
+    "float16",
 ]
-"""Ops, options of ``rope_and_cache`` and ``pack_weight``, and caches, that not every backend has."""
+"""Ops, options of ``rope_and_cache`` and ``pack_weight``, caches and dtypes that not every backend has."""
 
 
 @dataclass(frozen=True)

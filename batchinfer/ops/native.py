@@ -41,7 +41,7 @@ class NativeOps(NativeLinear, TextAttention):
     works on one op. Raises RuntimeError where the extension lacks the device, ValueError for an unusable ``isa``.
     """
 
-    lacks: frozenset[Lack] = frozenset({"groups of codes"})
+    lacks: frozenset[Lack] = frozenset({"groups of codes", "float16"})
 
     def __init__(self, device: str = "cpu", threads: int = 0, isa: str = ""):
         extension = _extension(device)

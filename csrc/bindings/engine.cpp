@@ -147,6 +147,7 @@ PYBIND11_MODULE(_engine, module) {
             py::arg("family") = 0, py::arg("lookup") = true, py::arg("stop_token_ids") = py::tuple(),
             py::arg("generated") = py::tuple())
         .def("limit_prompts", &Scheduler::limit_prompts, py::arg("step_tokens"))
+        .def("forget_prefixes", &Scheduler::forget_prefixes)
         .def("tokens_left", [](const Scheduler& self) { return copy(std::span<const int64_t>(self.tokens_left())); })
         .def("schedule", [](Scheduler& self) { return std::const_pointer_cast<Step>(self.schedule()); })
         .def(

@@ -96,6 +96,8 @@ class Scheduler {
     /// From now on a step takes prompt tokens only up to `step_tokens` tokens in all (0: max_step_tokens again); its
     /// decodes go on, however many they are. Throws std::invalid_argument for a negative number.
     void limit_prompts(int32_t step_tokens);
+    /// Frees the pages that the prefix tree keeps of closed sequences.
+    void forget_prefixes() { pool_.clear_cached(); }
     /// The next step, or nullptr if nothing can run now. The Step stays unchanged while the caller keeps the pointer.
     /// Throws std::logic_error if two steps wait for their update(); with drafts, one.
     std::shared_ptr<const Step> schedule();

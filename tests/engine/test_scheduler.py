@@ -270,6 +270,16 @@ def test_generated_tokens_are_found_by_a_later_turn() -> None:
     assert computed(run(s)) == {1: 3}
 
 
+def test_prefixes_can_be_forgotten() -> None:
+    s = scheduler()
+    for seq_id, found in enumerate((0, 8, 0)):
+        if seq_id == 2:
+            s.forget_prefixes()
+            assert s.pages_cached == 0
+        s.add(seq_id, [1] * 10, max_new_tokens=1)
+        assert computed(run(s)) == {seq_id: 10 - found}
+
+
 def test_prefix_cache_can_be_off() -> None:
     s = scheduler(prefix_cache=False)
     for seq_id in range(2):

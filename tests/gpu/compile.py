@@ -16,6 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import recorder
 from gpu.cuda_toolkit import install_cuda12, install_nvcc
 
 ROOT = Path(__file__).parent.parent.parent
@@ -94,6 +95,7 @@ def main() -> int:
                 bad += count > limit
                 note = "" if count == limit else f", {limit} are recorded in {BUDGET.relative_to(ROOT)}"
                 print(f"{source.name} sm_{arch}: {count} bytes spilled{note}", flush=True)
+    recorder.write_compiled("make cuda-check", "cuda", not bad)
     return 1 if bad else 0
 
 

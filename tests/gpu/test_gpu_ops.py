@@ -169,6 +169,7 @@ def test_mixtures_of_experts(real_gpu, dtype, tokens, count, shared):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.feature("engine", "CUDA: routings of GPT-OSS and DeepSeek (by Triton kernels)")
+@pytest.mark.hardware("mixtures of experts, routings of GPT-OSS and DeepSeek")
 def test_routings(real_gpu, dtype, routing):
     """Biases and the clamped gate with two of them, a shared expert with the others."""
     biased = routing in ("softmax", "sigmoid of groups")
