@@ -96,8 +96,8 @@ PYBIND11_MODULE(_engine, module) {
         .def_property_readonly("sample_count", array_of(&Step::sample_count, &Step::num_samples))
         .def_property_readonly("new_slots", array_of(&Step::new_slots))
         .def_property_readonly("new_seqs", array_of(&Step::new_seqs))
-        .def_property_readonly("copied_row", array_of(&Step::copied_row))
-        .def_property_readonly("copied_index", array_of(&Step::copied_index))
+        .def_property_readonly("copy_source", array_of(&Step::copy_source))
+        .def_property_readonly("copy_target", array_of(&Step::copy_target))
         .def_property_readonly("page_updates",
                                [](const py::object& self) {
                                    const auto& updates = self.cast<const Step&>().page_updates;

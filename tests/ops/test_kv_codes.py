@@ -38,6 +38,7 @@ def test_a_head_is_off_by_half_a_step_at_most() -> None:
 @isas
 @settings(max_examples=15, deadline=None)
 @given(case=rope_cases())
+@pytest.mark.hardware("KV cache in 8 bits")
 def test_what_is_written_is_the_float32_cache_as_codes(isa: str, case: dict) -> None:
     """The same bits, and nothing beside the step's tokens."""
     whole = case | {name: torch.zeros(case[name].shape) for name in ("k_cache", "v_cache", "q_out")}
