@@ -38,8 +38,8 @@ BACKENDS = (
 NO_OPS = frozenset({"activations", "linear_inputs", "zeros"})
 """What the op list has besides: answers, and memory."""
 
-_OF_THEIR_NAME = ("rms_norm", "silu_mul", "gelu_mul", "rope_and_cache", "plan_attention", "attention", "sample")
-FUNCTIONS = {op: op for op in _OF_THEIR_NAME}
+_OF_THEIR_NAME = "rms_norm silu_mul gelu_mul rope_and_cache copy_pages plan_attention attention sample"
+FUNCTIONS = {op: op for op in _OF_THEIR_NAME.split()}
 FUNCTIONS |= {"embed": "lookup", "gather_rows": "lookup", "gated_linear": "silu_mul"}
 """Ops with kernels in csrc/gpu and csrc/sycl, and the extension's functions."""
 

@@ -28,6 +28,7 @@ from batchinfer.engine.open_work import (
 )
 from batchinfer.engine.pooled import Layers, cache_rules, pooled_sample, record_states, trimmed
 from batchinfer.engine.refusal import refusal
+from batchinfer.engine.roofline import Costs
 from batchinfer.engine.runner import Runner
 from batchinfer.engine.seeds import sample_seed
 from batchinfer.engine.step_clock import StepClock
@@ -71,6 +72,7 @@ class Engine:
         vocab_size: int,
         weight_bytes: int = 0,
         trace: Trace | None = None,
+        costs: Costs | None = None,
         pool: PoolSpec | None = None,
         dense: Layers = (),
         adapters: int = 0,
@@ -104,7 +106,7 @@ class Engine:
         self._open = 0
         self._closed = False
         self._stats = EngineStats(pages_total=num_pages, weight_bytes=weight_bytes)
-        self._clock = StepClock(self._stats, trace)
+        self._clock = StepClock(self._stats, trace, costs)
 
     @property
     def num_open(self) -> int:
@@ -170,6 +172,7 @@ class Engine:
                 )
         if error is None:
             self._stats.prompt_tokens += len(request.prompt)
+            self._stats.needed_prompt_tokens += len(request.prompt) * request.sampling.samples
         else:
             self._refused.append(Completion(request.id, len(request.prompt), error=error))
 
@@ -317,11 +320,8 @@ class Engine:
         stats.running, stats.waiting = scheduler.num_running, scheduler.num_waiting
         stats.pages_used = scheduler.pages_used
         stats.step_seconds = self._clock.seconds | self._runner.seconds
+        stats.device_bytes = self._runner.peak_device_bytes()
         return stats
-
-    def peak_device_bytes(self) -> int:
-        """Most memory of a GPU that was in use; 0 where the host's is."""
-        return self._runner.peak_device_bytes()
 
     def close(self) -> None:
         """Drop what is open and give the memory back; the engine can't be used afterwards."""

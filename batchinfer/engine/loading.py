@@ -29,6 +29,7 @@ from batchinfer.engine.half import with_dtype
 from batchinfer.engine.kv_dtype import DTYPES, check_kv_dtype, kv_dtype
 from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.memory import GIB, num_pages, trim_heap
+from batchinfer.engine.roofline import Costs
 from batchinfer.engine.runner import make_runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
@@ -138,12 +139,22 @@ def load_engine(
         vocab_size=spec.vocab_size,
         weight_bytes=bytes_of(weights),
         trace=trace,
+        costs=_costs(spec, engine, bytes_of(weights)),
         pool=pool,
         dense=() if pool is None else load_dense(model.path, pool.dense),
         adapters=len(adapters),
         flat_steps=spec.experts is None,
         threads=threads or len(os.sched_getaffinity(0)),
     )
+
+
+def _costs(spec: ModelSpec, engine: EngineConfig, weight_bytes: int) -> Costs:
+    """What steps take of the model. Of quantised weights they read all but the embedding."""
+    itemsize = DTYPES[engine.dtype].itemsize
+    costs = replace(Costs.of(spec, itemsize), kv_bytes=KVCache.bytes_per_page(spec, 1, kv_dtype(engine)))
+    if engine.weights == "auto" and spec.scheme is None:
+        return costs
+    return costs.quantised(weight_bytes - itemsize * spec.vocab_size * spec.width)
 
 
 def _encoder_engine(

@@ -99,6 +99,9 @@ class SimulatedRunner:
     def finish(self) -> StepOutput:
         return self._done.popleft()
 
+    def peak_device_bytes(self) -> int:
+        return 0
+
     def close(self) -> None:
         self._done.clear()
 

@@ -312,7 +312,7 @@ def test_an_engine_from_a_configuration_takes_what_the_device_has(real_gpu, tmp_
     params = SamplingParams(max_tokens=300, temperature=1.0, n=4, ignore_eos=True)
     done = run(engine, [Request(i, np.arange(1 + 7 * i, dtype=np.int32), params, seed=i) for i in range(20)])
     assert all(len(s.token_ids) == 300 for c in done.values() for s in c.samples)
-    assert engine.peak_device_bytes() > 0
+    assert engine.stats().device_bytes > 0
     before = torch.cuda.mem_get_info()[0]
     engine.close()
     assert torch.cuda.mem_get_info()[0] - before > 64 * 2048 * 2 * 2 * 2 * 64 * 2  # the pool's bytes at least
