@@ -10,7 +10,7 @@
 namespace batchinfer {
 namespace {
 
-// The first line that holds a product is its blocking, as measured by tests/csrc/bench_products.cpp (Zen 5, two cores):
+// The first line that holds a product is its blocking, as measured (tests/csrc/PRODUCTS.md, Zen 5, two cores):
 // one row waits for memory, which comes faster to long tasks; more rows leave time to bring the next task's weights to
 // L2, where both must fit; and many columns pay for rows that are packed by every thread, as their weights are then
 // read once for 208 rows (192 rows: 5-35 % faster with 3,072 columns and more, 1-15 % slower with fewer).
