@@ -229,7 +229,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.device": ("auto", "cpu", "cuda", "rocm", "xpu", "reference"),
     "engine.ops": ("auto", "native", "triton"),
     "engine.dtype": ("auto", "bf16", "fp16", "fp32"),
-    "engine.kv_dtype": ("auto", "bf16", "fp32", "int8"),
+    "engine.kv_dtype": ("auto", "bf16", "fp32", "fp8", "int8"),
     "engine.weights": ("auto", "keep", "int8"),
     "cluster.mpi": ("auto", "on", "off"),
     "export.format": ("rows", "openai"),

@@ -134,9 +134,10 @@ class Recorder:
         if report.when != "call" or report.outcome == "skipped":
             return
         file = report.nodeid.split("::")[0]
-        facts = {Fact("feature", name, *where) for name in self._features for _, *where in self._called}
+        shown = {call for call in self._called if not call[0] or shows_a_kernel(*call)}
+        facts = {Fact("feature", name, *where) for name in self._features for _, *where in shown}
         if file.startswith(WITH_OPS):
-            facts |= {Fact("op", *call) for call in self._called if call[0] and shows_a_kernel(*call)}
+            facts |= {Fact("op", *call) for call in shown if call[0]}
         for fact in facts:
             self.facts[fact][report.outcome].append(file)
 

@@ -6,8 +6,8 @@ argument; nothing above this package but the engine's runner asks which device i
 
 Notation: T tokens of the step, S sequences of the step, N rows that sample, D model width, H query heads, G key/value
 heads (H is a multiple of G), E head width, V vocabulary, P pages, B tokens per page. Weights have the engine's dtype
-(float32 or bfloat16), and so has the KV cache, unless it has the other one of these or is int8: rows of E codes and
-their scale then, [P, G, B, E + 4], as ``quantized.encode_kv`` makes them. Activations have the dtype that
+(float32 or bfloat16), and so has the KV cache, unless it has the other one of these, float8_e4m3fn, or int8: rows of E
+codes and their scale then, [P, G, B, E + 4]. ``quantized.encode_kv`` makes its rows. Activations have the dtype that
 ``activations`` gives, and those that only ``linear`` and ``gated_linear`` read the one of ``linear_inputs``. All
 tensors lie on ``device``.
 Every op writes into the ``out`` it is given, which is contiguous and may not alias an input unless the op says so.
@@ -41,6 +41,7 @@ Lack = Literal[
     "KV cache of another dtype",
     "int8 KV cache",
     "float16",
+    "float8 KV cache beside float32",
 ]
 """Ops, options of ``rope_and_cache`` and ``pack_weight``, caches and dtypes that not every backend has."""
 

@@ -3,7 +3,8 @@
 As ``batchinfer.ops`` promises, with these differences:
 
 - Activations (x, q, outputs of attention, the residual stream) have the engine's dtype, which is that of the weights
-  and the cache: bfloat16, float16 or float32. Logits, log-sum-exp, norm weights and the rope table are float32.
+  and the cache: bfloat16, float16 or float32. Beside bfloat16 the cache may be float8_e4m3fn. Logits, log-sum-exp, norm
+  weights and the rope table are float32.
 - Metadata (token ids, positions, cache indices, q_start, kv_len, slot, page table, sampling parameters) lives on the
   device, and no op waits for it: an index outside its table is clamped, and a cache write outside the cache
   (kv_index -1: padding) is dropped. ``SampleInput.num_logprobs`` alone stays on the host: it decides the output's
@@ -24,6 +25,7 @@ from torch import Tensor
 from batchinfer.ops import Activation, AttentionInput, Experts, HeadNorm, Lack, Rope, SampleInput, SampleOutput
 from batchinfer.ops.fields import SAMPLE_FIELDS
 from batchinfer.ops.grouped import GroupQuantized
+from batchinfer.ops.quantized import FLOAT8
 from batchinfer.ops.sinks import share_of_keys
 from batchinfer.ops.texts import TextAttention
 
@@ -48,7 +50,12 @@ class DeviceOps(TextAttention, ABC):
     Raises ValueError on shapes and dtypes.
     """
 
-    lacks: frozenset[Lack] = frozenset({"quantised weights", "KV cache of another dtype", "int8 KV cache"})
+    lacks: frozenset[Lack] = frozenset(
+        {"quantised weights", "KV cache of another dtype", "int8 KV cache", "float8 KV cache beside float32"}
+    )
+
+    beside_float8: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    """Dtypes of activations with which a cache may be float8_e4m3fn."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -186,8 +193,7 @@ class DeviceOps(TextAttention, ABC):
         self._check("qkv", qkv, q_out.dtype, (tokens, (heads + 2 * kv_heads) * width))
         self._check("positions", positions, torch.int32, (tokens,))
         self._check("kv_index", kv_index, torch.int64, (tokens,))
-        self._check("k_cache", k_cache, q_out.dtype, (pages, kv_heads, page_size, width))
-        self._check("v_cache", v_cache, q_out.dtype, (pages, kv_heads, page_size, width))
+        self._check_caches(k_cache, v_cache, q_out.dtype, (pages, kv_heads, page_size, width))
         if rope is not None:
             table_positions, rotary = shape_of("rope.cos_sin", rope.cos_sin, 2)
             self._check("rope.cos_sin", rope.cos_sin, torch.float32, (table_positions, rotary))
@@ -240,8 +246,7 @@ class DeviceOps(TextAttention, ABC):
     ) -> None:
         tokens = shape_of("q", q, 3)[0]
         self._check("q", q, None, (tokens, plan.num_heads, plan.cache_shape[3]))
-        self._check("k_cache", k_cache, q.dtype, plan.cache_shape)
-        self._check("v_cache", v_cache, q.dtype, plan.cache_shape)
+        self._check_caches(k_cache, v_cache, q.dtype, plan.cache_shape)
         self._check("out", out, q.dtype, q.shape)
         self._check("lse", lse, torch.float32, q.shape[:2])
         self._attention(q, k_cache, v_cache, plan, scale, out, lse, softcap)
@@ -387,6 +392,11 @@ class DeviceOps(TextAttention, ABC):
             raise ValueError(f"{name} has shape {tuple(t.shape)}: {tuple(shape)} is needed")
         if not t.is_contiguous() or t.device != self.device:
             raise ValueError(f"{name} must be contiguous and on {self.device}")
+
+    def _check_caches(self, k: Tensor, v: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        kept = FLOAT8 if k.dtype is FLOAT8 and dtype in self.beside_float8 else dtype
+        self._check("k_cache", k, kept, shape)
+        self._check("v_cache", v, kept, shape)
 
     def _check_gate(self, gate_up: Tensor, out: Tensor) -> None:
         tokens, width = shape_of("out", out, 2)

@@ -18,13 +18,14 @@ from batchinfer.ops.accelerator import Accelerator
 from batchinfer.ops.device import DeviceOps, fitting_split, parts
 from batchinfer.ops.fields import SAMPLE_FIELDS
 from batchinfer.ops.grouped import GroupQuantized
+from batchinfer.ops.quantized import FLOAT8
 
 if TYPE_CHECKING:
     from batchinfer._gpu import AttentionPlan
     from batchinfer.ops.triton.backend import TritonOps
     from batchinfer.ops.triton.grouped import PackedGroups
 
-NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FLOAT8: 3}
 """Of the dtypes, in csrc/gpu/ops.h."""
 
 VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
@@ -146,6 +147,7 @@ class GpuOps(DeviceOps):
             v_cache.data_ptr(),
             q_out.data_ptr(),
             NUMBERS[q_out.dtype],
+            NUMBERS[k_cache.dtype],
             tokens,
             heads,
             kv_heads,
@@ -212,6 +214,7 @@ class GpuOps(DeviceOps):
             out.data_ptr(),
             lse.data_ptr(),
             NUMBERS[q.dtype],
+            NUMBERS[k_cache.dtype],
             len(q),
             scale,
             softcap,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchinfer.ops.quantized import kv_row
+from batchinfer.ops.quantized import FLOAT8, kv_row
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Of weights, caches and what linear reads, with their number in csrc/include/batchinfer/ops.h."""
 
 
-CACHE_DTYPES = {**DTYPES, torch.int8: 2}
+CACHE_DTYPES = {**DTYPES, torch.int8: 2, FLOAT8: 3}
 """Of KV caches."""
 
 

@@ -114,7 +114,7 @@ class ReferenceOps:
         q_out.copy_(q)
         page, offset = kv_index // page_size, kv_index % page_size
         for x, into in ((k, k_cache), (v, v_cache)):
-            into[page, :, offset] = encode_kv(x) if into.dtype is torch.int8 else x.to(into.dtype)
+            into[page, :, offset] = encode_kv(x, into.dtype)
 
     def copy_pages(self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None:
         for name, pages in (("source", source), ("target", target)):

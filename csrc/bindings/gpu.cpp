@@ -39,14 +39,30 @@ void bind_rows(py::module_& m) {
     });
     m.def("rope_and_cache",
           [](uintptr_t qkv, uintptr_t positions, uintptr_t kv_index, uintptr_t cos_sin, uintptr_t q_norm,
-             uintptr_t k_norm, uintptr_t k_cache, uintptr_t v_cache, uintptr_t q_out, int dtype, int64_t tokens,
-             int64_t heads, int64_t kv_heads, int64_t head_width, int64_t max_positions, int64_t rotary_width,
-             int64_t pages, int64_t page_size, float norm_eps, uintptr_t stream) {
-              gpu::rope_and_cache(
-                  {at<void>(qkv), at<int32_t>(positions), at<int64_t>(kv_index), at<float>(cos_sin), at<float>(q_norm),
-                   at<float>(k_norm), at<void>(k_cache), at<void>(v_cache), at<void>(q_out), gpu::GpuDtype(dtype),
-                   tokens, heads, kv_heads, head_width, max_positions, rotary_width, pages, page_size, norm_eps},
-                  stream_at(stream));
+             uintptr_t k_norm, uintptr_t k_cache, uintptr_t v_cache, uintptr_t q_out, int dtype, int cache_dtype,
+             int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_width, int64_t max_positions,
+             int64_t rotary_width, int64_t pages, int64_t page_size, float norm_eps, uintptr_t stream) {
+              gpu::rope_and_cache({at<void>(qkv),
+                                   at<int32_t>(positions),
+                                   at<int64_t>(kv_index),
+                                   at<float>(cos_sin),
+                                   at<float>(q_norm),
+                                   at<float>(k_norm),
+                                   at<void>(k_cache),
+                                   at<void>(v_cache),
+                                   at<void>(q_out),
+                                   gpu::GpuDtype(dtype),
+                                   gpu::GpuDtype(cache_dtype),
+                                   tokens,
+                                   heads,
+                                   kv_heads,
+                                   head_width,
+                                   max_positions,
+                                   rotary_width,
+                                   pages,
+                                   page_size,
+                                   norm_eps},
+                                  stream_at(stream));
           });
     m.def("copy_pages", [](uintptr_t k_cache, uintptr_t v_cache, uintptr_t source, uintptr_t target, int64_t copies,
                            int64_t pages, int64_t page_bytes, uintptr_t stream) {
@@ -92,9 +108,9 @@ void bind_attention(py::module_& m) {
           [](const gpu::AttentionPlan& plan, uintptr_t stream) { gpu::plan_attention(plan, stream_at(stream)); });
     m.def("attention",
           [](const gpu::AttentionPlan& plan, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, uintptr_t out,
-             uintptr_t lse, int dtype, int tokens, float scale, float softcap, uintptr_t stream) {
+             uintptr_t lse, int dtype, int cache_dtype, int tokens, float scale, float softcap, uintptr_t stream) {
               gpu::attention({plan, at<void>(q), at<void>(k_cache), at<void>(v_cache), at<void>(out), at<float>(lse),
-                              gpu::GpuDtype(dtype), tokens, scale, softcap},
+                              gpu::GpuDtype(dtype), gpu::GpuDtype(cache_dtype), tokens, scale, softcap},
                              stream_at(stream));
           });
 }

@@ -16,13 +16,20 @@
 //
 // Windows and soft caps (Gemma 2, arXiv:2408.00118) are for kernels with kExtended; the others are compiled as if there
 // were none, and took no instruction more. With a window nothing is shared, and work items start where it starts.
+//
+// C is the element type of the caches, where it may be another one than T, that of queries and results: e4m3
+// (codes.cuh).
 #pragma once
 
 #include <type_traits>
 
+#include "gpu/codes.cuh"
 #include "gpu/mma.cuh"
 
 namespace batchinfer::gpu {
+
+template <class C>
+inline constexpr bool kCodes = std::is_same_v<C, e4m3>;
 
 inline constexpr int kDecodeRows = 16;    // rows of a decode item: one matrix-unit tile
 inline constexpr int kPrefillRows = 128;  // rows of a prefill item
@@ -136,6 +143,13 @@ void with_matrix_shape(const AttentionArgs& a, F&& f) {
         a.dtype == GpuDtype::bfloat16 ? with_width(bf16(), extended) : with_width(f16(), extended);
     };
     a.plan.window || a.softcap > 0 ? with_type(std::true_type()) : with_type(std::false_type());
+}
+
+// The same for a cache of e4m3 codes, which is for bf16 alone: calls f with the head width. Its kernels always have
+// kExtended, so that there are half as many.
+template <class F>
+void with_width_of_codes(const AttentionArgs& a, F&& f) {
+    a.plan.head_width == 128 ? f(std::integral_constant<int, 128>()) : f(std::integral_constant<int, 64>());
 }
 
 // Blocks of a persistent grid: as many as the device can hold at once.

@@ -16,14 +16,19 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kChunk = 16;  // positions; pages hold a whole number of them
 
-template <int E>
-constexpr int kStages = kAsyncCopies ? (E == 128 ? 3 : 4) : 1;
+// What is kept of a warp's chunks in shared memory: kStages as they lie in the cache, and of codes one as bf16.
+template <class C, int E>
+constexpr int kStages = kAsyncCopies ? (E == 128 ? 3 : 4) + (kCodes<C> ? E == 128 ? 1 : 2 : 0) : 1;
 template <int E>
 constexpr int kBlocks = E == 128 ? 2 : 3;  // per multiprocessor
 template <int E>
-constexpr int kStageBytes = 2 * kChunk * E * 2;
-template <int E>
-constexpr int kSharedBytes = kThreads / 32 * kStages<E> * kStageBytes<E>;  // of targets with 32 lanes, the most
+constexpr int kChunkBytes = 2 * kChunk * E * 2;
+template <class C, int E>
+constexpr int kStageBytes = kChunkBytes<E> / (kCodes<C> ? 2 : 1);
+template <class C, int E>
+constexpr int kWarpBytes = kStages<C, E> * kStageBytes<C, E> + (kCodes<C> ? kChunkBytes<E> : 0);
+template <class C, int E>
+constexpr int kSharedBytes = kThreads / 32 * kWarpBytes<C, E>;  // of targets with 32 lanes, the most
 
 #if BATCHINFER_MMA
 
@@ -87,19 +92,20 @@ __device__ __forceinline__ void load_queries(const AttentionPlan& p, const T* q,
 }
 
 // Starts copying one chunk of keys and values. Rows at or after `end` become zeros, as no memory may hold a NaN there.
-// A row's 16-byte pieces are permuted by its number, so that the 8 rows of a tile load fall into different banks.
-template <class T, int E>
-__device__ __forceinline__ void copy_chunk(SharedAddress to, const T* k, const T* v, int64_t offset, int left) {
-    constexpr int kPieces = E / 8, kCopies = kChunk * kPieces / kWarp;
+// A row's 16-byte pieces are permuted by its number, so that the 8 rows of a tile load fall into different banks; not
+// those of codes, which are widened first.
+template <class C, int E>
+__device__ __forceinline__ void copy_chunk(SharedAddress to, const C* k, const C* v, int64_t offset, int left) {
+    constexpr int kEach = 16 / sizeof(C), kPieces = E / kEach, kCopies = kChunk * kPieces / kWarp;
     [[maybe_unused]] constexpr int kAtOnce = kAsyncCopies ? kCopies : 4;  // others go through registers
     const int lane = threadIdx.x % kWarp;
 #pragma unroll kAtOnce
     for (int i = 0; i < kCopies; ++i) {
         const int piece = (lane + i * kWarp) % kPieces, row = (lane + i * kWarp) / kPieces;
-        const SharedAddress target = to + row * E * 2 + (piece ^ row % 8) * 16;
-        const int64_t source = offset + row * E + piece * 8;
+        const SharedAddress target = to + row * kPieces * 16 + (kCodes<C> ? piece : piece ^ row % 8) * 16;
+        const int64_t source = offset + row * E + piece * kEach;
         copy_async(target, k + source, row < left);
-        copy_async(target + kChunk * E * 2, v + source, row < left);
+        copy_async(target + kChunk * kPieces * 16, v + source, row < left);
     }
 }
 
@@ -186,11 +192,13 @@ struct RowState {
     }
 };
 
-// A warp's share of the item: chunks warp, warp + kWarps, ... of the range.
-template <bool kExtended, class T, int E>
+// A warp's share of the item: chunks warp, warp + kWarps, ... of the range. `shared` are its kWarpBytes.
+template <bool kExtended, class T, class C, int E>
 __device__ __forceinline__ void walk(RowState<T, E>& state, const Operand (&query)[E / 16], const Pages& pages,
-                                     const T* k, const T* v, const Item& item, SharedAddress shared, int window_begin,
+                                     const C* k, const C* v, const Item& item, unsigned char* shared, int window_begin,
                                      const ScoreMap<kExtended>& map) {
+    constexpr int kWidened = kStages<C, E> * kStageBytes<C, E>;
+    const SharedAddress stages = shared_address(shared);
     const int warp = threadIdx.x / kWarp;
     const int chunks = (item.end - item.begin + kChunk - 1) / kChunk;
     const int mine = (chunks - warp + kWarps - 1) / kWarps;
@@ -198,26 +206,32 @@ __device__ __forceinline__ void walk(RowState<T, E>& state, const Operand (&quer
     const auto start = [&](int i) {
         if (i < mine) {
             const int at = position(i);
-            copy_chunk<T, E>(shared + i % kStages<E> * kStageBytes<E>, k, v, pages.offset(at), item.end - at);
+            copy_chunk<C, E>(stages + i % kStages<C, E> * kStageBytes<C, E>, k, v, pages.offset(at), item.end - at);
         }
         copy_commit();
     };
 #pragma unroll
-    for (int i = 0; i < kStages<E> - 1; ++i) {
+    for (int i = 0; i < kStages<C, E> - 1; ++i) {
         start(i);
     }
     for (int i = 0; i < mine; ++i) {
         if constexpr (kAsyncCopies) {
-            copy_wait<kStages<E> - 2>();
+            copy_wait<kStages<C, E> - 2>();
             sync_warp();  // chunk i is there for all lanes, and all have left chunk i - 1, whose place is filled now
-            start(i + kStages<E> - 1);
+            start(i + kStages<C, E> - 1);
         } else {
             sync_warp();
             start(i);
             sync_warp();
         }
-        state.template add_chunk<kExtended>(shared + i % kStages<E> * kStageBytes<E>, query, item.end - position(i),
-                                            window_begin - position(i), map);
+        int chunk = i % kStages<C, E> * kStageBytes<C, E>;
+        if constexpr (kCodes<C>) {
+            widen_rows<E, 2 * kChunk, kWarp>(shared + chunk, shared + kWidened, threadIdx.x % kWarp);
+            sync_warp();
+            chunk = kWidened;
+        }
+        state.template add_chunk<kExtended>(stages + chunk, query, item.end - position(i), window_begin - position(i),
+                                            map);
     }
     copy_wait<0>();
 }
@@ -251,7 +265,7 @@ __device__ __forceinline__ void store4(T* to, const float4& x) {
     *reinterpret_cast<uint2*>(to) = {pack2<T>(x.x, x.y), pack2<T>(x.z, x.w)};
 }
 
-template <class T, int E, bool kExtended>
+template <class T, class C, int E, bool kExtended>
 __global__ void BATCHINFER_LAUNCH_BOUNDS(kThreads, kBlocks<E>) decode_kernel(AttentionArgs a) {
     BATCHINFER_DYNAMIC_SHARED(shared, 128);
     __shared__ int mailbox;
@@ -260,7 +274,6 @@ __global__ void BATCHINFER_LAUNCH_BOUNDS(kThreads, kBlocks<E>) decode_kernel(Att
     const AttentionPlan& p = a.plan;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int group = p.heads / p.kv_heads;
-    const SharedAddress stages = shared_address(shared) + warp * kStages<E> * kStageBytes<E>;
     float* warp_out = reinterpret_cast<float*>(shared);  // [kWarps][kDecodeRows][E], once the chunks are done
 
     Queue queue(p.queues, p.decode_start[p.sequences], &mailbox);
@@ -277,9 +290,9 @@ __global__ void BATCHINFER_LAUNCH_BOUNDS(kThreads, kBlocks<E>) decode_kernel(Att
         load_queries<T, E>(p, static_cast<const T*>(a.q) + out_row * E, rows, query);
         RowState<T, E> state;
         state.clear();
-        walk<kExtended>(state, query, Pages(p, q.page_row, item.kv_head), static_cast<const T*>(a.k_cache),
-                        static_cast<const T*>(a.v_cache), item, stages, window_start(p, q.length - 1),
-                        ScoreMap<kExtended>(a));
+        walk<kExtended>(state, query, Pages(p, q.page_row, item.kv_head), static_cast<const C*>(a.k_cache),
+                        static_cast<const C*>(a.v_cache), item, shared + warp * kWarpBytes<C, E>,
+                        window_start(p, q.length - 1), ScoreMap<kExtended>(a));
 
         queue.draw();
         __syncthreads();  // all warps have left their chunks
@@ -344,21 +357,26 @@ __global__ void BATCHINFER_LAUNCH_BOUNDS(kThreads, kBlocks<E>) decode_kernel(Att
 }
 
 #else
-template <class T, int E, bool kExtended>
+template <class T, class C, int E, bool kExtended>
 __global__ void decode_kernel(AttentionArgs) {}
 #endif  // BATCHINFER_MMA
 
-template <class T, int E, bool kExtended>
+template <class T, class C, int E, bool kExtended>
 void launch(const AttentionArgs& a, Stream stream) {
-    static const int blocks = persistent_blocks(decode_kernel<T, E, kExtended>, kThreads, kSharedBytes<E>);
-    gpuLaunch(decode_kernel<T, E, kExtended>, blocks, kThreads, kSharedBytes<E>, native(stream), a);
+    constexpr int kShared = kSharedBytes<C, E>;
+    static const int blocks = persistent_blocks(decode_kernel<T, C, E, kExtended>, kThreads, kShared);
+    gpuLaunch(decode_kernel<T, C, E, kExtended>, blocks, kThreads, kShared, native(stream), a);
     check_launch("attention (decode)");
 }
 
 }  // namespace
 
 void attention_decode(const AttentionArgs& a, Stream stream) {
-    with_matrix_shape(a, [&](auto t, auto width, auto extended) { launch<decltype(t), width, extended>(a, stream); });
+    if (a.cache_dtype == GpuDtype::e4m3) {
+        return with_width_of_codes(a, [&](auto width) { launch<bf16, e4m3, width, true>(a, stream); });
+    }
+    with_matrix_shape(
+        a, [&](auto t, auto width, auto extended) { launch<decltype(t), decltype(t), width, extended>(a, stream); });
 }
 
 }  // namespace batchinfer::gpu

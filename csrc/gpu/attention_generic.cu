@@ -18,13 +18,15 @@ template <class T>
 __device__ __forceinline__ float2 load_pair(const T* p) {
     if constexpr (sizeof(T) == 4) {
         return *reinterpret_cast<const float2*>(p);
+    } else if constexpr (sizeof(T) == 1) {
+        return {to_float(p[0]), to_float(p[1])};
     } else {
         return unpack2<T>(*reinterpret_cast<const uint32_t*>(p));
     }
 }
 
-// kPairs: element pairs a lane may hold, kLanes * 2 * kPairs >= head width.
-template <class T, int kPairs>
+// C: of the caches. kPairs: element pairs a lane may hold, kLanes * 2 * kPairs >= head width.
+template <class T, class C, int kPairs>
 __global__ void __launch_bounds__(kThreads) generic_kernel(AttentionArgs a) {
     __shared__ float part_out[kGroups][kMaxWidth];
     __shared__ float part_max[kGroups], part_sum[kGroups];
@@ -56,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) generic_kernel(AttentionArgs a) {
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
             if (i < pairs) {  // a break in such a loop would keep clang from unrolling it, and `out` from registers
-                const float2 key = load_pair(static_cast<const T*>(a.k_cache) + offset + 2 * (lane + kLanes * i));
+                const float2 key = load_pair(static_cast<const C*>(a.k_cache) + offset + 2 * (lane + kLanes * i));
                 score += query[i].x * key.x + query[i].y * key.y;
             }
         }
@@ -72,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) generic_kernel(AttentionArgs a) {
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
             if (i < pairs) {
-                const float2 value = load_pair(static_cast<const T*>(a.v_cache) + offset + 2 * (lane + kLanes * i));
+                const float2 value = load_pair(static_cast<const C*>(a.v_cache) + offset + 2 * (lane + kLanes * i));
                 out[i].x = out[i].x * shrink + weight * value.x;
                 out[i].y = out[i].y * shrink + weight * value.y;
             }
@@ -102,21 +104,24 @@ __global__ void __launch_bounds__(kThreads) generic_kernel(AttentionArgs a) {
     if (threadIdx.x == 0) a.lse[row] = (top + log2f(total)) * kLn2;
 }
 
+template <class T, class C>
+void launch(const AttentionArgs& a, Stream stream) {
+    const int64_t blocks = int64_t{a.tokens} * a.plan.heads;
+    if (a.plan.head_width <= 64) {
+        gpuLaunch(generic_kernel<T, C, 4>, blocks, kThreads, 0, native(stream), a);
+    } else if (a.plan.head_width <= 128) {
+        gpuLaunch(generic_kernel<T, C, 8>, blocks, kThreads, 0, native(stream), a);
+    } else {
+        gpuLaunch(generic_kernel<T, C, 16>, blocks, kThreads, 0, native(stream), a);
+    }
+    check_launch("attention (generic)");
+}
+
 }  // namespace
 
 void attention_generic(const AttentionArgs& a, Stream stream) {
-    const int64_t blocks = int64_t{a.tokens} * a.plan.heads;
-    with_dtype(a.dtype, [&](auto t) {
-        using T = decltype(t);
-        if (a.plan.head_width <= 64) {
-            gpuLaunch(generic_kernel<T, 4>, blocks, kThreads, 0, native(stream), a);
-        } else if (a.plan.head_width <= 128) {
-            gpuLaunch(generic_kernel<T, 8>, blocks, kThreads, 0, native(stream), a);
-        } else {
-            gpuLaunch(generic_kernel<T, 16>, blocks, kThreads, 0, native(stream), a);
-        }
-    });
-    check_launch("attention (generic)");
+    if (a.cache_dtype == GpuDtype::e4m3) return launch<bf16, e4m3>(a, stream);
+    with_dtype(a.dtype, [&](auto t) { launch<decltype(t), decltype(t)>(a, stream); });
 }
 
 }  // namespace batchinfer::gpu

@@ -117,6 +117,7 @@ void plan_attention(const AttentionPlan& p, Stream stream) {
 
 void attention(const AttentionArgs& a, Stream stream) {
     if (a.tokens == 0 || a.plan.sequences == 0) return;
+    const bool codes = a.cache_dtype == GpuDtype::e4m3;
     const bool matrix_shape = a.dtype != GpuDtype::float32 && (a.plan.head_width == 64 || a.plan.head_width == 128);
     static const MatrixUnit unit = matrix_unit();
     if (matrix_shape && unit != MatrixUnit::none) {
@@ -124,7 +125,7 @@ void attention(const AttentionArgs& a, Stream stream) {
         // 3 us if the list is empty, which mostly only the device knows.
         if (a.plan.decode_only) return;
         if constexpr (kWithSm90a) {
-            if (unit == MatrixUnit::warpgroup) return attention_prefill_sm90(a, stream);
+            if (unit == MatrixUnit::warpgroup && !codes) return attention_prefill_sm90(a, stream);
         }
         attention_prefill(a, stream);
     } else {

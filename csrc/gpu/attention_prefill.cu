@@ -24,6 +24,9 @@ template <int E>
 constexpr int kQueryBytes = kPrefillRows * E * 2;
 template <int E>
 constexpr int kSharedBytes = kQueryBytes<E> + 4 * kTileBytes<E>;
+// Of codes two buffers take as much as one of bf16, and another one has the tile in hand as bf16.
+template <class C, int E>
+constexpr int kBufferBytes = 2 * kTileBytes<E> / (kCodes<C> ? 2 : 1);
 
 #if BATCHINFER_MMA
 
@@ -35,6 +38,11 @@ constexpr float kSlack = 8;
 template <int E>
 __device__ __forceinline__ int place(int row, int piece) {
     return row * E * 2 + (piece ^ row % 8) * 16;
+}
+// Of a row as the cache has it.
+template <class C, int E>
+__device__ __forceinline__ int place_of(int row, int piece) {
+    return kCodes<C> ? row * E + piece * 16 : place<E>(row, piece);
 }
 
 // Rows of a work item: query heads of consecutive tokens.
@@ -65,20 +73,22 @@ __device__ __forceinline__ void copy_queries(SharedAddress to, const T* q, const
 }
 
 // Keys and values of positions begin .. begin + kKeys; zeros at or after `length`.
-template <class T, int E>
-__device__ __forceinline__ void copy_tile(SharedAddress to, const T* k, const T* v, const Pages& pages, int begin,
+template <class C, int E>
+__device__ __forceinline__ void copy_tile(SharedAddress to, const C* k, const C* v, const Pages& pages, int begin,
                                           int length) {
-    constexpr int kPieces = E / 8, kRowsAtOnce = kThreads / kPieces;  // a page holds whole runs of 16
+    constexpr int kEach = 16 / sizeof(C), kPieces = E / kEach;
+    constexpr int kRowsAtOnce = kThreads / kPieces;  // a page holds whole runs of 16
     const int piece = threadIdx.x % kPieces, row = threadIdx.x / kPieces;
     if (kRowsAtOnce > 16 && row >= 16) return;
 #pragma unroll
     for (int run = 0; run < kKeys; run += 16) {
-        const int64_t source = pages.offset(min(begin + run, length - 1) & ~15) + row * E + piece * 8;
+        const int64_t source = pages.offset(min(begin + run, length - 1) & ~15) + row * E + piece * kEach;
 #pragma unroll
         for (int i = 0; i < 16; i += kRowsAtOnce) {
             const bool wanted = begin + run + i + row < length;
-            copy_async(to + place<E>(run + i + row, piece), k + source + i * E, wanted);
-            copy_async(to + kTileBytes<E> + place<E>(run + i + row, piece), v + source + i * E, wanted);
+            const SharedAddress target = to + place_of<C, E>(run + i + row, piece);
+            copy_async(target, k + source + i * E, wanted);
+            copy_async(target + kBufferBytes<C, E> / 2, v + source + i * E, wanted);
         }
     }
 }
@@ -290,15 +300,16 @@ __device__ __forceinline__ void store_rows(WarpRows<T, E, kExtended>& state, uns
     }
 }
 
-template <class T, int E, bool kExtended>
+template <class T, class C, int E, bool kExtended>
 __global__ void BATCHINFER_LAUNCH_BOUNDS(kThreads, 2) prefill_kernel(AttentionArgs a) {
     BATCHINFER_DYNAMIC_SHARED(shared, 128);
     __shared__ int mailbox;
     const AttentionPlan& p = a.plan;
     const int group = p.heads / p.kv_heads;
-    const SharedAddress queries = shared_address(shared), tiles = queries + kQueryBytes<E>;
-    const T* k_cache = static_cast<const T*>(a.k_cache);
-    const T* v_cache = static_cast<const T*>(a.v_cache);
+    constexpr int kWidened = kQueryBytes<E>, kTiles = kWidened + (kCodes<C> ? 2 * kTileBytes<E> : 0);
+    const SharedAddress queries = shared_address(shared), tiles = queries + kTiles;
+    const C* k_cache = static_cast<const C*>(a.k_cache);
+    const C* v_cache = static_cast<const C*>(a.v_cache);
 
     Queue queue(p.queues + 2, p.prefill_start[p.sequences], &mailbox);
     for (int index = queue.next(); index >= 0; index = queue.next()) {
@@ -317,7 +328,7 @@ __global__ void BATCHINFER_LAUNCH_BOUNDS(kThreads, 2) prefill_kernel(AttentionAr
 
         copy_queries<T, E>(queries, static_cast<const T*>(a.q), rows);
         const int start = kExtended ? window_start(p, rows.limit(0)) & ~(kKeys - 1) : 0;
-        copy_tile<T, E>(tiles, k_cache, v_cache, pages, start, length);
+        copy_tile<C, E>(tiles, k_cache, v_cache, pages, start, length);
         copy_commit();
         WarpRows<T, E, kExtended> state;
         state.clear();
@@ -326,11 +337,18 @@ __global__ void BATCHINFER_LAUNCH_BOUNDS(kThreads, 2) prefill_kernel(AttentionAr
             copy_wait<0>();
             __syncthreads();  // this tile is there for all, and all have left the other buffer
             if (begin + kKeys < length) {
-                copy_tile<T, E>(tiles + (buffer ^ 1) * 2 * kTileBytes<E>, k_cache, v_cache, pages, begin + kKeys,
+                copy_tile<C, E>(tiles + (buffer ^ 1) * kBufferBytes<C, E>, k_cache, v_cache, pages, begin + kKeys,
                                 length);
                 copy_commit();
             }
-            state.add_tile(queries, tiles + buffer * 2 * kTileBytes<E>, begin, rows, p, ScoreMap<kExtended>(a));
+            SharedAddress keys = tiles + buffer * kBufferBytes<C, E>;
+            if constexpr (kCodes<C>) {
+                widen_rows<E, 2 * kKeys, kThreads>(shared + kTiles + buffer * kBufferBytes<C, E>, shared + kWidened,
+                                                   threadIdx.x);
+                __syncthreads();
+                keys = queries + kWidened;
+            }
+            state.add_tile(queries, keys, begin, rows, p, ScoreMap<kExtended>(a));
         }
         queue.draw();
         store_rows(state, shared, a, rows);
@@ -339,21 +357,25 @@ __global__ void BATCHINFER_LAUNCH_BOUNDS(kThreads, 2) prefill_kernel(AttentionAr
 }
 
 #else
-template <class T, int E, bool kExtended>
+template <class T, class C, int E, bool kExtended>
 __global__ void prefill_kernel(AttentionArgs) {}
 #endif  // BATCHINFER_MMA
 
-template <class T, int E, bool kExtended>
+template <class T, class C, int E, bool kExtended>
 void launch(const AttentionArgs& a, Stream stream) {
-    static const int blocks = persistent_blocks(prefill_kernel<T, E, kExtended>, kThreads, kSharedBytes<E>);
-    gpuLaunch(prefill_kernel<T, E, kExtended>, blocks, kThreads, kSharedBytes<E>, native(stream), a);
+    static const int blocks = persistent_blocks(prefill_kernel<T, C, E, kExtended>, kThreads, kSharedBytes<E>);
+    gpuLaunch(prefill_kernel<T, C, E, kExtended>, blocks, kThreads, kSharedBytes<E>, native(stream), a);
     check_launch("attention (prefill)");
 }
 
 }  // namespace
 
 void attention_prefill(const AttentionArgs& a, Stream stream) {
-    with_matrix_shape(a, [&](auto t, auto width, auto extended) { launch<decltype(t), width, extended>(a, stream); });
+    if (a.cache_dtype == GpuDtype::e4m3) {
+        return with_width_of_codes(a, [&](auto width) { launch<bf16, e4m3, width, true>(a, stream); });
+    }
+    with_matrix_shape(
+        a, [&](auto t, auto width, auto extended) { launch<decltype(t), decltype(t), width, extended>(a, stream); });
 }
 
 }  // namespace batchinfer::gpu

@@ -9,6 +9,17 @@
 #include "gpu/ops.h"
 #include "gpu/vendor.h"
 
+namespace batchinfer::gpu {
+
+__device__ __forceinline__ uint32_t float_bits(float x) {
+    return __float_as_uint(x);
+}
+__device__ __forceinline__ float float_of(uint32_t bits) {
+    return __uint_as_float(bits);
+}
+
+}  // namespace batchinfer::gpu
+
 #define BATCHINFER_ON_DEVICE __device__ __forceinline__
 #include "gpu/portable.h"
 
@@ -22,6 +33,9 @@ __device__ __forceinline__ float to_float(bf16 x) {
 }
 __device__ __forceinline__ float to_float(f16 x) {
     return f16_value(x.bits);
+}
+__device__ __forceinline__ float to_float(e4m3 x) {
+    return e4m3_value(x.bits);
 }
 
 template <class T>
@@ -37,6 +51,10 @@ __device__ __forceinline__ bf16 from_float<bf16>(float x) {
 template <>
 __device__ __forceinline__ f16 from_float<f16>(float x) {
     return {f16_bits(x)};
+}
+template <>
+__device__ __forceinline__ e4m3 from_float<e4m3>(float x) {
+    return {e4m3_code(x)};
 }
 
 // Two neighbours in one 32-bit word, the first in the low half.
@@ -83,6 +101,13 @@ __device__ __forceinline__ void store(T* to, const float (&x)[N]) {
     } else if constexpr (sizeof(T) == 4) {
         reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
         reinterpret_cast<float4*>(to)[1] = make_float4(x[4], x[5], x[6], x[7]);
+    } else if constexpr (sizeof(T) == 1) {
+        uint32_t word[2] = {};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            word[i / 4] |= uint32_t{from_float<T>(x[i]).bits} << 8 * (i % 4);
+        }
+        *reinterpret_cast<uint2*>(to) = {word[0], word[1]};
     } else {
         *reinterpret_cast<uint4*>(to) =
             make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));

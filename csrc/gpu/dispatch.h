@@ -15,6 +15,9 @@ namespace batchinfer::gpu {
 struct f16 {  // only storage, as bf16
     uint16_t bits;
 };
+struct e4m3 {
+    uint8_t bits;
+};
 
 // Calls f with a value of the element type.
 template <class F>
@@ -26,6 +29,8 @@ void with_dtype(GpuDtype dtype, F&& f) {
             return f(bf16{});
         case GpuDtype::float16:
             return f(f16{});
+        case GpuDtype::e4m3:
+            break;
     }
     throw std::invalid_argument("unknown dtype number " + std::to_string(static_cast<int>(dtype)));
 }

@@ -15,7 +15,8 @@ namespace batchinfer::gpu {
 
 using Stream = void*;  // cudaStream_t, or sycl::queue*, in order
 
-enum class GpuDtype : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
+// e4m3 is of caches alone, beside activations in bfloat16 (batchinfer/ops/quantized.py has the format).
+enum class GpuDtype : int32_t { float32 = 0, bfloat16 = 1, float16 = 2, e4m3 = 3 };
 
 // out [rows, width] = scale * table[ids]: embedding and row gather in one.
 struct LookupArgs {
@@ -55,7 +56,7 @@ struct RopeAndCacheArgs {
     void* k_cache;             // [pages, kv_heads, page_size, head_width]
     void* v_cache;
     void* q_out;  // [tokens, heads, head_width]
-    GpuDtype dtype;
+    GpuDtype dtype, cache_dtype;
     int64_t tokens, heads, kv_heads, head_width;
     int64_t max_positions, rotary_width;
     int64_t pages, page_size;
@@ -94,7 +95,7 @@ struct AttentionArgs {
     const void* v_cache;
     void* out;   // [tokens, heads, head_width]
     float* lse;  // [tokens, heads]
-    GpuDtype dtype;
+    GpuDtype dtype, cache_dtype;
     int32_t tokens;
     float scale;
     float softcap;  // scores are softcap * tanh(scale * q.k / softcap); 0: scale * q.k

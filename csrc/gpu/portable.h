@@ -1,5 +1,6 @@
-// Device code that CUDA and SYCL share as it is: indices clamped into their tables, and what a sequence has in the
-// step. Who includes it has defined BATCHINFER_ON_DEVICE, which marks a function for the device.
+// Device code that CUDA and SYCL share as it is: indices clamped into their tables, what a sequence has in the step,
+// and the arithmetic of e4m3. Who includes it has defined BATCHINFER_ON_DEVICE, which marks a function for the device,
+// and float_bits() and float_of(), which take a float for its 32 bits and the other way round.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +18,24 @@ inline constexpr float kNoScore = -1e30f;
 
 BATCHINFER_ON_DEVICE int64_t clamp_index(int64_t i, int64_t count) {
     return i < 0 ? 0 : i < count ? i : count - 1;
+}
+
+// A number as an e4m3 code: to nearest, ties to even; what is larger than 448 becomes 448, and NaN stays NaN.
+BATCHINFER_ON_DEVICE uint8_t e4m3_code(float x) {
+    constexpr uint32_t kLargest = 0x43e00000, kLeastNormal = 0x3c800000;  // 448 and 2**-6
+    const uint32_t sign = float_bits(x) >> 24 & 0x80, size = float_bits(x) & 0x7fffffff;
+    if (size > 0x7f800000) return sign | 0x7f;
+    if (size >= kLargest) return sign | 0x7e;
+    // Below, the codes count in units of 2**-9: that of the last bit of 2**14.
+    if (size < kLeastNormal) return sign | (float_bits(float_of(size) + 16384.0f) - float_bits(16384.0f));
+    return sign | (((size + 0x7ffff + (size >> 20 & 1)) >> 20) - ((127 - 7) << 3));
+}
+
+// The number of a code, exactly.
+BATCHINFER_ON_DEVICE float e4m3_value(uint8_t code) {
+    const uint32_t sign = uint32_t{code} >> 7 << 31, size = code & 0x7f;
+    if (size < 8) return float_of(sign | float_bits(size * 0x1p-9f));
+    return float_of(sign | (size == 0x7f ? 0x7fc00000 : (size << 20) + ((127 - 7) << 23)));
 }
 
 BATCHINFER_ON_DEVICE int larger_of(int a, int b) {

@@ -66,16 +66,24 @@ __global__ void __launch_bounds__(kThreads) rope_and_cache_kernel(RopeAndCacheAr
             x[i] = turned;
         }
     }
-    T* to = static_cast<T*>(a.q_out) + (token * a.heads + head) * a.head_width;
+    void* to = a.q_out;
+    int64_t row = token * a.heads + head;
     if (!is_q) {
         const int64_t index = a.kv_index[token];
         if (index < 0 || index >= a.pages * a.page_size) return;
         const int64_t kv_head = head - a.heads - (is_v ? a.kv_heads : 0);
-        to = static_cast<T*>(is_v ? a.v_cache : a.k_cache) +
-             ((index / a.page_size * a.kv_heads + kv_head) * a.page_size + index % a.page_size) * a.head_width;
+        to = is_v ? a.v_cache : a.k_cache;
+        row = (index / a.page_size * a.kv_heads + kv_head) * a.page_size + index % a.page_size;
     }
-    store<8>(to + first, x);
-    store<8>(to + second, y);
+    if (!is_q && a.cache_dtype == GpuDtype::e4m3) {
+        e4m3* codes = static_cast<e4m3*>(to) + row * a.head_width;
+        store<8>(codes + first, x);
+        store<8>(codes + second, y);
+    } else {
+        T* numbers = static_cast<T*>(to) + row * a.head_width;
+        store<8>(numbers + first, x);
+        store<8>(numbers + second, y);
+    }
 }
 
 }  // namespace

@@ -79,6 +79,16 @@ __device__ __forceinline__ float f16_value(uint16_t bits) {
     return __half2float(__ushort_as_half(bits));
 }
 
+// Two e4m3 codes, exactly; from 8.9 on there is a unit for it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#define BATCHINFER_E4M3_UNIT 1
+__device__ __forceinline__ uint32_t f16_pair_of_e4m3(uint16_t codes) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(codes));
+    return pair;
+}
+#endif
+
 // 2**x by the special function unit: relative error 2**-22, 0 for -inf.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;

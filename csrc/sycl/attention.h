@@ -192,8 +192,8 @@ inline Task task_of(const AttentionPlan& p, int number, int step_tokens) {
     return t;
 }
 
-// kPieces: for head widths up to 16 * kPieces.
-template <class T, int kPieces>
+// C: of the caches. kPieces: for head widths up to 16 * kPieces.
+template <class T, class C, int kPieces>
 struct Attend {
     using Args = AttentionArgs;
     static constexpr int kThreads = 128;
@@ -280,8 +280,8 @@ struct Attend {
             const bool there = base + key < task.end;
             for (int e = lanes.get_local_linear_id(); e < p.head_width; e += kSubGroup) {
                 const int64_t at = from + key * p.head_width + e;
-                local.key[key][e] = there ? to_float(static_cast<const T*>(a.k_cache)[at]) : 0;
-                local.value[key][e] = there ? to_float(static_cast<const T*>(a.v_cache)[at]) : 0;
+                local.key[key][e] = there ? to_float(static_cast<const C*>(a.k_cache)[at]) : 0;
+                local.value[key][e] = there ? to_float(static_cast<const C*>(a.v_cache)[at]) : 0;
             }
         }
     }

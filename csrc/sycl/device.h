@@ -14,6 +14,17 @@
 #include "gpu/dispatch.h"
 #include "gpu/ops.h"
 
+namespace batchinfer::gpu {
+
+inline uint32_t float_bits(float x) {
+    return sycl::bit_cast<uint32_t>(x);
+}
+inline float float_of(uint32_t bits) {
+    return sycl::bit_cast<float>(bits);
+}
+
+}  // namespace batchinfer::gpu
+
 #define BATCHINFER_ON_DEVICE inline
 #include "gpu/portable.h"
 
@@ -36,7 +47,10 @@ inline float to_float(f16 x) {
     return sycl::bit_cast<sycl::half>(x.bits);
 }
 inline float to_float(bf16 x) {
-    return sycl::bit_cast<float>(uint32_t{x.bits} << 16);
+    return float_of(uint32_t{x.bits} << 16);
+}
+inline float to_float(e4m3 x) {
+    return e4m3_value(x.bits);
 }
 
 template <class T>
@@ -51,9 +65,13 @@ inline f16 from_float<f16>(float x) {
 }
 template <>
 inline bf16 from_float<bf16>(float x) {  // to nearest, ties to even
-    const uint32_t bits = sycl::bit_cast<uint32_t>(x);
+    const uint32_t bits = float_bits(x);
     if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
     return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+inline e4m3 from_float<e4m3>(float x) {
+    return {e4m3_code(x)};
 }
 
 }  // namespace batchinfer::gpu

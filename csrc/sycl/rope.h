@@ -24,14 +24,24 @@ struct RopeAndCache {
         const int64_t token = task / all_heads, head = task % all_heads;
         const bool is_q = head < a.heads, is_v = head >= a.heads + a.kv_heads;
 
-        T* to = static_cast<T*>(a.q_out) + (token * a.heads + head) * a.head_width;
+        void* out = a.q_out;
+        int64_t row = token * a.heads + head;
         if (!is_q) {
             const int64_t index = a.kv_index[token];
             if (index < 0 || index >= a.pages * a.page_size) return;
             const int64_t kv_head = head - a.heads - (is_v ? a.kv_heads : 0);
-            to = static_cast<T*>(is_v ? a.v_cache : a.k_cache) +
-                 ((index / a.page_size * a.kv_heads + kv_head) * a.page_size + index % a.page_size) * a.head_width;
+            out = is_v ? a.v_cache : a.k_cache;
+            row = (index / a.page_size * a.kv_heads + kv_head) * a.page_size + index % a.page_size;
         }
+        const bool codes = !is_q && a.cache_dtype == GpuDtype::e4m3;
+        const auto put = [&](int64_t i, float x) {
+            const int64_t at = row * a.head_width + i;
+            if (codes) {
+                static_cast<e4m3*>(out)[at] = from_float<e4m3>(x);
+            } else {
+                static_cast<T*>(out)[at] = from_float<T>(x);
+            }
+        };
         const T* from = static_cast<const T*>(a.qkv) + task * a.head_width;
         const float* weight = is_v ? nullptr : is_q ? a.q_norm : a.k_norm;
         float inverse = 1;
@@ -51,11 +61,11 @@ struct RopeAndCache {
             half ? a.cos_sin + clamp_index(a.positions[token], a.max_positions) * a.rotary_width : nullptr;
         for (int64_t i = lane; i < half; i += kSubGroup) {
             const float x = normal(i), y = normal(i + half), cosine = table[i], sine = table[i + half];
-            to[i] = from_float<T>(x * cosine - y * sine);
-            to[i + half] = from_float<T>(y * cosine + x * sine);
+            put(i, x * cosine - y * sine);
+            put(i + half, y * cosine + x * sine);
         }
         for (int64_t i = 2 * half + lane; i < a.head_width; i += kSubGroup) {
-            to[i] = from_float<T>(normal(i));
+            put(i, normal(i));
         }
     }
 };

@@ -1,6 +1,6 @@
 """Times of the GPU ops beside the device's own ceilings.
 
-python tests/gpu/bench_ops.py [decode|prefill|rows|linear|codes|adapters|sample ...]
+python tests/gpu/bench_ops.py [decode|pages|prefill|rows|linear|codes|adapters|sample ...]
 
 Each op is captured in a graph and its replays are timed by events, the median of several; the host has no part in it.
 Bytes are the fewest that the op must move, operations the fewest it must do; shapes are those of Llama-3.1-8B (32 query
@@ -23,6 +23,7 @@ from batchinfer.models.lora import Factors, Grouped, Stacked
 from batchinfer.ops import AttentionInput, Rope, SampleInput
 from batchinfer.ops.gpu import GpuOps, open_gpu
 from batchinfer.ops.grouped import GroupQuantized
+from batchinfer.ops.quantized import FLOAT8
 
 BF16 = torch.bfloat16
 PAGE = 16
@@ -66,8 +67,8 @@ def copy_rate() -> float:
 
 
 class Step:
-    """A step's tensors: sequences of (tokens, keys), pages in random order. Each ``sharers`` sequences have their first
-    ``shared`` positions in the same pages."""
+    """A step's tensors: sequences of (tokens, keys), pages in random order, whose caches have the dtype ``kept``. Each
+    ``sharers`` sequences have their first ``shared`` positions in the same pages."""
 
     def __init__(
         self,
@@ -78,8 +79,10 @@ class Step:
         width: int,
         sharers: int = 1,
         shared: int = 0,
+        kept: torch.dtype = BF16,
+        page: int = PAGE,
     ):
-        pages_of = [-(-n // PAGE) for _, n in lengths]
+        pages_of = [-(-n // page) for _, n in lengths]
         pages, tokens = sum(pages_of), sum(t for t, _ in lengths)
         order = torch.randperm(pages, dtype=torch.int32)
         table = torch.zeros(len(lengths), max(pages_of), dtype=torch.int32)
@@ -88,7 +91,7 @@ class Step:
             table[i, :count] = order[used : used + count]
             used += count
         for i in range(len(lengths)):
-            table[i, : shared // PAGE] = table[i // sharers * sharers, : shared // PAGE]
+            table[i, : shared // page] = table[i // sharers * sharers, : shared // page]
         starts = torch.tensor([0, *(t for t, _ in lengths)]).cumsum(0)
         self.inputs = AttentionInput(
             starts.int().cuda(),
@@ -96,13 +99,14 @@ class Step:
             torch.arange(len(lengths), dtype=torch.int32).cuda(),
             table.cuda(),
         )
-        self.k, self.v = (torch.randn(pages, kv_heads, PAGE, width, device="cuda", dtype=BF16) for _ in range(2))
+        caches = (torch.randn(pages, kv_heads, page, width, device="cuda", dtype=BF16) for _ in range(2))
+        self.k, self.v = (cache.to(kept) for cache in caches)
         self.q = torch.randn(tokens, heads, width, device="cuda", dtype=BF16)
         self.out, self.lse = torch.empty_like(self.q), torch.empty(tokens, heads, device="cuda")
         self.gpu = gpu
         self.plan = gpu.plan_attention(self.inputs, heads, self.k)
         positions = sum(n for _, n in lengths) - (len(lengths) - -(-len(lengths) // sharers)) * shared
-        self.bytes = 2 * positions * kv_heads * width * 2 + 2 * self.q.numel() * 2
+        self.bytes = 2 * positions * kv_heads * width * kept.itemsize + 2 * self.q.numel() * 2
         pairs = sum(t * (n - t) + t * (t + 1) / 2 for t, n in lengths)
         self.flops = 4 * pairs * heads * width
 
@@ -115,6 +119,8 @@ def bench_decode(gpu: GpuOps, copy: float) -> None:
         for context in (1024, 2048, 4096, 8192) if name == "8B" else (1024, 4096):
             step = Step(gpu, [(1, context)] * 256, heads, kv_heads, width)
             line(f"decode {name}, 256 x {context}", seconds(step.attend), bytes=step.bytes, copy=copy)
+            step = Step(gpu, [(1, context)] * 256, heads, kv_heads, width, kept=FLOAT8)
+            line(f"  the same, fp8 cache, 256 x {context}", seconds(step.attend), bytes=step.bytes, copy=copy)
     mixed = [(1, 1 + (7919 * i) % 8192) for i in range(256)]
     step = Step(gpu, mixed, 32, 8, 128)
     line("decode 8B, 256 x 1..8192", seconds(step.attend), bytes=step.bytes, copy=copy)
@@ -131,6 +137,21 @@ def bench_decode(gpu: GpuOps, copy: float) -> None:
     line("plan_attention, 256 sequences", seconds(lambda: gpu.plan_attention(step.inputs, 32, step.k), 50))
 
 
+def bench_pages(gpu: GpuOps, copy: float) -> None:
+    """What engine.page_size costs: attention over pages of several sizes, and copies of such pages."""
+    for page in (16, 32, 64, 128, 256):
+        for context in (1024, 8192):
+            step = Step(gpu, [(1, context)] * 256, 32, 8, 128, page=page)
+            line(f"decode, 256 x {context}, pages of {page}", seconds(step.attend), bytes=step.bytes, copy=copy)
+        step = Step(gpu, [(8192, 8192)], 32, 8, 128, page=page)
+        line(f"prefill, 1 x 8192, pages of {page}", seconds(step.attend), flops=step.flops)
+        count = 15 * 64  # the first step of 16 samples for each of 64 prompts
+        k, v = (torch.randn(2 * count, 8, page, 128, device="cuda", dtype=BF16) for _ in range(2))
+        source, target = torch.randperm(2 * count, device="cuda", dtype=torch.int32).chunk(2)
+        time = seconds(lambda k=k, v=v, s=source, t=target: gpu.copy_pages(k, v, s, t))
+        line(f"copy_pages, {count} pages of {page}", time, bytes=2 * k.nbytes, copy=copy)
+
+
 def bench_prefill(gpu: GpuOps) -> None:
     cases = [
         ("8B, 1 x 8192", [(8192, 8192)], 32, 8, 128),
@@ -145,6 +166,9 @@ def bench_prefill(gpu: GpuOps) -> None:
     for name, lengths, heads, kv_heads, width in cases:
         step = Step(gpu, lengths, heads, kv_heads, width)
         line(f"prefill {name}", seconds(step.attend), flops=step.flops)
+        if name.endswith("1 x 8192"):
+            step = Step(gpu, lengths, heads, kv_heads, width, kept=FLOAT8)
+            line("  the same, fp8 cache", seconds(step.attend), flops=step.flops)
     q, k, v = (torch.randn(1, heads, 8192, 128, device="cuda", dtype=BF16) for heads in (32, 32, 32))
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         with sdpa_kernel(backend):
@@ -184,6 +208,13 @@ def bench_rows(gpu: GpuOps, copy: float) -> None:
         "rope_and_cache, 16384 tokens",
         seconds(lambda: gpu.rope_and_cache(qkv, positions, kv_index, rope, k, v, q)),
         bytes=2 * qkv.numel() * 2,
+        copy=copy,
+    )
+    k8, v8 = k.to(FLOAT8), v.to(FLOAT8)
+    line(
+        "  the same, fp8 cache",
+        seconds(lambda: gpu.rope_and_cache(qkv, positions, kv_index, rope, k8, v8, q)),
+        bytes=2 * qkv.numel() * 2 - 2 * k8.numel(),
         copy=copy,
     )
     table = torch.randn(128_256, width, device="cuda", dtype=BF16)
@@ -294,11 +325,13 @@ def bench_sample(gpu: GpuOps, copy: float, rows: int, vocab: int = 128_256) -> N
 
 def main() -> None:
     gpu = open_gpu()
-    wanted = sys.argv[1:] or ["decode", "prefill", "rows", "linear", "codes", "adapters", "sample"]
+    wanted = sys.argv[1:] or ["decode", "pages", "prefill", "rows", "linear", "codes", "adapters", "sample"]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     copy = copy_rate()
     if "decode" in wanted:
         bench_decode(gpu, copy)
+    if "pages" in wanted:
+        bench_pages(gpu, copy)
     if "prefill" in wanted:
         bench_prefill(gpu)
     if "rows" in wanted:

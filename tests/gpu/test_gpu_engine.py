@@ -88,10 +88,10 @@ def weights_of(spec: ModelSpec) -> dict[str, torch.Tensor]:
     return {name: draw(name, shape) for name, shape in layout(spec).targets.items()}
 
 
-def make_decoder(spec: ModelSpec, ops: Ops, dtype: torch.dtype) -> Decoder:
+def make_decoder(spec: ModelSpec, ops: Ops, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> Decoder:
     weights = {name: t.to(dtype) if t.ndim == 2 else t for name, t in weights_of(spec).items()}
     sizes = {"max_positions": min(512, spec.max_positions), "max_step_tokens": 512, "max_samples": 256}
-    return Decoder(spec, pack(spec, weights.items(), ops), ops, dtype, **sizes)
+    return Decoder(spec, pack(spec, weights.items(), ops), ops, dtype, kv_dtype=kv_dtype, **sizes)
 
 
 def make_engine(decoder: Decoder, pool: PoolSpec | None = None, adapters: int = 0, **options: Any) -> Engine:

@@ -16,11 +16,11 @@ from torch import Tensor
 from batchinfer import _ops
 from batchinfer.ops import AttentionInput
 from batchinfer.ops.native import NativeOps
-from batchinfer.ops.quantized import decode_kv, encode_kv
+from batchinfer.ops.quantized import FLOAT8, decode_kv, encode_kv
 from batchinfer.ops.reference import ReferenceOps
 
 ISAS = _ops.build_info["usable_isas"]
-DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+DTYPES = (torch.float32, torch.bfloat16, torch.int8, FLOAT8)
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 isas = pytest.mark.parametrize("isa", ISAS)
@@ -80,7 +80,7 @@ def make_case(
     kv_len = torch.tensor([length for _, length in sequences], dtype=torch.int32)
     q = torch.randn(int(q_start[-1]), heads, width, generator=g)
     inputs = AttentionInput(q_start, kv_len, slots, table)
-    k_cache, v_cache = encode_kv(caches) if dtype is torch.int8 else caches.to(dtype)
+    k_cache, v_cache = encode_kv(caches, dtype)
     return Case(inputs, q, k_cache, v_cache, window, softcap)
 
 

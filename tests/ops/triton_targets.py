@@ -21,6 +21,7 @@ import triton
 from ops.group_cases import draw
 
 from batchinfer.ops import AttentionInput, Clamp, Experts, HeadNorm, Rope, SampleInput
+from batchinfer.ops.quantized import FLOAT8
 from batchinfer.ops.triton.compiling import CompilingOps
 from batchinfer.ops.triton.grouped import FROM_DENSE, Groups
 from batchinfer.ops.triton.targets import TARGETS
@@ -38,7 +39,7 @@ class Limits:
 
 LIMITS = {
     "sm_75": Limits(64 << 10),
-    "sm_80": Limits(99 << 10, {"attend prefill 64": 8}),
+    "sm_80": Limits(99 << 10, {"attend prefill 64": 8, "attend prefill 128 float8": 8}),
     "sm_90": Limits(227 << 10, {"choose": 32}),
     "gfx90a": Limits(64 << 10),
     "gfx942": Limits(64 << 10),
@@ -68,7 +69,8 @@ class CompiledOps(CompilingOps):
     def _run(self, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
         name = kernel.__name__
         if name == "attend":
-            name = f"attend {'decode' if options['SPLIT'] else 'prefill'} {options['WIDTH']}"
+            codes = " float8" if args[1].dtype is torch.uint8 else ""
+            name = f"attend {'decode' if options['SPLIT'] else 'prefill'} {options['WIDTH']}{codes}"
         if name.startswith("group_"):
             name = f"{name} {'float' if options['FLOAT8'] else 'int'}{options['BITS']}"
         if name.endswith("products") or name.startswith("group_products"):
@@ -80,10 +82,12 @@ class CompiledOps(CompilingOps):
 
 
 def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Every op at the sizes of a model, attention for two widths, one of them with a soft cap, a
-    mixture of experts for few and for many tokens, products with codes of 4 and of 8 bits."""
+    """Every op at the sizes of a model, attention for two widths, one of them with a soft cap and with a cache of e4m3,
+    a mixture of experts for few and for many tokens, products with codes of 4 and of 8 bits."""
     attend(ops, 9, 3, 64, dtype, softcap=50.0)
     attend(ops, 32, 8, 128, dtype, softcap=0.0)
+    if dtype is torch.bfloat16:
+        attend(ops, 32, 8, 128, dtype, softcap=0.0, kept=FLOAT8)
     words, x = torch.zeros(3, dtype=torch.int32), torch.zeros(3, 4096, dtype=dtype)
     qkv, q = torch.zeros(3, (32 + 2 * 8) * 128, dtype=dtype), torch.zeros(3, 32, 128, dtype=dtype)
     cache = torch.zeros(4, 8, 16, 128, dtype=dtype)
@@ -132,9 +136,17 @@ def multiply(ops: CompiledOps, rows: int, kind: str, dtype: torch.dtype) -> None
     ops.linear(torch.zeros(rows, 4096, dtype=dtype), weight, torch.zeros(rows, 256, dtype=dtype), torch.zeros(256))
 
 
-def attend(ops: CompiledOps, heads: int, kv_heads: int, width: int, dtype: torch.dtype, softcap: float) -> None:
+def attend(
+    ops: CompiledOps,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    dtype: torch.dtype,
+    softcap: float,
+    kept: torch.dtype | None = None,
+) -> None:
     words = torch.zeros(3, dtype=torch.int32)
-    cache = torch.zeros(4, kv_heads, 16, width, dtype=dtype)
+    cache = torch.zeros(4, kv_heads, 16, width).to(kept or dtype)
     q, out = torch.zeros(2, 3, heads, width, dtype=dtype)
     inputs = AttentionInput(torch.zeros(4, dtype=torch.int32), words, words, torch.zeros(3, 200, dtype=torch.int32))
     plan = ops.plan_attention(inputs, heads, cache)

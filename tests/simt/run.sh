@@ -26,7 +26,7 @@ trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 (
   emulate _gpu 8 tests/gpu/test_gpu_attention.py "$@"
   emulate _gpu_hip64 9 tests/gpu --ignore=tests/gpu/test_emulator.py "$@"
-  emulate _gpu_hip32 9 tests/gpu/test_gpu_attention.py "$@"
+  emulate _gpu_hip32 9 tests/gpu/test_gpu_attention.py tests/gpu/test_gpu_float8.py "$@"
 ) & others=$!
 emulate _gpu 9 tests/gpu "$@"
 wait "$others"

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from batchinfer.ops.triton import float8
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LAST_INT = tl.constexpr(2**31 - 1)
@@ -87,7 +89,7 @@ def find_sequence(ends, sequences, item):
 @triton.jit(do_not_specialize=["sequences", "step_tokens", "pages"])
 def attend(
     q,  # [step_tokens, HEADS, WIDTH]
-    k_cache,  # [pages, KV_HEADS, PAGE, WIDTH]
+    k_cache,  # [pages, KV_HEADS, PAGE, WIDTH], of q's dtype or codes uint8
     v_cache,
     out,
     lse,  # [step_tokens, HEADS]
@@ -158,7 +160,7 @@ def attend(
             page = clamp(tl.load(page_row + key // PAGE, key < stop, other=0), 0, pages - 1)
             cached = ((page * KV_HEADS + kv_head) * PAGE + key % PAGE).to(tl.int64) * WIDTH
             k_wanted = (e < WIDTH)[:, None] & (key < stop)[None, :]
-            k = tl.load(k_cache + cached[None, :] + e[:, None], k_wanted, other=0.0)
+            k = float8.cached(tl.load(k_cache + cached[None, :] + e[:, None], k_wanted, other=0), query.dtype)
             score = tl.dot(query, k, input_precision="ieee") * scale
             if CAPPED:
                 score = softcap * tanh(score / softcap)
@@ -170,7 +172,7 @@ def attend(
             shrink = tl.exp2(highest - origin)
             total = total * shrink + tl.sum(weight, axis=1)
             v_wanted = (key < stop)[:, None] & (e < WIDTH)[None, :]
-            v = tl.load(v_cache + cached[:, None] + e[None, :], v_wanted, other=0.0)
+            v = float8.cached(tl.load(v_cache + cached[:, None] + e[None, :], v_wanted, other=0), query.dtype)
             weighted = tl.dot(weight.to(v.dtype), v, weighted * shrink[:, None], input_precision="ieee")
             highest = now
 

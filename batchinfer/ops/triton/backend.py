@@ -14,6 +14,7 @@ from batchinfer.ops.accelerator import Accelerator
 from batchinfer.ops.device import DeviceOps, fitting_split, parts
 from batchinfer.ops.fields import SAMPLE_FIELDS
 from batchinfer.ops.grouped import GroupQuantized
+from batchinfer.ops.quantized import FLOAT8
 from batchinfer.ops.triton import attention, logprobs, norms, penalties, rope, rows, sample
 from batchinfer.ops.triton.blocks import (
     attention_blocks,
@@ -58,6 +59,8 @@ class TritonOps(DeviceOps):
 
     ``device`` "cpu" is for the interpreter (TRITON_INTERPRET=1), "meta" for :mod:`batchinfer.ops.triton.compiling`.
     """
+
+    beside_float8 = (torch.bfloat16, torch.float16)
 
     def __init__(self, device: str = "cuda"):
         super().__init__(torch.device(device))
@@ -140,8 +143,8 @@ class TritonOps(DeviceOps):
             None if turn is None else turn.cos_sin,
             None if norm is None else norm.q,
             None if norm is None else norm.k,
-            k_cache,
-            v_cache,
+            _bytes(k_cache),
+            _bytes(v_cache),
             q_out,
             0 if turn is None else len(turn.cos_sin),
             pages * page_size,
@@ -179,7 +182,7 @@ class TritonOps(DeviceOps):
         if (*key, window) not in self._ends:  # layers with and without a window alternate
             self._ends[(*key, window)] = self._empty(torch.int32, slots), self._empty(torch.int32, slots)
         ends = self._ends[(*key, window)]
-        itemsize = k_cache.element_size()
+        itemsize = max(k_cache.element_size(), torch.bfloat16.itemsize)  # of activations, which codes are widened to
         self._launch(
             attention.plan,
             (1,) if len(inputs.kv_len) else (0,),
@@ -221,8 +224,8 @@ class TritonOps(DeviceOps):
                 attention.attend,
                 (min(most_items, PROGRAMS * self._multiprocessors),),
                 q,
-                k_cache,
-                v_cache,
+                _bytes(k_cache),
+                _bytes(v_cache),
                 out,
                 lse,
                 *(plan.partials if decode else (None, None)),
@@ -298,6 +301,11 @@ class TritonOps(DeviceOps):
         if vocab not in self._counts:
             self._counts[vocab] = self.zeros((self._multiprocessors, vocab), torch.int32)
         return self._counts[vocab]
+
+
+def _bytes(cache: Tensor) -> Tensor:
+    """As the kernels take it: codes of float8 as uint8."""
+    return cache.view(torch.uint8) if cache.dtype is FLOAT8 else cache
 
 
 def _row_options(x: Tensor) -> dict[str, int]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FLOAT8_SCALE = tl.constexpr(256.0)  # 2**(15 - 7), between the exponents of float16 and e4m3
+from batchinfer.ops.triton import float8
+from batchinfer.ops.triton.float8 import FLOAT8_SCALE
+
 LARGEST_FLOAT8 = tl.constexpr(448.0)
 LEAST_SCALE = tl.constexpr(1e-30)  # its inverse is a number
 
@@ -19,14 +21,7 @@ LEAST_SCALE = tl.constexpr(1e-30)  # its inverse is a number
 @triton.jit
 def number_of(code, middle, FLOAT8: tl.constexpr):
     """float32: the numbers that codes stand for, before their group's zero and scale."""
-    if FLOAT8:
-        # The same bits at the other place make a float16 too small by a power of two, also where it has no exponent.
-        # All GPUs can do that; only the latest have instructions for e4m3.
-        bits = ((code & 0x80).to(tl.uint16) << 8) | ((code & 0x7F).to(tl.uint16) << 7)
-        number = bits.to(tl.float16, bitcast=True).to(tl.float32) * FLOAT8_SCALE
-    else:
-        number = code.to(tl.float32) - middle
-    return number
+    return float8.finite(code) if FLOAT8 else code.to(tl.float32) - middle
 
 
 @triton.jit

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from batchinfer.ops.triton import float8
+
 
 @triton.jit
 def rope_and_cache(
@@ -14,7 +16,7 @@ def rope_and_cache(
     cos_sin,  # [table_positions, ROTARY] or None
     q_norm,  # [WIDTH], [HEADS * WIDTH] if WHOLE, or None
     k_norm,
-    k_cache,  # [pages, KV_HEADS, PAGE, WIDTH]
+    k_cache,  # [pages, KV_HEADS, PAGE, WIDTH], of q_out's dtype or codes uint8
     v_cache,
     q_out,  # [tokens, HEADS, WIDTH]
     table_positions,
@@ -74,8 +76,9 @@ def rope_and_cache(
         page, offset = index // PAGE, index % PAGE
         k_place = ((page * KV_HEADS + head - HEADS) * PAGE + offset) * WIDTH + e
         v_place = ((page * KV_HEADS + head - HEADS - KV_HEADS) * PAGE + offset) * WIDTH + e
-        tl.store(k_cache + k_place, x, inside & is_key)
-        tl.store(v_cache + v_place, x, inside & is_value)
+        kept = float8.for_cache(x, k_cache.dtype.element_ty)
+        tl.store(k_cache + k_place, kept, inside & is_key)
+        tl.store(v_cache + v_place, kept, inside & is_value)
 
 
 @triton.jit

@@ -25,7 +25,8 @@ struct Bf16Cache {
     static constexpr int64_t kValuesPerWord = 1;
     static constexpr bool kPaired = true, kScaled = false;
 };
-// Codes are bfloat16 numbers; the scales of keys go into the scores, those of values into the probabilities.
+// Codes are bfloat16 numbers; the scales of keys go into the scores, those of values into the probabilities. Those of
+// e4m3 are 1.
 struct CodesCache : Bf16Cache {
     static constexpr bool kScaled = true;
 };
@@ -55,11 +56,11 @@ int64_t round_up(int64_t n, int64_t multiple) {
 }
 
 CacheShape cache_shape(const AttentionArgs& a) {
-    const bool codes = a.cache_dtype == Dtype::int8;
+    const bool scaled = a.cache_dtype == Dtype::int8, codes = scaled || a.cache_dtype == Dtype::e4m3;
     const bool half = codes ? CodesCache::kPaired : a.cache_dtype == Dtype::bfloat16;
     const int64_t per_word = half ? 2 : 1, words = a.head_width / per_word;
-    return {a, codes ? a.head_width + kScaleBytes : words * 4, words, padded_width(a.head_width) / per_word,
-            half && Bf16Cache::kPaired};
+    return {a, codes ? a.head_width + (scaled ? kScaleBytes<int8_t> : 0) : words * 4, words,
+            padded_width(a.head_width) / per_word, half && Bf16Cache::kPaired};
 }
 
 // Sizes in bytes of an item's buffers, each rounded up to a cache line.
@@ -248,6 +249,7 @@ auto with_cache(Dtype dtype, F f) {
         case Dtype::bfloat16:
             return f(Bf16Cache{}, kBf16ByRows.entry);
         case Dtype::int8:
+        case Dtype::e4m3:
             return f(CodesCache{}, kCodesByRows.entry);
         default:
             return f(F32Cache{}, kF32ByRows.entry);

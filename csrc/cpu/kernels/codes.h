@@ -1,4 +1,5 @@
-// Values as signed bytes times a scale: scale = largest magnitude / 127, codes are rounded to nearest even.
+// Values as bytes, rounded to nearest even: signed ones times a scale = largest magnitude / 127, or those of e4m3
+// (batchinfer/ops/quantized.py), without a scale.
 #pragma once
 
 #include "cpu/vec.h"
@@ -40,8 +41,14 @@ inline Ints encode(Vec v, Vec inverse, int8_t* codes, int count = Vec::W) {
     return code;
 }
 
-// A row of a cache of codes: head_width signed bytes, then their scale.
-inline constexpr int64_t kScaleBytes = sizeof(float);
+// An element of a cache of e4m3.
+struct e4m3 {
+    uint8_t bits;
+};
+
+// The bytes of a row of a cache of codes: head_width of them; signed ones have their scale behind them.
+template <class Code>
+inline constexpr int64_t kScaleBytes = __is_same(Code, int8_t) ? sizeof(float) : 0;
 
 inline int count_of(All) {
     return Vec::W;
@@ -57,7 +64,23 @@ inline void encode_head(const float* x, int64_t width, int8_t* out) {
     const Vec inverse = Vec::broadcast(inverse_of(scale));
     for_vectors(width,
                 [&](int64_t i, auto count) { encode(Vec::load(x + i, count), inverse, out + i, count_of(count)); });
-    __builtin_memcpy(out + width, &scale, kScaleBytes);
+    __builtin_memcpy(out + width, &scale, sizeof(scale));
+}
+
+// What is larger than 448 becomes 448, NaN stays NaN.
+inline void encode_head(const float* x, int64_t width, e4m3* out) {
+    const Floats units = 16384.0f - Floats{};  // whose last bit is 2^-9, the unit of codes below 2^-6
+    typedef uint8_t Bytes __attribute__((vector_size(Vec::W)));
+    for_vectors(width, [&](int64_t i, auto count) {
+        const Words bits = bits_as<Words>(Vec::load(x + i, count).v), size = bits & 0x7fffffff, zero = {};
+        const Words small = bits_as<Words>(bits_as<Floats>(size) + units) - bits_as<Words>(units);
+        const Words normal = ((size + 0x7ffff + (size >> 20 & 1)) >> 20) - ((127 - 7) << 3);
+        Words code = bits_as<Words>(size < 0x3c800000 ? small : normal);
+        code = bits_as<Words>(size < 0x43e00000 ? code : zero + 0x7e);
+        code = bits_as<Words>(size > 0x7f800000 ? zero + 0x7f : code) | (bits >> 24 & 0x80);
+        const Bytes bytes = __builtin_convertvector(code, Bytes);
+        __builtin_memcpy(out + i, &bytes, count_of(count));
+    });
 }
 
 // W signed bytes as numbers. (GCC 12 takes a vector's conversion apart into single bytes.)
@@ -74,20 +97,44 @@ inline Vec widen(const int8_t* codes) {
 #endif
 }
 
+// W codes of e4m3 as numbers.
+inline Vec widen(const e4m3* codes) {
+#if BATCHINFER_VEC_AVX512
+    const Ints code = (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+#elif BATCHINFER_VEC_AVX2
+    const Ints code = (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+#else
+    Ints code;
+    for (int i = 0; i < Vec::W; ++i)
+        code[i] = codes[i].bits;
+#endif
+    const Ints size = code & 0x7f, nan = 0x7fc00000 - Ints{};
+    const Ints small = bits_as<Ints>(__builtin_convertvector(size, Floats) * 0x1p-9f);
+    const Ints large = size < 0x7f ? (size << 20) + ((127 - 7) << 23) : nan;
+    return {bits_as<Floats>((size < 8 ? small : large) | code >> 7 << 31)};
+}
+
+inline float scale_behind(const int8_t* codes) {
+    float scale;
+    __builtin_memcpy(&scale, codes, sizeof(scale));
+    return scale;
+}
+inline float scale_behind(const e4m3*) {
+    return 1.0f;
+}
+
 // The codes as numbers, which bfloat16 has all of; returns the scale. `width` is a multiple of 8.
-template <class T>
-inline float decode_head(const int8_t* codes, int64_t width, T* out) {
+template <class Code, class T>
+inline float decode_head(const Code* codes, int64_t width, T* out) {
     int64_t i = 0;
     for (; i + Vec::W <= width; i += Vec::W)
         widen(codes + i).store(out + i);
     if (i < width) {  // half a vector
-        int8_t rest[Vec::W] = {};
+        Code rest[Vec::W] = {};
         __builtin_memcpy(rest, codes + i, Vec::W / 2);
         widen(rest).store(out + i, Vec::W / 2);
     }
-    float scale;
-    __builtin_memcpy(&scale, codes + width, kScaleBytes);
-    return scale;
+    return scale_behind(codes + width);
 }
 
 }  // namespace batchinfer::BATCHINFER_ISA

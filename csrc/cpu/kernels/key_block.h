@@ -22,7 +22,7 @@ struct CacheShape {
     int64_t padded;     // the same, up to whole pairs of vectors
     bool paired;        // values are read as words of two positions of one column
 
-    bool codes() const { return a.cache_dtype == Dtype::int8; }
+    bool codes() const { return a.cache_dtype == Dtype::int8 || a.cache_dtype == Dtype::e4m3; }
 };
 
 // Calls f(first, count, byte) for every stretch of the positions that lies in one page, from `byte` of the cache on.
@@ -109,7 +109,7 @@ struct KeyBlock {
     void load(const CacheShape& c, const Positions& p, Ahead& ahead) const {
         const uint32_t* key[kKeyBlock];
         if (c.codes()) {
-            c.paired ? decode<bf16>(c, p) : decode<float>(c, p);
+            c.a.cache_dtype == Dtype::int8 ? decode<int8_t>(c, p) : decode<e4m3>(c, p);
             for (int64_t t = 0; t < p.count; ++t)
                 key[t] = key_rows + t * c.words;
         } else {
@@ -142,12 +142,16 @@ struct KeyBlock {
     }
 
     // Codes -> rows of numbers, one run of values.
-    template <class T>
+    template <class Code>
     void decode(const CacheShape& c, const Positions& p) const {
+        c.paired ? decode_as<bf16, Code>(c, p) : decode_as<float, Code>(c, p);
+    }
+    template <class T, class Code>
+    void decode_as(const CacheShape& c, const Positions& p) const {
         const int64_t width = c.a.head_width;
         for_pages(c, p, [&](int64_t t, int64_t n, int64_t at) {
-            const auto* k = static_cast<const int8_t*>(c.a.k_cache) + at;
-            const auto* v = static_cast<const int8_t*>(c.a.v_cache) + at;
+            const auto* k = static_cast<const Code*>(c.a.k_cache) + at;
+            const auto* v = static_cast<const Code*>(c.a.v_cache) + at;
             for (const int64_t end = t + n; t < end; ++t, k += c.row_bytes, v += c.row_bytes) {
                 key_scales[t] = decode_head(k, width, reinterpret_cast<T*>(key_rows + t * c.words));
                 value_scales[t] = decode_head(v, width, reinterpret_cast<T*>(value_rows + t * c.words));

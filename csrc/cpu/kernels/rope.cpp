@@ -41,11 +41,11 @@ void write_head(const RopeAndCacheArgs& a, const float* x, const float* norm, co
 }
 
 template <class T>
-constexpr bool kCodes = __is_same(T, int8_t);
+constexpr bool kCodes = __is_same(T, int8_t) || __is_same(T, e4m3);
 
 template <class T>
 void rope_and_cache_as(const RopeAndCacheArgs& a, int64_t begin, int64_t end) {
-    const int64_t width = a.head_width, row = kCodes<T> ? width + kScaleBytes : width, head_stride = a.page_size * row;
+    const int64_t width = a.head_width, row = width + kScaleBytes<T>, head_stride = a.page_size * row;
     for (int64_t t = begin; t < end; ++t) {
         const float* q = a.qkv + t * (a.heads + 2 * a.kv_heads) * width;
         const float* k = q + a.heads * width;
@@ -93,6 +93,8 @@ void rope_and_cache(const RopeAndCacheArgs& a, int64_t begin, int64_t end) {
             return rope_and_cache_as<bf16>(a, begin, end);
         case Dtype::int8:
             return rope_and_cache_as<int8_t>(a, begin, end);
+        case Dtype::e4m3:
+            return rope_and_cache_as<e4m3>(a, begin, end);
     }
 }
 

@@ -9,8 +9,8 @@
 namespace batchinfer {
 
 // Of weights and caches. On the CPU activations are float32, but for what only a matrix product reads (`out_dtype`).
-// int8 is of caches alone: a row of one is head_width signed codes and their scale, float32.
-enum class Dtype : int32_t { float32 = 0, bfloat16 = 1, int8 = 2 };
+// Of caches alone are int8, a row of which is head_width signed codes and their scale, float32, and e4m3.
+enum class Dtype : int32_t { float32 = 0, bfloat16 = 1, int8 = 2, e4m3 = 3 };
 
 struct EmbedArgs {
     const int32_t* ids;  // [tokens]
