@@ -1,11 +1,13 @@
 """Lines of the OpenAI batch API: requests -> rows, rows -> results.
 
 The formats are those of "Batch API" in OpenAI's API reference: a request is {custom_id, method, url, body}, a result
-{id, custom_id, response, error}. Taken are chat and text completions without tools, images or grammars.
+{id, custom_id, response, error}. Taken are chat and text completions without tools or images, and the settings of
+sampling that vLLM adds to a body.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -39,14 +41,20 @@ SAMPLING: dict[str, tuple[str, pa.DataType, Any]] = {
     "include_stop_str_in_output": ("include_stop", pa.bool_(), bool),
     "skip_special_tokens": ("skip_special_tokens", pa.bool_(), bool),
     "truncate_prompt_tokens": ("truncate_prompt_tokens", pa.int64(), int),
+    "prompt_logprobs": ("prompt_logprobs", pa.int64(), int),
+    "stop_token_ids": ("stop_token_ids", pa.list_(pa.int64()), list),
+    "allowed_token_ids": ("allowed_token_ids", pa.list_(pa.int64()), list),
+    "bad_words": ("bad_words", pa.list_(pa.string()), list),
 }
 """Key of a body -> (sampling field, its column's type, the types that JSON may give)."""
+
+FORMS = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
+"""Key of vLLM's structured_outputs -> sampling field."""
 
 WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none",),
     "echo": (False,),
@@ -115,7 +123,8 @@ class Requests:
         row |= _sampling(place, rest, url)
         for key, item in rest.items():
             if item not in NEUTRAL.get(key, ()):
-                known = ", ".join(sorted({*SAMPLING, "stop", "logprobs", "top_logprobs"}))
+                others = ("stop", "logprobs", "top_logprobs", "response_format", "structured_outputs")
+                known = ", ".join(sorted({*SAMPLING, *others}))
                 raise _refused(place, f"body.{key}={item!r} is not supported; supported are {known}")
         return row
 
@@ -123,18 +132,40 @@ class Requests:
 def _sampling(place: str, rest: dict[str, Any], url: str) -> dict[str, Any]:
     """The sampling columns; what they use is taken out of ``rest``."""
     row: dict[str, Any] = {}
-    for key, (field, _, kinds) in SAMPLING.items():
+    for key, (field, column, kinds) in SAMPLING.items():
         value = _take(place, rest, key, kinds)
+        if kinds is list:
+            _check_items(place, key, value, str if column.value_type == pa.string() else int)
         if value is not None:
             row[f"sampling_{field}"] = _biases(place, value) if kinds is dict else value
     stop = _take(place, rest, "stop", (str, list))
     if stop is not None:
         row["sampling_stop"] = [stop] if isinstance(stop, str) else stop
+        _check_items(place, "stop", row["sampling_stop"], str)
     top = _take(place, rest, "top_logprobs", int)
     logprobs = _take(place, rest, "logprobs", bool if url == CHAT else int)
     if logprobs is not None and logprobs is not False:
         row["sampling_logprobs"] = (top or 0) if url == CHAT else logprobs
-    return row
+    return row | _form(place, rest)
+
+
+def _form(place: str, rest: dict[str, Any]) -> dict[str, Any]:
+    """What the text must be, in OpenAI's way or vLLM's; taken out of ``rest``."""
+    wanted, asked = _take(place, rest, "response_format", dict), _take(place, rest, "structured_outputs", dict)
+    if wanted and wanted.get("type") != "text":
+        types = {"json_object": {"schema": {"type": "object"}}, "json_schema": wanted.get("json_schema")}
+        named = types.get(str(wanted.get("type")))
+        if not isinstance(named, dict) or "schema" not in named:
+            allowed = "text, json_object, and json_schema with json_schema.schema"
+            raise _refused(place, f"body.response_format={wanted!r} is not supported; allowed types: {allowed}")
+        return {"sampling_json_schema": json.dumps(named["schema"])}
+    given = {key: value for key, value in (asked or {}).items() if value not in (None, False)}
+    if not given:
+        return {}
+    ((key, value), *more) = given.items()
+    if more or key not in FORMS or not isinstance(value, (list,) if key == "choice" else (str, dict)):
+        raise _refused(place, f"body.structured_outputs={asked!r} is not supported; give one of {', '.join(FORMS)}")
+    return {f"sampling_{FORMS[key]}": json.dumps(value) if isinstance(value, dict) else value}
 
 
 def _biases(place: str, value: dict[str, Any]) -> list[tuple[int, float]]:
@@ -154,6 +185,12 @@ def _take(place: str, rest: dict[str, Any], key: str, kinds: Any) -> Any:
     return value
 
 
+def _check_items(place: str, key: str, values: list[Any] | None, kind: type) -> None:
+    for value in values or ():
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise _refused(place, f"body.{key}={values!r} must be a list of {kind.__name__}")
+
+
 def _message(place: str, message: Any) -> dict[str, str | None]:
     """Role and content. Content in parts is joined; parts that are not text, and calls of tools, are refused."""
     if not isinstance(message, dict):
@@ -170,7 +207,8 @@ def _message(place: str, message: Any) -> dict[str, str | None]:
 
 
 def _kind(name: str) -> pa.DataType:
-    special = {"messages": MESSAGES, "sampling_stop": pa.list_(pa.string()), "sampling_logprobs": pa.int64()}
+    texts = pa.list_(pa.string())
+    special = {"messages": MESSAGES, "sampling_stop": texts, "sampling_choice": texts, "sampling_logprobs": pa.int64()}
     sampling = {f"sampling_{field}": kind for field, kind, _ in SAMPLING.values()}
     return special.get(name) or sampling.get(name) or pa.string()
 

@@ -308,14 +308,27 @@ def named_architecture(name: str) -> tuple[str, Head] | None:
     return None
 
 
+def _stem(name: str) -> str:
+    return re.sub(r"(For[A-Z]\w*|LMHeadModel|Model)$", "", name).lower()
+
+
+def _alike(one: str, other: str) -> int:
+    """Letters at the beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def unknown_architecture(name: str, key: str, known: list[str], where: str, remote_code: bool = False) -> ModelError:
-    """The error for a model of another architecture, with the nearest of those that work."""
+    """The error for a model of another architecture, with the nearest of those that work: by the longest beginning that
+    the names share without what they end with, from three letters on, else by their letters, else Llama, after which
+    most are modelled."""
     if not name:
         return ModelError(f"{where} does not name its architecture ({key}); supported are {', '.join(known)}")
-    stems = {other.removesuffix("ForCausalLM").lower(): other for other in known}
-    near = difflib.get_close_matches(name.removesuffix("ForCausalLM").lower(), stems, 1, 0.5)
+    stems = {_stem(other): other for other in known}
+    shared = max(stems, key=lambda stem: _alike(stem, _stem(name)))
+    if _alike(shared, _stem(name)) < 3:
+        (shared, *_) = [*difflib.get_close_matches(_stem(name), stems, 1), *stems]
     return ModelError(
         f"{where}: the architecture {name!r} is not supported; supported are {', '.join(known)}"
-        + (f" (the nearest is {stems[near[0]]})" if near else "")
+        f" (the nearest is {stems[shared]})"
         + (". The model brings its own Python code (auto_map), which is never run" if remote_code else "")
     )

@@ -102,6 +102,28 @@ def test_biases_and_what_vllm_adds(tmp_path: Path) -> None:
     assert "logit_bias: sampling_logit_bias" in made.settings[-1]
 
 
+def test_forms(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
+    asked = [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}},
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"choice": ["yes", "no"]}, "stop_token_ids": [5], "bad_words": ["no"]},
+        {"structured_outputs": {"regex": "a+", "json": None, "disable_any_whitespace": False}},
+        {"structured_outputs": {"json": schema}},
+        {"structured_outputs": {"grammar": "root ::= [ab]"}},
+    ]
+    source = lines(tmp_path / "in.jsonl", *(request(str(i), **body) for i, body in enumerate(asked)))
+    made = convert(source, str(tmp_path / "out.parquet"))
+    rows = pq.read_table(made.path).to_pylist()
+    schemas = [row["sampling_json_schema"] and json.loads(row["sampling_json_schema"]) for row in rows]
+    assert schemas == [schema, {"type": "object"}, None, None, schema, None]
+    assert [row["sampling_choice"] for row in rows] == [None, None, ["yes", "no"], None, None, None]
+    assert rows[3]["sampling_regex"] == "a+"
+    assert rows[5]["sampling_grammar"] == "root ::= [ab]"
+    assert (rows[2]["sampling_stop_token_ids"], rows[2]["sampling_bad_words"]) == ([5], ["no"])
+    assert "json_schema: sampling_json_schema" in made.settings[-1]
+
+
 @pytest.mark.parametrize(
     ("second", "says"),
     [
@@ -113,6 +135,12 @@ def test_biases_and_what_vllm_adds(tmp_path: Path) -> None:
         (request("b", messages=["hi"]), "a message is not an object"),
         (request("b", logit_bias={"x": 1}), "body.logit_bias={'x': 1} must map token ids to numbers"),
         (request("b", logit_bias=[5]), "body.logit_bias=[5] must be dict"),
+        (request("b", stop=["x", 5]), "body.stop=['x', 5] must be a list of str"),
+        (request("b", stop_token_ids=["x"]), "body.stop_token_ids=['x'] must be a list of int"),
+        (request("b", response_format={"type": "xml"}), "body.response_format={'type': 'xml'} is not supported"),
+        (request("b", response_format={"type": "json_schema"}), "body.response_format="),
+        (request("b", structured_outputs={"json": {}, "regex": "a"}), "give one of json, regex, choice, grammar"),
+        (request("b", structured_outputs={"structural_tag": "x"}), "body.structured_outputs="),
         (request("b") | {"url": "/v1/embeddings"}, "url='/v1/embeddings' is not supported"),
         (request("b") | {"url": "/v1/completions"}, "differs from that of the first line"),
         ({"prompt": "x"}, "no custom_id and body"),

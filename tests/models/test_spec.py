@@ -202,6 +202,8 @@ def test_experts() -> None:
         ({"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 makes 3 of"),
         ({"architectures": ["DeepseekV32ForCausalLM"]}, "nearest is DeepseekV3ForCausalLM"),
         ({"architectures": ["Phi4ForCausalLM"]}, "nearest is Phi3ForCausalLM"),
+        ({"architectures": ["Qwen2VLForConditionalGeneration"]}, "nearest is Qwen2ForCausalLM"),
+        ({"architectures": ["FalconForCausalLM"]}, "nearest is LlamaForCausalLM"),
         (
             {"quantization_config": {"quant_method": "exl2"}},
             r"has quant_method='exl2', which is not supported; it must be one of 'fp8', .*'awq'.* use",
