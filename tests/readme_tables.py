@@ -29,7 +29,7 @@ def feature_matrix() -> str:
     found: dict[tuple[str, str], set[str]] = defaultdict(set)
     for path in sorted(TESTS.rglob("test_*.py")):
         for test in ast.walk(ast.parse(path.read_text())):
-            for node in test.decorator_list if isinstance(test, ast.FunctionDef) else []:
+            for node in _marks_of(test):
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "feature":
                     area, feature = (ast.literal_eval(argument) for argument in node.args)
                     found[area, feature].add(f"`{path.relative_to(TESTS).as_posix()}`{_device_of(test)}")
@@ -37,9 +37,18 @@ def feature_matrix() -> str:
     return "\n".join(["| area | feature | proved by, in tests/ |", "|---|---|---|", *lines])
 
 
-def _device_of(test: ast.FunctionDef) -> str:
+def _marks_of(statement: ast.AST) -> list[ast.AST]:
+    """Of a test, or of all tests of a file (``pytestmark``)."""
+    if isinstance(statement, ast.FunctionDef):
+        return list(statement.decorator_list)
+    if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "pytestmark":
+        return list(ast.walk(statement.value))
+    return []
+
+
+def _device_of(test: ast.AST) -> str:
     """What the fixtures of tests/gpu/conftest.py say. What has run on a GPU is in tests/gpu/RESULTS.md."""
-    fixtures = {argument.arg for argument in test.args.args}
+    fixtures = {argument.arg for argument in test.args.args} if isinstance(test, ast.FunctionDef) else set()
     if "real_gpu" in fixtures:
         return " (needs a GPU: not in CI)"
     if "quick_gpu" in fixtures:

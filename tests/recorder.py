@@ -41,17 +41,19 @@ NO_OPS = frozenset({"activations", "linear_inputs", "zeros"})
 
 _OF_THEIR_NAME = "rms_norm silu_mul gelu_mul rope_and_cache copy_pages plan_attention attention sample"
 FUNCTIONS = {op: op for op in _OF_THEIR_NAME.split()}
-FUNCTIONS |= {"embed": "lookup", "gather_rows": "lookup", "gated_linear": "silu_mul"}
+FUNCTIONS |= {"embed": "lookup", "gather_rows": "lookup"}
 """Ops with kernels in csrc/gpu and csrc/sycl, and the extension's functions."""
 
-BY_TORCH = dict.fromkeys(
-    ("pack_weight", "linear", "add", "softcap", "activate", "attend_texts", "copy", "sink"), "torch"
-)
-_GPU = BY_TORCH | {"layer_norm": "torch", "mix_experts": "Triton"}
+_EASY = dict.fromkeys(("add", "softcap", "activate", "attend_texts", "copy", "sink"), "torch")
+_GPU = _EASY | {"pack_weight": "torch", "linear": "torch", "layer_norm": "torch", "mix_experts": "Triton"}
+_GPU |= {"gated_linear": "other ops"}
 NO_KERNEL = {
-    "cpu": {"attend_texts": "torch", "copy": "numpy", "sink": "numpy", "mix_experts": "other ops"},
+    "cpu": {
+        **{"attend_texts": "torch", "copy": "numpy", "sink": "numpy"},
+        **{"copy_pages": "memcpy", "mix_experts": "other ops"},
+    },
     **{"cuda": _GPU, "rocm": _GPU, "xpu": _GPU},
-    "triton": BY_TORCH,
+    "triton": _EASY | {"gated_linear": "other ops"},  # products with codes are Triton's
 }
 """Ops for which a backend has no kernel of its own, and what serves them: there is nothing of ours to emulate, to
 interpret or to compile."""

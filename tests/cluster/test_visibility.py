@@ -7,6 +7,10 @@ import pytest
 from batchinfer.cluster.visibility import check_visibility, intel_devices, own_slice
 from batchinfer.types import ExitCode, JobError
 
+pytestmark = pytest.mark.feature(
+    "job", "ranks and their GPUs: slices (MIG), UUIDs, tiles of Intel's in every hierarchy"
+)
+
 AURORA = [2, 2, 2]
 """Tiles of the cards: a piece of a node with Data Center GPU Max 1550."""
 

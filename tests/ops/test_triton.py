@@ -4,6 +4,7 @@ is compiled is kept."""
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -16,6 +17,10 @@ from batchinfer.ops.triton.blocks import attention_blocks, head_block, heads_tog
 from batchinfer.ops.triton.cache import use_local_cache
 
 ROOT = Path(__file__).parent.parent.parent
+TRITON = ROOT / "batchinfer/ops/triton"
+LAUNCHED = {name for path in TRITON.glob("*.py") for name in re.findall(r"launch\(\s*\w+\.(\w+),", path.read_text())}
+"""Every kernel of the backend."""
+
 INTERPRETED = Path(__file__).parent / "interpreted"
 
 
@@ -38,6 +43,7 @@ def test_compiles_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     # All of them; attention's in two widths and over a cache of e4m3, for prompts and for decoding; products of 2
     # sizes, clamped, or of 2 sorts of codes; routing with groups of experts and without.
     assert len(kernels) == (33 if name == "sm_90" else 32)
+    assert {kernel.split()[0] for kernel in kernels} == LAUNCHED - ({"encode_rows"} if name != "sm_90" else set())
     needs = {name: need(kernel) for name, kernel in kernels.items()}
     assert {name: it for name, it in needs.items() if it.spilled > limits.spills.get(name, 0)} == {}
     assert {name: it for name, it in needs.items() if it.shared > limits.shared} == {}
