@@ -84,12 +84,12 @@ class Step:
     def new_seqs(self) -> _Int64:
         """The sequences that got ``new_slots``."""
     @property
-    def copied_row(self) -> _Int32:
-        """[C], C <= max_step_tokens; index into the T tokens: the K/V of these goes to other places too, of sequences
-        with the same prompt, before any token attends."""
+    def copy_source(self) -> _Int32:
+        """[C], C <= max_slots; pages whose K/V, once that of the step's tokens is in them, and before any token
+        attends, goes to pages of other sequences with the same prompt."""
     @property
-    def copied_index(self) -> _Int64:
-        """[C]; the places, as in ``kv_index``."""
+    def copy_target(self) -> _Int32:
+        """[C]; those pages, none twice, and none of them a source."""
     @property
     def page_table(self) -> _Int32:
         """[max_slots, ceil(max_seq_len / page_size)]; the scheduler's own table, the same for all steps: a later
@@ -149,6 +149,8 @@ class Scheduler:
     def limit_prompts(self, step_tokens: int) -> None:
         """From now on a step takes prompt tokens only up to ``step_tokens`` tokens in all (0: max_step_tokens again);
         its decodes go on, however many they are. ValueError for a negative number."""
+    def forget_prefixes(self) -> None:
+        """Free the pages that the prefix cache keeps of closed sequences."""
     def tokens_left(self) -> _Int64:
         """How many more tokens each open sequence is taken to generate, int64 [num_open] in no order: what admission
         reckons with."""

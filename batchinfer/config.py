@@ -228,7 +228,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "output.compression": ("zstd", "snappy", "lz4", "gzip", "none"),
     "engine.device": ("auto", "cpu", "cuda", "rocm", "xpu", "reference"),
     "engine.ops": ("auto", "native", "triton"),
-    "engine.dtype": ("auto", "bf16", "fp32"),
+    "engine.dtype": ("auto", "bf16", "fp16", "fp32"),
     "engine.kv_dtype": ("auto", "bf16", "fp32", "fp8", "int8"),
     "engine.weights": ("auto", "keep", "int8"),
     "cluster.mpi": ("auto", "on", "off"),

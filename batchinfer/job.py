@@ -42,6 +42,9 @@ from batchinfer.pipeline import Feeder, OpenChunk, Writer
 from batchinfer.report import Counters, Progress, say, summary, total
 from batchinfer.types import Chunk, Completion, ExitCode, JobError, PoolSpec, Request, exit_code
 
+WORTH_MEASURING = 60.0
+"""Seconds of computing: what the device reaches at most is measured in one."""
+
 
 class EngineLoader(Protocol):
     def __call__(
@@ -335,10 +338,27 @@ def _close(config: Config, opening: Opening, ledger: Ledger, counters: Counters,
     success = ledger.finish({"attempt": opening.attempt, "ranks": ranks, **times})
     code = attempts.code_of_counts(success["counts"], config.job.max_error_fraction)
     attempts.end(opening.path, opening.number, {"exit_code": code, **attempt, "job": success["counts"]})
-    print(summary(success["counts"], counters, times, ranks, opening.path), file=sys.stderr, flush=True)
+    shares = _roofline(config, counters, times["computing_seconds"])
+    print(summary(success["counts"], counters, times, ranks, opening.path, shares), file=sys.stderr, flush=True)
     if code == ExitCode.TOO_MANY_ERRORS:
         say(f"more rows failed than job.max_error_fraction={config.job.max_error_fraction:g} allows: exit code {code}")
     return code
+
+
+def _roofline(config: Config, counters: Counters, seconds: float) -> tuple[float, float] | None:
+    """Shares of the device's time in prefill and decode steps that no device could have saved; None where measuring
+    what this one reaches would take a notable part of the job's time, or fails, as others have its memory."""
+    if seconds < WORTH_MEASURING or not counters.prefill.least_flops:
+        return None
+    from batchinfer.engine.kv_dtype import DTYPES
+    from batchinfer.engine.probe import measure
+    from batchinfer.engine.roofline import roofline_share
+
+    try:
+        ceilings = measure(config.engine, DTYPES[config.engine.dtype])
+    except (RuntimeError, MemoryError, JobError):
+        return None
+    return roofline_share(counters.prefill, ceilings), roofline_share(counters.decode, ceilings)
 
 
 def _pause(opening: Opening, ledger: Ledger, reason: str, attempt: dict[str, Any], code: int) -> int:

@@ -88,7 +88,7 @@ class Loop:
     def __post_init__(self) -> None:
         self._planner = Planner(self.engine, self.reorder)
         self._lack = dict.fromkeys(LACKS, 0.0)
-        self._meter = Meter(self.engine.stats, self._seconds)
+        self._meter = Meter(self.engine.stats, self._seconds, lambda: self._planner.shared_tokens)
 
     def run(self) -> None:
         """JobError(71) if the engine fails: another attempt may do without the row that made it fail."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import resource
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TextIO
 
-from batchinfer.types import Completion, EngineStats
+from batchinfer.types import Completion, EngineStats, StepWork
 
 TERMINAL_SECONDS = 0.5
 """Between two looks of the live line."""
@@ -32,7 +33,8 @@ BESIDE = ("read", "tokenise", "commit")
 class Counters:
     """The state of one rank, or of several added up. Rows and tokens count from the start of this attempt; ``running``
     (sequences), ``pages_used`` and ``pages_total`` are of this moment. ``seconds``: how long what took or waited, see
-    :func:`stages`."""
+    :func:`stages`. ``shared_prompt_tokens``: what a cache could have found among rows that were ordered together; 0
+    where none were. ``host_bytes``, ``device_bytes``: most memory in use, of several ranks the largest."""
 
     rows: int = 0
     failed: int = 0
@@ -42,15 +44,23 @@ class Counters:
     pages_used: int = 0
     pages_total: int = 0
     cached_prompt_tokens: int = 0
+    needed_prompt_tokens: int = 0
+    shared_prompt_tokens: int = 0
     pages_peak: int = 0
     preemptions: int = 0
     steps: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    prefill: StepWork = field(default_factory=StepWork)
+    decode: StepWork = field(default_factory=StepWork)
+    device_idle: float = 0.0
+    host_bytes: int = 0
+    device_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __add__(self, other: Counters) -> Counters:
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "seconds"}
+        sums |= {name: max(getattr(self, name), getattr(other, name)) for name in ("host_bytes", "device_bytes")}
         names = [*self.seconds, *(name for name in other.seconds if name not in self.seconds)]
         return Counters(**sums, seconds={n: self.seconds.get(n, 0.0) + other.seconds.get(n, 0.0) for n in names})
 
@@ -62,15 +72,16 @@ def total(reports: Iterable[Counters | None]) -> Counters:
 
 class Meter:
     """Counts what comes out of one rank's engine. ``stats`` is the engine's method of that name, ``seconds`` tells the
-    times of the stages around it."""
+    times of the stages around it, ``shared`` what prompts have in common."""
 
     def __init__(
         self,
         stats: Callable[[], EngineStats],
         seconds: Callable[[], Mapping[str, float]] = dict,
+        shared: Callable[[], int] = int,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._stats, self._seconds, self._clock = stats, seconds, clock
+        self._stats, self._seconds, self._shared, self._clock = stats, seconds, shared, clock
         self._rows = self._failed = 0
         self._taken = -math.inf
         self._report = Counters()
@@ -95,11 +106,18 @@ class Meter:
                 pages_used=stats.pages_used,
                 pages_total=stats.pages_total,
                 cached_prompt_tokens=stats.cached_prompt_tokens,
+                needed_prompt_tokens=stats.needed_prompt_tokens,
+                shared_prompt_tokens=self._shared(),
                 pages_peak=stats.pages_peak,
                 preemptions=stats.preemptions,
                 steps=stats.steps,
                 drafted_tokens=stats.drafted_tokens,
                 accepted_tokens=stats.accepted_tokens,
+                prefill=replace(stats.prefill),
+                decode=replace(stats.decode),
+                device_idle=stats.device_idle,
+                host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                device_bytes=stats.device_bytes,
                 seconds={name: round(s, 3) for name, s in {**self._seconds(), **stats.step_seconds}.items()},
             )
         return self._report
@@ -187,10 +205,17 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def summary(counts: Mapping[str, int], attempt: Counters, times: Mapping[str, float], ranks: int, output: str) -> str:
+def summary(
+    counts: Mapping[str, int],
+    attempt: Counters,
+    times: Mapping[str, float],
+    ranks: int,
+    output: str,
+    shares: tuple[float, float] | None = None,
+) -> str:
     """The closing lines. ``counts`` are the whole job's (keys ok, error, error:CODE, prompt_tokens,
     completion_tokens), ``attempt`` and ``times`` this attempt's: "seconds" in all, and "computing_seconds" without
-    the loading of the model, to which the rate refers."""
+    the loading of the model, to which the rate refers. ``shares`` as in :func:`stages`."""
     codes = {key.partition(":")[2]: n for key, n in sorted(counts.items()) if key.startswith("error:")}
     errors = f" ({', '.join(f'{code} {n:,}' for code, n in codes.items())})" if codes else ""
     rate = attempt.output_tokens / max(times["computing_seconds"], 1e-9)
@@ -200,24 +225,28 @@ def summary(counts: Mapping[str, int], attempt: Counters, times: Mapping[str, fl
             f"rows       {counts['ok'] + counts['error']:,}: {counts['ok']:,} ok, {counts['error']:,} failed{errors}",
             f"tokens     {counts['prompt_tokens']:,} prompt, {counts['completion_tokens']:,} output",
             f"this run   {attempt.rows:,} rows in {took}, {rate:,.1f} output tok/s after loading",
-            *stages(attempt, times["computing_seconds"] * ranks),
+            *stages(attempt, times["computing_seconds"] * ranks, shares),
             f"output     {output}",
         ]
     )
 
 
-def stages(attempt: Counters, seconds: float) -> list[str]:
+def stages(attempt: Counters, seconds: float, roofline: tuple[float, float] | None = None) -> list[str]:
     """Lines on who waited for whom, in shares of ``seconds`` of computing, all ranks together; none if no step was
     computed. "waited": for what the engine had to wait while it could have taken more rows, the end of the job, when
     there are none, included; "backlog": for the writer. "worked": what threads did beside the engine, and the engine's
-    own parts."""
+    own parts. "device": its time by kind of step; ``roofline``: the shares of prefill's and decode's that no device
+    could have saved."""
     if not attempt.steps:
         return []
 
     def shares(names: Iterable[str]) -> str:
         return ", ".join(f"{n} {attempt.seconds[n] / max(seconds, 1e-9):.1%}" for n in names if n in attempt.seconds)
 
-    cached = attempt.cached_prompt_tokens / max(attempt.prompt_tokens, 1)
+    needed = max(attempt.needed_prompt_tokens, 1)
+    found = f"{attempt.cached_prompt_tokens / needed:.1%} of the prompt tokens found"
+    if attempt.shared_prompt_tokens:
+        found += f" ({attempt.shared_prompt_tokens / needed:.1%} could be)"
     peak = attempt.pages_peak / max(attempt.pages_total, 1)
     drafts = []
     if attempt.drafted_tokens:
@@ -226,14 +255,33 @@ def stages(attempt: Counters, seconds: float) -> list[str]:
         drafts = [
             f"drafts     {right:.1%} of {attempt.drafted_tokens:,} tokens right, {each:.2f} tokens a sample and step"
         ]
+    on_device = f", {attempt.device_bytes / 1e9:.1f} GB of a GPU" if attempt.device_bytes else ""
     own = [name for name in attempt.seconds if name not in (*WAITS, *BESIDE)]
     return [
         f"waited     {shares(WAITS)}",
         f"worked     {shares(BESIDE)}; engine: {shares(own)}",
-        f"cache      {cached:.1%} of the prompt tokens found, {peak:.0%} of the KV pages used at most, "
+        f"device     {_device(attempt, roofline)}",
+        f"memory     {attempt.host_bytes / 1e9:.1f} GB of a host{on_device} at most in a rank",
+        f"cache      {found}, {peak:.0%} of the KV pages used at most, "
         f"{attempt.preemptions:,} preemptions in {attempt.steps:,} steps",
         *drafts,
     ]
+
+
+def _device(attempt: Counters, roofline: tuple[float, float] | None) -> str:
+    """prefill 5 steps, 8,192 tokens/s, 61.0% of the roofline; decode ...; 0.4% idle. A prefill step has prompt tokens
+    among others."""
+    parts = []
+    busy = attempt.prefill.seconds + attempt.decode.seconds
+    for i, (kind, work) in enumerate((("prefill", attempt.prefill), ("decode", attempt.decode))):
+        if not work.steps:
+            continue
+        share = f", {roofline[i]:.1%} of the roofline" if roofline else ""
+        rate = work.tokens / max(work.seconds, 1e-9)
+        parts.append(
+            f"{kind} {work.steps:,} steps of {1000 * work.seconds / work.steps:,.1f} ms, {rate:,.0f} tok/s{share}"
+        )
+    return "; ".join([*parts, f"{attempt.device_idle / max(busy + attempt.device_idle, 1e-9):.1%} idle"])
 
 
 def say(text: str) -> None:

@@ -7,7 +7,6 @@ completions to rows; the engine never learns what a row is.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Literal
@@ -180,11 +179,6 @@ class SamplingParams:
         return any(getattr(self, name) for name in CONSTRAINTS)
 
     @property
-    def needs_tokens(self) -> bool:
-        """Whether the host must know all tokens so far before the next can be chosen."""
-        return self.penalised or self.constrained or bool(self.bad_words)
-
-    @property
     def samples(self) -> int:
         """How many are generated."""
         return max(self.n, self.best_of)
@@ -330,8 +324,8 @@ class StepWork:
     """What the steps of one kind computed, and how long the device took for it; sums.
 
     ``context``: positions whose keys and values were read, each sequence's on its own; ``pairs``: (query, key) pairs of
-    attention; ``sizes``: how many steps had how many tokens. With the model's shape they give the least time that the
-    steps could have taken (roofline.py).
+    attention; ``least_flops``, ``least_bytes``: what the steps could not do without, computed and read (roofline.py; 0
+    of an encoder).
     """
 
     steps: int = 0
@@ -340,7 +334,11 @@ class StepWork:
     samples: int = 0
     context: int = 0
     pairs: int = 0
-    sizes: Counter[int] = field(default_factory=Counter)
+    least_flops: float = 0.0
+    least_bytes: float = 0.0
+
+    def __add__(self, other: StepWork) -> StepWork:
+        return StepWork(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def __sub__(self, before: StepWork) -> StepWork:
         return StepWork(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
@@ -352,6 +350,7 @@ class EngineStats:
 
     steps: int = 0
     prompt_tokens: int = 0
+    needed_prompt_tokens: int = 0  # each sample's own, as if there were no cache
     cached_prompt_tokens: int = 0
     output_tokens: int = 0
     preemptions: int = 0
@@ -368,6 +367,7 @@ class EngineStats:
         default_factory=StepWork
     )  # steps with tokens of prompts, and all that decodes beside them
     device_idle: float = 0.0  # seconds between steps; waits for the host within a step are part of it
+    device_bytes: int = 0  # most memory of a GPU that was in use; 0 where the host's is
     step_seconds: dict[str, float] = field(default_factory=dict)  # schedule, forward, sample, output
 
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import recorder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -16,6 +17,12 @@ with suppress(ModuleNotFoundError):  # a machine with a GPU runs tests/gpu, whic
 
     settings.register_profile("any machine", deadline=None)  # no test depends on how fast it is
     settings.load_profile("any machine")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (plugin := recorder.start()) is not None:
+        config.pluginmanager.register(plugin)
+
 
 PROMPTS = Path(__file__).parent.parent / "examples" / "prompts.parquet"
 

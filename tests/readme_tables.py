@@ -12,7 +12,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from models.drawn_models import CONFIGS, FAMILIES
+import hardware_matrix
+from models.drawn_models import FAMILIES
 from models.tiny_models import BF16, GGUF, TINY
 
 from batchinfer.models.architectures import ARCHITECTURES, GGUF_ARCHITECTURES
@@ -113,10 +114,13 @@ def parity() -> str:
         logits = len(tiny[name]) or ""
         bf16 = "yes" if set(tiny[name]) & set(BF16) else ""
         gguf = "yes" if set(tiny[name]) & set(GGUF) else ""
-        greedy = CONFIGS if name in FAMILIES else ""
-        lines.append(f"| `{name}` | {logits} | {greedy} | {bf16} | {gguf} |")
-    checks = ("logits, reference and CPU: models", "greedy tokens, CPU: random configs", "bf16 logits near", "GGUF")
-    return "\n".join([f"| architecture | {' | '.join(checks)} |", "|---|---|---|---|---|", *lines])
+        ropes = FAMILIES[name].ropes
+        kinds = "none" if not ropes else "all" if ropes == ROPE_TYPES else ", ".join(ropes)
+        greedy = FAMILIES[name].configs_of_a_rope_type * (len(ropes) or 1)
+        lines.append(f"| `{name}` | {logits} | {greedy} | {kinds} | {bf16} | {gguf} |")
+    checks = ["logits, reference and CPU: models", "greedy tokens, CPU: random configs", "their rope types"]
+    checks += ["bf16 logits near", "GGUF"]
+    return "\n".join([f"| architecture | {' | '.join(checks)} |", "|---|---|---|---|---|---|", *lines])
 
 
 def tree() -> str:
@@ -135,6 +139,7 @@ TABLES = {
     "models": models,
     "parity": parity,
     "feature matrix": feature_matrix,
+    "hardware": hardware_matrix.table,
     "modules": tree,
 }
 

@@ -89,7 +89,7 @@ RERANK = {"task.name": "rerank", "input.query_column": "q", "input.document_colu
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"engine.dtype": "fp16"}, "engine.dtype='fp16' is not allowed: it must be one of auto, bf16, fp32"),
+        ({"engine.dtype": "fp8"}, "engine.dtype='fp8' is not allowed: it must be one of auto, bf16, fp16, fp32"),
         ({"engine.device": "gpu0"}, "engine.device='gpu0' is not allowed: it must be one of auto, cpu"),
         ({"output.reasoning": "on"}, "output.reasoning='on' is not allowed: it must be one of off, auto"),
         ({**SCORE, "output.reasoning": "auto"}, "the task score generates no text"),

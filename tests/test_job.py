@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import threading
@@ -25,8 +26,10 @@ from batchinfer.cluster.world import World
 from batchinfer.config import MISSING, Config, from_dict, to_dict
 from batchinfer.data.audit import verify
 from batchinfer.data.prompts import row_seed
+from batchinfer.engine import probe
+from batchinfer.engine.roofline import Ceilings
 from batchinfer.inquire import show_plan, show_status, show_verify
-from batchinfer.types import ROW_BITS, Completion, ExitCode, JobError, Request
+from batchinfer.types import ROW_BITS, Completion, EngineStats, ExitCode, JobError, Request, StepWork
 
 
 def prompts(rows: int, offset: int = 0) -> list[str]:
@@ -88,6 +91,32 @@ def success(output: Path) -> dict[str, Any]:
 
 def never(*_: object, **__: object) -> FakeEngine:
     raise AssertionError("an engine was loaded for nothing")
+
+
+class Computing(FakeEngine):
+    """It says that its steps take a second each, and half of what one of a gigaflop and a gigabyte a second needs."""
+
+    def stats(self) -> EngineStats:
+        work = StepWork(steps=2, seconds=2.0, tokens=20, least_flops=0.5e9, least_bytes=1e9)
+        return dataclasses.replace(super().stats(), steps=4, prefill=work, decode=work)
+
+
+@pytest.mark.feature("job", "the summary of a run of a minute or more: share of the roofline, measured at its end")
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_long_run_is_held_against_what_the_device_reaches(
+    inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    def reached(*_: object) -> Ceilings:
+        if not fits:
+            raise MemoryError
+        return Ceilings(flops=1e9, bandwidth=1e9)
+
+    monkeypatch.setattr(job, "WORTH_MEASURING", 0.0)
+    monkeypatch.setattr(probe, "measure", reached)
+    assert run(configure(inputs, tmp_path / "out"), lambda *_, **__: Computing()) == ExitCode.COMPLETE
+    line = re.search("^device .*", capfd.readouterr().err, re.M)[0]
+    assert line.count("2 steps of 1,000.0 ms, 10 tok/s") == 2
+    assert line.count(", 50.0% of the roofline") == (2 if fits else 0)
 
 
 def test_one_output_row_per_input_row_in_order(inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import numpy as np
 import pytest
 
 from batchinfer.report import REPORT_SECONDS, Counters, Meter, Progress, duration, stages, summary, total
-from batchinfer.types import Completion, EngineStats, ErrorCode, RowError, Sample
+from batchinfer.types import Completion, EngineStats, ErrorCode, RowError, Sample, StepWork
 
 
 class Clock:
@@ -20,15 +21,18 @@ class Clock:
 
 def test_a_meter_counts_rows_and_looks_at_the_engine_now_and_then() -> None:
     clock, stats = Clock(), EngineStats(prompt_tokens=7, output_tokens=1, running=1, pages_used=2, pages_total=4)
-    meter = Meter(lambda: stats, lambda: {"reading": clock.now - 1000}, clock)
+    meter = Meter(lambda: stats, lambda: {"reading": clock.now - 1000}, lambda: 5, clock)
     first = meter.report()
-    assert first == Counters(0, 0, 7, 1, 1, 2, 4, seconds={"reading": 0.0})
+    want = Counters(0, 0, 7, 1, 1, 2, 4, shared_prompt_tokens=5, seconds={"reading": 0.0})
+    assert first.host_bytes > 10_000_000
+    assert first == dataclasses.replace(want, host_bytes=first.host_bytes)
     meter.count(Completion(0, 3, (Sample(np.zeros(1, np.int32), "a", "stop"),)))
     meter.count(Completion(1, 0, error=RowError(ErrorCode.NULL_PROMPT, "null")))
     stats.output_tokens = 9
     clock.now += REPORT_SECONDS / 2
     assert meter.report() is first
-    assert meter.report(fresh=True) == Counters(2, 1, 7, 9, 1, 2, 4, seconds={"reading": REPORT_SECONDS / 2})
+    fresh = meter.report(fresh=True)
+    assert (fresh.rows, fresh.failed, fresh.output_tokens, fresh.seconds) == (2, 1, 9, {"reading": REPORT_SECONDS / 2})
     stats.output_tokens = 10
     clock.now += REPORT_SECONDS
     assert meter.report().output_tokens == 10
@@ -112,23 +116,39 @@ def test_the_summary_tells_who_waited_for_whom() -> None:
     seconds = {"no chunk": 10.0, "reading": 5.0, "tokenising": 0.0, "idle": 4.0, "backlog": 1.0}
     seconds |= {"read": 6.0, "tokenise": 9.0, "commit": 2.0, "schedule": 0.5, "forward": 150.0}
     counters = Counters(
-        prompt_tokens=1000,
+        prompt_tokens=500,
         cached_prompt_tokens=380,
+        needed_prompt_tokens=1000,
+        shared_prompt_tokens=412,
         pages_peak=90,
         pages_total=100,
         preemptions=3,
         steps=7,
+        prefill=StepWork(steps=2, seconds=8.0, tokens=16_000),
+        decode=StepWork(steps=5, seconds=0.1, tokens=20),
+        device_idle=0.9,
+        host_bytes=2_500_000_000,
         seconds=seconds,
     )
     assert stages(counters, 200.0) == [
         "waited     no chunk 5.0%, reading 2.5%, tokenising 0.0%, idle 2.0%, backlog 0.5%",
         "worked     read 3.0%, tokenise 4.5%, commit 1.0%; engine: schedule 0.2%, forward 75.0%",
-        "cache      38.0% of the prompt tokens found, 90% of the KV pages used at most, 3 preemptions in 7 steps",
+        "device     prefill 2 steps of 4,000.0 ms, 2,000 tok/s; decode 5 steps of 20.0 ms, 200 tok/s; 10.0% idle",
+        "memory     2.5 GB of a host at most in a rank",
+        "cache      38.0% of the prompt tokens found (41.2% could be), 90% of the KV pages used at most, "
+        "3 preemptions in 7 steps",
     ]
+    on_gpu = dataclasses.replace(counters, device_bytes=77_900_000_000)
+    lines = stages(on_gpu + counters, 200.0, (0.61, 0.78))
+    assert lines[2].startswith(
+        "device     prefill 4 steps of 4,000.0 ms, 2,000 tok/s, 61.0% of the roofline; decode 10 "
+    )
+    assert lines[2].endswith("200 tok/s, 78.0% of the roofline; 10.0% idle")
+    assert lines[3] == "memory     2.5 GB of a host, 77.9 GB of a GPU at most in a rank"
 
 
 @pytest.mark.feature("job", "the summary tells how many draft tokens were right (engine.lookup)")
 def test_the_summary_tells_of_drafts() -> None:
     counters = Counters(steps=10, output_tokens=300, drafted_tokens=2000, accepted_tokens=100)
-    assert stages(counters, 1.0)[3:] == ["drafts     5.0% of 2,000 tokens right, 1.50 tokens a sample and step"]
-    assert len(stages(Counters(steps=10, output_tokens=300), 1.0)) == 3
+    assert stages(counters, 1.0)[5:] == ["drafts     5.0% of 2,000 tokens right, 1.50 tokens a sample and step"]
+    assert len(stages(Counters(steps=10, output_tokens=300), 1.0)) == 5

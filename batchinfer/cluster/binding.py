@@ -1,7 +1,8 @@
 """Which rank sits where: host, cores, NUMA domains, GPU. Gathered at the start, printed by rank 0, and checked.
 
 A :class:`Place` is plain data and every decision a function of places; the probes below read what Linux and the GPU's
-driver say to this process. Visibility variables that a launcher has set are obeyed and never changed.
+driver say to this process. Visibility variables that a launcher has set are obeyed (visibility.py), and never changed,
+but for lists of slices of a GPU (MIG), of which CUDA shows each process one.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from batchinfer.cluster.visibility import check_visibility, intel_devices, own_slice
 from batchinfer.types import ExitCode, JobError
 
 SHOWN = 64
 """Ranks in the printed table; a thousand lines help nobody."""
-
-VISIBILITY = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 
 NODES = Path("/sys/devices/system/node")
 PCI = Path("/sys/bus/pci/devices")
@@ -28,8 +28,9 @@ PCI = Path("/sys/bus/pci/devices")
 @dataclass(frozen=True)
 class Place:
     """One rank's. ``cpus`` it may run on, and the NUMA domains ``numa`` in which they lie. ``gpu`` is the PCI address
-    of the GPU that it will use, which lies in domain ``gpu_numa`` (None where unknown); "" if it uses none. ``uuid``:
-    of that GPU or of the slice of it (MIG) that the rank sees, where the driver tells. ``shares``: it computes on the
+    of the GPU that it will use, which lies in domain ``gpu_numa`` (None where unknown); "" if it uses none. ``part``:
+    the UUID of that GPU or of the slice of it (MIG) that the rank sees, where the driver tells, or Intel's "tile 1"; ""
+    is all of it. ``shares``: it computes on the
     CPU, and may do so with weights that another rank has packed (sharing.py)."""
 
     host: str
@@ -38,7 +39,7 @@ class Place:
     gpu: str = ""
     gpu_numa: int | None = None
     shares: bool = False
-    uuid: str = ""
+    part: str = ""
 
 
 def place(host: str, local_rank: int, gpus: bool, shares: bool = False) -> Place:
@@ -48,10 +49,12 @@ def place(host: str, local_rank: int, gpus: bool, shares: bool = False) -> Place
     if not gpus:
         return Place(host, cpus, numa, shares=shares)
     check_visibility(os.environ)
-    visible = _visible_gpus()
-    gpu, uuid = visible[gpu_index(local_rank, len(visible))] if visible else ("", "")
+    if mine := own_slice(os.environ, local_rank):
+        os.environ["CUDA_VISIBLE_DEVICES"] = mine
+    visible = _visible_gpus() or intel_gpus(os.environ)
+    gpu, part = visible[gpu_index(local_rank, len(visible))] if visible else ("", "")
     near = _read(PCI / gpu.lower() / "numa_node") if gpu else ""
-    return Place(host, cpus, numa, gpu, int(near) if near.isdecimal() else None, uuid=uuid)
+    return Place(host, cpus, numa, gpu, int(near) if near.isdecimal() else None, part=part)
 
 
 def gpu_index(local_rank: int, visible: int) -> int:
@@ -59,23 +62,12 @@ def gpu_index(local_rank: int, visible: int) -> int:
     return local_rank % visible
 
 
-def check_visibility(environment: Mapping[str, str]) -> None:
-    """JobError(69) if ROCR_VISIBLE_DEVICES is set together with HIP_ or CUDA_VISIBLE_DEVICES.
-
-    They compose: the indices of the latter count within what the former leaves, so that a rank gets the wrong GPU, or
-    none ("invalid device ordinal"); see AMD's "GPU isolation techniques"."""
-    given = [f"{name}={environment[name]}" for name in VISIBILITY[:3] if environment.get(name)]
-    if environment.get("ROCR_VISIBLE_DEVICES") and len(given) > 1:
-        text = f"{' and '.join(given)} are both set, and the second counts within the first: unset one of them, "
-        raise JobError(text + "best in the job script, before srun", ExitCode.UNFIT)
-
-
 def check_places(places: Sequence[Place]) -> None:
     """JobError(69) if two ranks use one GPU, or one slice of it. (Each would take it for its own, and its memory.)"""
     users: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for rank, at in enumerate(places):
         if at.gpu:
-            users[at.host, at.gpu, at.uuid].append(rank)
+            users[at.host, at.gpu, at.part].append(rank)
     for (host, gpu, _), ranks in users.items():
         if len(ranks) > 1:
             shared = ", ".join(str(rank) for rank in ranks)
@@ -93,7 +85,8 @@ def table(places: Sequence[Place]) -> str:
     for rank, at in enumerate(places[:SHOWN]):
         far = at.gpu_numa is not None and at.numa and at.gpu_numa not in at.numa
         remark = f"  its cores are far from it: it is in NUMA domain {at.gpu_numa}" if far else ""
-        line = f"{rank:4}  {at.host:16}  {ranges(at.cpus):20}  {ranges(at.numa) or '-':5}  {at.gpu or '-'}{remark}"
+        gpu = f"{at.gpu} {at.part}" if at.part.startswith("tile") else at.gpu or "-"
+        line = f"{rank:4}  {at.host:16}  {ranges(at.cpus):20}  {ranges(at.numa) or '-':5}  {gpu}{remark}"
         lines.append(line)
     if len(places) > SHOWN:
         lines.append(f"      and {len(places) - SHOWN:,} ranks more")
@@ -156,6 +149,18 @@ def _visible_gpus() -> list[tuple[str, str]]:
         if found:
             return found
     return []
+
+
+def intel_gpus(environment: Mapping[str, str]) -> list[tuple[str, str]]:
+    """PCI addresses and tiles of Intel's GPUs that Level Zero will show, by what Linux knows of them: cards in the
+    order of their addresses, which ZE_ENABLE_PCI_ID_DEVICE_ORDER=1 makes the driver's."""
+    cards = [
+        path
+        for path in sorted(PCI.glob("*"))
+        if _read(path / "vendor") == "0x8086" and any(path.glob("drm/renderD*")) and _read(path / "class")[:4] == "0x03"
+    ]
+    tiles = [len(list(path.glob("tile*")) or list(path.glob("drm/card*/gt/gt*"))) or 1 for path in cards]  # xe, i915
+    return [(cards[device.card].name, device.part) for device in intel_devices(tiles, environment)]
 
 
 def _uuid(driver: ctypes.CDLL, device: int) -> str:

@@ -6,15 +6,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from batchinfer.cluster.binding import check_visibility
+from batchinfer.cluster.visibility import check_visibility
 from batchinfer.doctor.facts import VENDORS, Facts, FileSystem
 from batchinfer.types import JobError
-
-SUPPORTED = ("cuda",)
-"""Devices beside the CPU on which the engine can run a build's kernels."""
-
-RUNS_TRITON = ("cuda", "rocm")
-"""Devices on which the engine can run Triton's kernels."""
 
 REBUILD = "BATCHINFER_DEVICE={} pip install --force-reinstall --no-deps --no-build-isolation ."
 
@@ -49,7 +43,6 @@ def judge(facts: Facts) -> list[Finding]:
         instruction_set,
         missing_gpu,
         gpu_build,
-        step_loop,
         driver,
         architectures,
         torch_device,
@@ -85,22 +78,17 @@ def missing_gpu(facts: Facts) -> Iterator[Finding]:
         if build.error or not count or build.device != "cpu":
             continue
         node = f"this node has {count} GPU{'s' * (count > 1)} of {VENDORS[device]}"
-        rebuild = REBUILD.format(device) if device in SUPPORTED else ""
-        meant = "engine.device=cpu, if that is meant"
-        if torch.device == device and gpus.usable and gpus.triton and device in RUNS_TRITON:
-            text = f"{node}, and this build has no kernels for them: jobs take Triton's, which have run on no GPU yet"
-            yield Finding(False, "gpu", text, " or ".join(filter(None, [rebuild, meant])))
+        rebuild, meant = REBUILD.format(device), "engine.device=cpu, if that is meant"
+        if torch.device == device and gpus.usable and gpus.triton:
+            text = f"{node}, and this build has no kernels for them: jobs take Triton's"
+            text += "" if device == "cuda" else ", which have run on no such GPU yet"
+            yield Finding(False, "gpu", text, f"{rebuild} or {meant}")
         elif torch.device == device and gpus.usable:
             text = f"{node}, and neither this build nor Triton has kernels for them: jobs stop at once"
-            install = "pip install triton" if device in RUNS_TRITON else ""
-            yield Finding(True, "gpu", text, " or ".join(filter(None, [rebuild, install, meant])))
-        elif device in SUPPORTED:
-            text = f"{node}, and this build computes on the CPU alone: a job would leave them idle"
-            yield Finding(True, "gpu", text, f"{rebuild} (or give {meant})")
+            yield Finding(True, "gpu", text, f"{rebuild} or pip install triton or {meant}")
         else:
-            text = f"{node}, and neither this build nor torch {torch.version} can use them: jobs compute on the CPU"
-            install = f"install a torch for {device}, with Triton" if device in RUNS_TRITON else "use other nodes"
-            yield Finding(False, "gpu", text, f"{install}; or give {meant}")
+            text = f"{node}, and this build computes on the CPU alone: a job would leave them idle"
+            yield Finding(True, "gpu", text, f"{rebuild}, with a torch for {device} (or give {meant})")
 
 
 def gpu_build(facts: Facts) -> Iterator[Finding]:
@@ -128,17 +116,6 @@ def gpu_build(facts: Facts) -> Iterator[Finding]:
         text += gpus.reason or "torch shows none"
         fix = f"install a torch for {build.device}"
     yield Finding(True, "gpu", text, fix)
-
-
-def step_loop(facts: Facts) -> Iterator[Finding]:
-    """Kernels alone: engine/runner.py refuses the device."""
-    device = facts.build.device
-    if facts.build.error or device != "xpu":
-        return
-    text = (
-        f"this build is for {device}: the kernels are there, but no step loop of the engine yet, and jobs stop at once"
-    )
-    yield Finding(True, "gpu", text, "give engine.device=cpu")
 
 
 def driver(facts: Facts) -> Iterator[Finding]:
@@ -212,7 +189,7 @@ def visibility(facts: Facts) -> Iterator[Finding]:
     try:
         check_visibility(facts.variables)
     except JobError as error:
-        yield Finding(True, "environment", str(error), "unset ROCR_VISIBLE_DEVICES")
+        yield Finding(True, "environment", str(error), f"unset {str(error).split('=')[0]}")
 
 
 def packages(facts: Facts) -> Iterator[Finding]:

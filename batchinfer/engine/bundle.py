@@ -101,7 +101,7 @@ def take_steps(config: Config, ops: DeviceOps) -> None:
     if not decoder.pooling:
         row = torch.empty(1, dtype=torch.int32, device=META)
         step = buffer.step_input(StepShape(1, 1), page_table)
-        decoder.forward(replace(step, score=ScoreInput(row, row.long()), copies=Copies(row, row, row.long())), cache)
+        decoder.forward(replace(step, score=ScoreInput(row, row.long()), copies=Copies(row, row)), cache)
 
 
 def _sizes(most: int) -> Iterator[int]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -22,41 +23,39 @@ from batchinfer.types import CONSTRAINTS, SamplingParams
 CACHED = 256
 """Grammars that are kept compiled. A copy costs microseconds; compiling up to a second where a schema is large."""
 
+MOST_THREADS = 32
+"""llguidance's own limit: more wait for one another."""
+
 
 class Constraint:
     """How far one text has come in its grammar."""
 
     def __init__(self, matcher: Any):
-        self._matcher = matcher
+        self.matcher = matcher
 
     def copy(self) -> Constraint:
-        return Constraint(self._matcher.deep_copy())
+        return Constraint(self.matcher.deep_copy())
 
     def take(self, tokens: Iterable[int]) -> None:
         """The text goes on with these. ValueError if they may not follow, or the grammar has become too complex."""
         for token in tokens:
-            if self._matcher.is_stopped() and not self._matcher.is_error():
+            if self.matcher.is_stopped() and not self.matcher.is_error():
                 return  # the text is complete: this is its end
-            if not self._matcher.consume_token(int(token)):
-                raise self._failure()
+            if not self.matcher.consume_token(int(token)):
+                raise ValueError(self.failure)
 
-    def allow(self, mask: np.ndarray) -> None:
-        """Set the bits of the tokens that may come next in ``mask`` int32 [ceil(V / 32)], and clear the others; once
-        the text is complete only the end of text is left. ValueError if the grammar has become too complex."""
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if self._matcher.is_error():
-            raise self._failure()
-
-    def _failure(self) -> ValueError:
-        return ValueError(self._matcher.get_error().partition("\n")[0])  # what follows is a dump of its state
+    @property
+    def failure(self) -> str:
+        """Why the text can't go on; "" if it can."""
+        return self.matcher.get_error().partition("\n")[0]  # what follows is a dump of its state
 
 
 class Constraints:
-    """Compiled grammars for one tokenizer. llguidance is loaded, and the vocabulary read (0.2 s for 49,152 tokens),
-    when the first is asked for."""
+    """Compiled grammars for one tokenizer, and the masks of the texts that follow them. llguidance is loaded, and the
+    vocabulary read (0.2 s for 49,152 tokens), when the first is asked for. ``threads`` of the host compute masks."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int):
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, threads: int = 1):
+        self._tokenizer, self._vocab_size, self._threads = tokenizer, vocab_size, threads
         self._vocabulary: Any = None
         self._compiled: OrderedDict[tuple[str, Any], Constraint | ValueError] = OrderedDict()
 
@@ -77,6 +76,24 @@ class Constraints:
         if isinstance(found, ValueError):
             raise ValueError(str(found))
         return found.copy()
+
+    def allow(self, constraints: Sequence[Constraint], rows: Sequence[int], masks: np.ndarray) -> list[str]:
+        """Row rows[i] of ``masks`` int32 [N, ceil(V / 32)] gets the bits of the tokens that may come next by
+        constraints[i]; once its text is complete only the end of text is left. Where the grammar has become too complex
+        every token may come, and the list has the reason, else "".
+
+        A mask takes 0.4 ms the first time that a text is at a place like this one (a string of 49,152 tokens'
+        vocabulary), a few microseconds later; the threads share the rows, without Python's lock."""
+        places = [(constraint.matcher, row) for constraint, row in zip(constraints, rows, strict=True)]
+        if places:
+            self._executor.unsafe_compute_mask_ptr(places, masks.ctypes.data, masks.strides[0], len(masks))
+        failures = [constraint.failure for constraint in constraints]
+        masks[[row for row, failure in zip(rows, failures, strict=True) if failure]] = -1
+        return failures
+
+    @cached_property
+    def _executor(self) -> Any:
+        return _library().LLExecutor(min(self._threads, MOST_THREADS))
 
     def _compile(self, kind: str, value: Any) -> Constraint:
         library = _library()

@@ -4,7 +4,8 @@ What lives on the device: the last token of every slot, the page table, the step
 A step sends one pinned buffer and the page table's changes, and brings back its tokens; no call here waits for the
 device but :meth:`DeviceRunner.finish`. Steps that only decode, and small ones of small models (step_shape.py), are
 replays of a graph, captured when a shape comes for the second time: to start a step of 16 layers takes the host 0.16 ms
-so, and 2 to 4 when it launches each kernel.
+so, and 2 to 4 when it launches each kernel. The sampler is part of the graph, unless rows have penalties, masks and the
+like. What those need of the tokens so far the host puts together while the device is at the layers of the step.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ import torch
 from torch import Tensor
 
 from batchinfer.engine.memory import allocate_or_shrink, device_budget
-from batchinfer.engine.runner import StepOutput, copies
-from batchinfer.engine.slots import Rows, ScoredRows, SlotTable
+from batchinfer.engine.runner import StepOutput
+from batchinfer.engine.slots import Extra, Extras, Rows, ScoredRows, SlotTable
 from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.engine.step_shape import Limits, StepShape
 from batchinfer.models.decoder import Decoder, KVCache, ScoreInput, Scores
-from batchinfer.models.layers import Copies
 from batchinfer.ops import SampleOutput
 from batchinfer.ops.accelerator import Accelerator, Event, Graph
 from batchinfer.types import ExitCode, JobError
@@ -43,9 +43,13 @@ UPDATES = 4096
 
 @dataclass
 class _Started:
-    """A step under way: its tokens on their way to the host, and the events around it."""
+    """A step under way: its tokens on their way to the host, or its logits until they are sampled; and the events
+    around it."""
 
+    step: Step
+    rows: Rows
     out: StepOutput
+    logits: Tensor
     begin: Event
     end: Event
 
@@ -68,10 +72,10 @@ class EventClock:
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph and the tensor that its tokens are in after a replay."""
+    """A graph and the tensor that its tokens, or its logits, are in after a replay."""
 
     graph: Graph
-    tokens: Tensor
+    out: Tensor
 
 
 class DeviceRunner:
@@ -93,6 +97,7 @@ class DeviceRunner:
         self._seen: set[StepShape] = set()
         self._pool = gpu.graph_pool() if gpu.graphs else None
         self._started: deque[_Started] = deque()
+        self._waits = False  # the step started last: to be sampled
         self._parity = 0
         self.slots = SlotTable(max_slots, decoder.spec.vocab_size)
         self.seconds = {"launch": 0.0, "wait": 0.0, "device": 0.0}
@@ -137,13 +142,17 @@ class DeviceRunner:
 
     def start(self, step: Step, rows: Rows) -> None:
         start = time.perf_counter()
-        extras = self.slots.extras(step.sample_slot, step.sample_count, rows)
+        waits = bool(self._started) and self.slots.need_tokens(step.sample_slot)
+        extras = {} if waits else self.slots.extras(step.sample_slot, step.sample_count, rows)
         scored = rows.scored()
         adapters = rows.adapters()
         adapted = adapters is not None
-        shape = StepShape(step.num_tokens, step.num_samples, adapted=adapted)
-        if not (extras or scored or self._decoder.pooling or len(step.copied_row)):
+        copied = len(step.copy_source)
+        shape = StepShape(step.num_tokens, step.num_samples, adapted=adapted, copies=copied)
+        if not (scored or self._decoder.pooling or copied):
             shape = self.limits.shape(step.num_tokens, step.num_samples, step.num_decode, adapted)
+        if waits or extras:
+            shape = replace(shape, sampled=False)
         host = self._host[self._parity]
         host.fill(step, self.slots, shape, adapters)
         begin, end = self._gpu.event(), self._gpu.event()
@@ -154,17 +163,35 @@ class DeviceRunner:
             if shape.repeats and self._captured(shape):
                 graph = self._graphs[shape]
                 graph.graph.replay()
-                out = StepOutput(SampleOutput(graph.tokens))
+                out, scores = graph.out, None
             else:
                 score = self._score_input(scored) if scored else None
-                copied = copies(step, lambda array: torch.from_numpy(array).to(self._device))
-                out = self._compute(shape, extras, score, copied)
-            scores = None if out.scores is None else self._to_host(out.scores, len(out.scores.chosen))
-            states = None if out.states is None else self._copy(out.states)
-            out = StepOutput(self._to_host(out.sample, step.num_samples), scores, states)
+                out, scores = self._compute(shape, score)
+            scores = None if scores is None else self._to_host(scores, len(scores.chosen))
+            given = StepOutput(SampleOutput(torch.zeros(step.num_samples, dtype=torch.int32)), scores)
+            if self._decoder.pooling:
+                given = replace(given, states=self._copy(out))
+            elif shape.sampled:
+                given = replace(given, sample=SampleOutput(self._copy(out[: step.num_samples])))
+            started = _Started(step, rows, given, out, begin, end)
+            if not shape.sampled and not waits:
+                self._sample_rows(started, extras)
             end.record()
-        self._started.append(_Started(out, begin, end))
+        self._started.append(started)
+        self._waits = waits
         self._parity ^= 1
+        self.seconds["launch"] += time.perf_counter() - start
+
+    def sample(self) -> None:
+        if not self._waits:
+            return
+        start = time.perf_counter()
+        self._waits, started = False, self._started[-1]
+        step = started.step
+        extras = self.slots.extras(step.sample_slot, step.sample_count, started.rows)
+        with self._gpu.on(self._stream):
+            self._sample_rows(started, extras)
+            started.end.record()
         self.seconds["launch"] += time.perf_counter() - start
 
     def finish(self) -> StepOutput:
@@ -187,30 +214,46 @@ class DeviceRunner:
         del self._decoder, self._ops, self._buffer, self._page_table  # the engine may live on, for its counters
         self._gpu.empty_cache()
 
-    def _compute(
-        self,
-        shape: StepShape,
-        extras: dict[str, object],
-        score: ScoreInput | None = None,
-        copied: Copies | None = None,
-    ) -> StepOutput:
-        """The step in the device's buffer: forward, sample, and remember the tokens of the slots."""
+    def _compute(self, shape: StepShape, score: ScoreInput | None = None) -> tuple[Tensor, Scores | None]:
+        """The step in the device's buffer: its tokens, which the slots remember; logits, which the next step
+        overwrites, where it is not ``shape.sampled``; or pooled states."""
         arrays, tokens, samples = self._buffer.arrays, shape.tokens, shape.samples
         ids, slot = arrays["token_ids"][:tokens], arrays["slot"][:tokens]
         ids = ids[: len(slot)]  # decodes come first, one token a sequence where some are not known yet
         torch.where(ids < 0, self._last_token.index_select(0, slot), ids, out=ids)
-        step = replace(self._buffer.step_input(shape, self._page_table), score=score, copies=copied)
+        step = replace(self._buffer.step_input(shape, self._page_table), score=score)
         if self._decoder.pooling:
-            tokens_of_nobody = torch.zeros(samples, dtype=torch.int32, device=self._device)
-            return StepOutput(SampleOutput(tokens_of_nobody), states=self._decoder.pool(step, self._cache))
+            return self._decoder.pool(step, self._cache), None
         logits, scores = self._decoder.forward(step, self._cache)
+        if not shape.sampled:
+            return logits, scores
         if not samples:
-            return StepOutput(SampleOutput(torch.zeros(0, dtype=torch.int32, device=self._device)), scores)
-        on_device = {name: _to_device(name, value, self._device) for name, value in extras.items()}
-        out = self._ops.sample(logits, self._buffer.sample_input(samples, **on_device))
+            return torch.zeros(0, dtype=torch.int32, device=self._device), scores
+        return self._sample(logits, samples, {}).tokens, scores
+
+    def _sample(self, logits: Tensor, samples: int, extras: Extras) -> SampleOutput:
+        """Of the step in the device's buffer."""
+        out = self._ops.sample(logits[:samples], self._buffer.sample_input(samples, **extras))
         # Of the rows of a draft it is not said which is the last: their step's tokens are known before the next.
-        self._last_token.index_copy_(0, arrays["sample_slot"][:samples], out.tokens)
-        return StepOutput(out, scores)
+        self._last_token.index_copy_(0, self._buffer.arrays["sample_slot"][:samples], out.tokens)
+        return out
+
+    def _sample_rows(self, started: _Started, extras: Extras) -> None:
+        """Sample the step's logits by what only the host knows."""
+        samples = started.step.num_samples
+        on_device = {name: self._to_device(name, value) for name, value in extras.items()}
+        out = self._sample(started.logits, samples, on_device)
+        started.out = replace(started.out, sample=self._to_host(out, samples))
+
+    def _to_device(self, name: str, value: Extra) -> Extra:
+        """An optional field of SampleInput, by way of pinned memory: the host does not wait for the layers.
+        num_logprobs stays: it decides the shape of the output."""
+        if isinstance(value, tuple):
+            return tuple(self._to_device(name, part) for part in value)
+        if name == "num_logprobs":
+            return value
+        pinned = self._gpu.pinned(tuple(value.shape), value.dtype).copy_(value)
+        return pinned.to(self._device, non_blocking=True)
 
     def _score_input(self, scored: ScoredRows) -> ScoreInput:
         row, token = (torch.from_numpy(array).to(self._device) for array in scored[:2])
@@ -223,7 +266,7 @@ class DeviceRunner:
         if shape not in self._seen or not self._gpu.graphs:
             self._seen.add(shape)
             return False
-        self._graphs[shape] = Captured(*self._gpu.capture(lambda: self._compute(shape, {}).sample.tokens, self._pool))
+        self._graphs[shape] = Captured(*self._gpu.capture(lambda: self._compute(shape)[0], self._pool))
         return True
 
     def _update_page_table(self, updates: np.ndarray) -> None:
@@ -255,20 +298,12 @@ class DeviceRunner:
         tokens, arrays = self._decoder.max_step_tokens, self._buffer.arrays
         for array in arrays.values():
             array.zero_()
-        arrays["kv_index"].fill_(-1)
+        for name in ("kv_index", "copy_source"):
+            arrays[name].fill_(-1)
         longest = min(tokens, self._decoder.max_positions)
         torch.arange(0, longest * (self._max_slots + 1), longest, out=arrays["q_start"]).clamp_(max=tokens)
         arrays["kv_len"].fill_(longest)
         arrays["sample_slot"].fill_(self._max_slots)
         arrays["temperature"].fill_(1.0)
         arrays["top_p"].fill_(0.9)
-        zeros = arrays["positions"]
-        shape = StepShape(tokens, self._decoder.max_samples, adapted=self._decoder.adapted)
-        self._compute(shape, {}, copied=Copies(zeros, zeros, arrays["kv_index"]))
-
-
-def _to_device(name: str, value: object, device: torch.device) -> object:
-    """An optional field of SampleInput. num_logprobs stays: it decides the shape of the output."""
-    if isinstance(value, tuple):
-        return tuple(_to_device(name, part, device) for part in value)
-    return value if name == "num_logprobs" else value.to(device)  # type: ignore[attr-defined]
+        self._compute(StepShape(tokens, self._decoder.max_samples, adapted=self._decoder.adapted, copies=1))

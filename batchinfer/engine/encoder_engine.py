@@ -66,6 +66,9 @@ class EncoderEngine:
     def limit_prompts(self, step_tokens: int) -> None:
         """Nothing: a step has prompts and nothing else."""
 
+    def forget_prefixes(self) -> None:
+        """Nothing: texts are whole, and none is kept."""
+
     def expected_tokens(self, request: Request) -> int:
         """As if each text had one new token."""
         return 1
@@ -76,6 +79,7 @@ class EncoderEngine:
         if error is None:
             self._waiting.append(request)
             self._stats.prompt_tokens += len(request.prompt)
+            self._stats.needed_prompt_tokens += len(request.prompt)
         else:
             self._refused.append(Completion(request.id, len(request.prompt), error=error))
 
@@ -110,12 +114,9 @@ class EncoderEngine:
         """Counters so far."""
         self._stats.waiting = len(self._waiting)
         self._stats.step_seconds = {"forward": self._stats.prefill.seconds}
-        return self._stats
-
-    def peak_device_bytes(self) -> int:
-        """Most memory of a GPU that was in use; 0 where the host's is."""
         device = self._encoder.ops.device
-        return 0 if device.type == "cpu" else Accelerator(device).peak_bytes()
+        self._stats.device_bytes = 0 if device.type == "cpu" else Accelerator(device).peak_bytes()
+        return self._stats
 
     def close(self) -> None:
         """Drop what is open."""
@@ -153,5 +154,4 @@ class EncoderEngine:
         work.steps += 1
         work.seconds += seconds
         work.tokens += int(lengths.sum())
-        work.sizes[int(lengths.sum())] += 1
         work.pairs += int((lengths * lengths).sum())

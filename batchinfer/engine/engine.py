@@ -28,6 +28,7 @@ from batchinfer.engine.open_work import (
 )
 from batchinfer.engine.pooled import Layers, cache_rules, pooled_sample, record_states, trimmed
 from batchinfer.engine.refusal import refusal
+from batchinfer.engine.roofline import Costs
 from batchinfer.engine.runner import Runner
 from batchinfer.engine.seeds import sample_seed
 from batchinfer.engine.step_clock import StepClock
@@ -71,10 +72,12 @@ class Engine:
         vocab_size: int,
         weight_bytes: int = 0,
         trace: Trace | None = None,
+        costs: Costs | None = None,
         pool: PoolSpec | None = None,
         dense: Layers = (),
         adapters: int = 0,
         flat_steps: bool = True,
+        threads: int = 1,
     ):
         self._pool, self._dense = pool, dense
         self._adapters = adapters
@@ -89,21 +92,21 @@ class Engine:
         self._runner = runner
         self._ahead = min(runner.ahead, scheduler.max_steps_ahead - 1)
         self._sequences: dict[int, Sequence] = {}
-        self._constraints = Constraints(tokenizer, vocab_size)
+        self._constraints = Constraints(tokenizer, vocab_size, threads)
         self._texts = Texts(tokenizer)
         self._beams = Beams(self._texts, max_seq_len)
         self._bad_words = lru_cache(CACHED)(self._words_as_tokens)
         self._watched: dict[int, Sequence] = {}  # those with stop strings or logprobs: host work for every token
         self._in_flight: deque[StepRows] = deque()  # the steps that are started and whose tokens are not taken yet
         self._stopped: set[int] = set()  # ended when their next token was already under way
-        self._dependent = 0  # open sequences with SamplingParams.needs_tokens
+        self._constrained = 0  # open sequences
         self._scored = 0  # open sequences whose prompts are scored
         self._refused: list[Completion] = []
         self._next_id = 0
         self._open = 0
         self._closed = False
         self._stats = EngineStats(pages_total=num_pages, weight_bytes=weight_bytes)
-        self._clock = StepClock(self._stats, trace)
+        self._clock = StepClock(self._stats, trace, costs)
 
     @property
     def num_open(self) -> int:
@@ -127,6 +130,10 @@ class Engine:
     def limit_prompts(self, step_tokens: int) -> None:
         """Steps have prompt tokens only up to so many tokens in all from now on; 0: as many as fit."""
         self._scheduler.limit_prompts(step_tokens)
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache of what no open request holds."""
+        self._scheduler.forget_prefixes()
 
     def expected_tokens(self, request: Request) -> int:
         """New tokens that each sample of a request will probably get, beside those that it brings along."""
@@ -165,6 +172,7 @@ class Engine:
                 )
         if error is None:
             self._stats.prompt_tokens += len(request.prompt)
+            self._stats.needed_prompt_tokens += len(request.prompt) * request.sampling.samples
         else:
             self._refused.append(Completion(request.id, len(request.prompt), error=error))
 
@@ -193,7 +201,7 @@ class Engine:
                 generated=() if before is None else before.token_ids,
             )
             self._next_id += 1
-            self._dependent += params.needs_tokens
+            self._constrained += params.constrained
             sequence = Sequence(owner, index, unstack(before), constraint=constraints[index])
             self._sequences[seq_id] = sequence
             if scored_from is not None:
@@ -208,17 +216,16 @@ class Engine:
         requests that this completed. [] at once when nothing is open.
 
         With a step ahead, a sequence whose end only its tokens can tell (stop token or string) is computed once more,
-        for nothing. Sequences with penalties, bad words or a constraint keep the host in the loop: the next step waits
-        for their tokens. So it does with drafts, which begin behind the newest token.
+        for nothing. What is sampled by all tokens so far (penalties, bad words, a constraint) is sampled when they are
+        taken, while the device is at the layers of this step already. With drafts, which begin behind the newest token,
+        there is no step ahead.
         """
         begin = time.perf_counter()
         done, self._refused = self._refused, []
-        if self._dependent and self._in_flight:
-            done += self._finish_step()
         started = self._start_step()
-        ahead = self._ahead if started and not self._dependent else 0
-        if len(self._in_flight) > ahead:
+        if len(self._in_flight) > (self._ahead if started else 0):
             done += self._finish_step()
+        self._runner.sample()
         if self._beams:
             done = self._beams.sift(done, self.add)
         self._open -= len(done)
@@ -235,7 +242,9 @@ class Engine:
         for slot, seq_id in zip(step.new_slots.tolist(), step.new_seqs.tolist(), strict=True):
             self._assign(slot, seq_id)
         places = tuple(places_scored(step, self._sequences)) if self._scored else ()
-        rows = StepRows(step, self._sequences, self._scheduler.tokens, places, adapted=self._adapters > 0)
+        rows = StepRows(
+            step, self._sequences, self._scheduler.tokens, self._constraints, places, adapted=self._adapters > 0
+        )
         begin = self._clock.phase("schedule", begin)
         self._runner.start(step, rows)
         self._in_flight.append(rows)
@@ -311,11 +320,8 @@ class Engine:
         stats.running, stats.waiting = scheduler.num_running, scheduler.num_waiting
         stats.pages_used = scheduler.pages_used
         stats.step_seconds = self._clock.seconds | self._runner.seconds
+        stats.device_bytes = self._runner.peak_device_bytes()
         return stats
-
-    def peak_device_bytes(self) -> int:
-        """Most memory of a GPU that was in use; 0 where the host's is."""
-        return self._runner.peak_device_bytes()
 
     def close(self) -> None:
         """Drop what is open and give the memory back; the engine can't be used afterwards."""
@@ -352,7 +358,7 @@ class Engine:
         self._stats.output_tokens += int(kept.sum())
         if self._watched:
             self._record_logprobs(step, out, kept)
-        failed = self._advance_constraints(step, out) if self._dependent else []
+        failed = self._advance_constraints(step, out) if self._constrained else []
         ended = {f.seq_id: Ended(f.tokens, f.reason) for f in self._scheduler.update(tokens)}
         done = [self._fail(seq_id, ended) for seq_id in failed if seq_id in self._sequences]
         if self._watched:
@@ -412,6 +418,8 @@ class Engine:
             if ended.pop(other, None) is None:
                 self._scheduler.finish(other)
             self._forget(other)
+            if self._in_flight:
+                self._stopped.add(other)
         error = RowError(ErrorCode.BAD_CONSTRAINT, f"after some tokens: {sequence.failure}")
         return Completion(request.id, len(request.prompt), error=error)
 
@@ -469,7 +477,7 @@ class Engine:
         self._watched.pop(seq_id, None)
         sequence = self._sequences.pop(seq_id)
         params = sequence.owner.request.sampling
-        self._dependent -= params.needs_tokens
+        self._constrained -= params.constrained
         self._scored -= sequence.scores is not None
         return sequence
 

@@ -9,8 +9,8 @@ from batchinfer.ops import Lack, Ops
 from batchinfer.ops.quantized import FLOAT8
 from batchinfer.types import ExitCode, JobError
 
-DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
-"""Of engine.dtype."""
+DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Of engine.dtype; half.py decides what auto is."""
 
 KV_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8, "fp8": FLOAT8}
 

@@ -25,9 +25,11 @@ except ImportError as error:  # BATCHINFER_DEVICE=none, or a folder of sources w
 from batchinfer.config import EngineConfig, ModelConfig
 from batchinfer.engine.encoder_engine import EncoderEngine
 from batchinfer.engine.engine import Engine
+from batchinfer.engine.half import with_dtype
 from batchinfer.engine.kv_dtype import DTYPES, check_kv_dtype, kv_dtype
 from batchinfer.engine.lengths import LengthPredictor
 from batchinfer.engine.memory import GIB, num_pages, trim_heap
+from batchinfer.engine.roofline import Costs
 from batchinfer.engine.runner import make_runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder, KVCache
@@ -75,12 +77,14 @@ def load_engine(
         raise JobError(f"engine.device={engine.device}: {error}", ExitCode.UNFIT) from None
     encoder = encoder_spec(model.path)
     if encoder is not None:
+        engine = with_dtype(engine, ops)
         return _encoder_engine(encoder, ops, model, engine, tokenizer, source, pool)
     trace = Trace(engine.profile) if engine.profile else None
     spec = load_spec(model.path)
     if spec.head != "tokens" and pool is None:
         raise ModelError(f"{model.path} has no LM head, without which nothing is generated or scored: {OTHER_TASKS}")
     spec = spec if pool is None else spec.with_head(pool.head)
+    engine = with_dtype(engine, ops, wide=spec.embed_scale != 1.0)
     check_kv_dtype(engine, ops)
     dtype = DTYPES[engine.dtype]
     max_len = spec.resolve_length(engine.max_model_len)
@@ -135,11 +139,22 @@ def load_engine(
         vocab_size=spec.vocab_size,
         weight_bytes=bytes_of(weights),
         trace=trace,
+        costs=_costs(spec, engine, bytes_of(weights)),
         pool=pool,
         dense=() if pool is None else load_dense(model.path, pool.dense),
         adapters=len(adapters),
         flat_steps=spec.experts is None,
+        threads=threads or len(os.sched_getaffinity(0)),
     )
+
+
+def _costs(spec: ModelSpec, engine: EngineConfig, weight_bytes: int) -> Costs:
+    """What steps take of the model. Of quantised weights they read all but the embedding."""
+    itemsize = DTYPES[engine.dtype].itemsize
+    costs = replace(Costs.of(spec, itemsize), kv_bytes=KVCache.bytes_per_page(spec, 1, kv_dtype(engine)))
+    if engine.weights == "auto" and spec.scheme is None:
+        return costs
+    return costs.quantised(weight_bytes - itemsize * spec.vocab_size * spec.width)
 
 
 def _encoder_engine(

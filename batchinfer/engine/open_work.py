@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from batchinfer._engine import Step
-from batchinfer.engine.constrain import Constraint
+from batchinfer.engine.constrain import Constraint, Constraints
 from batchinfer.engine.slots import History, ScoredRows
 from batchinfer.models.decoder import Scores
 from batchinfer.types import Logprobs, Request, Sample, SamplingParams
+
+_NO_TOKENS = np.zeros(0, np.int32)
 
 
 @dataclass(slots=True)
@@ -55,6 +57,7 @@ class StepRows:
     step: Step
     sequences: dict[int, Sequence]
     tokens: Callable[[int], np.ndarray]
+    constraints: Constraints
     places: tuple[Scored, ...] = ()
     adapted: bool = False  # whether sequences may have adapters
 
@@ -70,19 +73,21 @@ class StepRows:
 
     def history(self, row: int) -> History:
         seq_id = int(self.step.sample_seq[row])
+        if seq_id not in self.sequences:
+            return _NO_TOKENS, _NO_TOKENS
         tokens, end = self.tokens(seq_id), int(self.step.sample_row[row]) + 1
         drafted = int(self.step.sample_count[row]) - len(tokens)
         if drafted:
             tokens = np.concatenate([tokens, self.step.token_ids[end - drafted : end]])
         return self.sequences[seq_id].owner.request.prompt, tokens
 
-    def allow(self, row: int, mask: np.ndarray) -> None:
-        sequence = self.sequences[int(self.step.sample_seq[row])]
-        try:
-            sequence.constraint.allow(mask)
-        except ValueError as error:
-            mask[:] = -1
-            sequence.failure = str(error)
+    def allow(self, rows: list[int], masks: np.ndarray) -> None:
+        found = [(row, self.sequences.get(int(self.step.sample_seq[row]))) for row in rows]
+        going_on = [(row, sequence) for row, sequence in found if sequence is not None]
+        constraints = [sequence.constraint for _, sequence in going_on]
+        failures = self.constraints.allow(constraints, [row for row, _ in going_on], masks)
+        for (_, sequence), failure in zip(going_on, failures, strict=True):
+            sequence.failure = failure
 
     def scored(self) -> ScoredRows | None:
         if not self.places:

@@ -61,10 +61,12 @@ class _Group:
 @dataclass(frozen=True)
 class Plan:
     """``order``: the numbers of the requests, int64 [N]. ``group``, int64 [N], is one number for the requests that are
-    expected to get answers of like lengths, because they begin alike; 0 for those that are like no others."""
+    expected to get answers of like lengths, because they begin alike; 0 for those that are like no others. ``shared``:
+    tokens, in multiples of GRAIN, that some prompt before has too."""
 
     order: np.ndarray
     group: np.ndarray
+    shared: int
 
 
 def make_plan(prompts: Sequence[np.ndarray], rank: np.ndarray, after: np.ndarray | None = None) -> Plan:
@@ -76,7 +78,7 @@ def make_plan(prompts: Sequence[np.ndarray], rank: np.ndarray, after: np.ndarray
     count = len(prompts)
     if after is not None:  # as one more prompt, of the lowest rank
         prompts, rank = [*prompts, after], np.append(rank, -1)
-    root = _tree(prompts, rank)
+    root, shared = _tree(prompts, rank)
     order: list[int] = []
     group = np.zeros(len(prompts), np.int64)
     todo: list[tuple[int | _Group, int]] = [(root, 0)]
@@ -89,7 +91,7 @@ def make_plan(prompts: Sequence[np.ndarray], rank: np.ndarray, after: np.ndarray
         if member.shared and member.size >= SIBLINGS:
             name = zlib.crc32(prompts[_first(member)][: member.shared].tobytes()) + 1  # the same in every process
         todo += [(inner, name) for inner in sorted(member.members, key=lambda m: _rank(m, rank), reverse=True)]
-    return Plan(np.array([i for i in order if i < count], np.int64), group[:count])
+    return Plan(np.array([i for i in order if i < count], np.int64), group[:count], shared)
 
 
 class Engine(Protocol):
@@ -143,6 +145,7 @@ class Planner:
         self._planned = False
         self._tail = 0  # requests at the end of the plan that go longest first if no others come
         self._rest: deque[Rest] = deque()  # at the end of a job: what is left from each request on
+        self.shared_tokens = 0  # of prompts that were planned together, what a cache could find
 
     def __len__(self) -> int:
         return len(self._left)
@@ -159,7 +162,7 @@ class Planner:
         if not self._left:
             return None
         if self._reorder and not self._planned:
-            self._plan(np.arange(len(self._left)))
+            self.shared_tokens += self._plan(np.arange(len(self._left))) + self._repeated()
             self._tail = tail(*self._sizes(), self._engine.max_slots, self._engine.kv_tokens)
             self._planned = True
         if not more and len(self._left) <= self._tail:
@@ -196,13 +199,19 @@ class Planner:
         prompts = np.array([len(request.prompt) for request in self._left], np.int64)
         return prompts, np.array([self._engine.expected_tokens(request) for request in self._left], np.int64)
 
-    def _plan(self, rank: np.ndarray) -> None:
+    def _repeated(self) -> int:
+        """What the samples of a request have in common, but for the last token, which each computes."""
+        return sum((r.sampling.samples - 1) * ((len(r.prompt) - 1) // GRAIN * GRAIN) for r in self._left)
+
+    def _plan(self, rank: np.ndarray) -> int:
+        """Order the requests that are left. Tokens that they have in common."""
         requests = list(self._left)
         plan = make_plan([_keyed(request) for request in requests], rank, self._last)
         groups = plan.group.tolist()
         self._left = deque(
             replace(requests[i], group=groups[i]) if groups[i] else requests[i] for i in plan.order.tolist()
         )
+        return plan.shared
 
 
 def _keyed(request: Request) -> np.ndarray:
@@ -274,12 +283,13 @@ def _sum_from_here(values: np.ndarray) -> np.ndarray:
     return np.cumsum(values[::-1])[::-1]
 
 
-def _tree(prompts: Sequence[np.ndarray], rank: np.ndarray) -> _Group:
+def _tree(prompts: Sequence[np.ndarray], rank: np.ndarray) -> tuple[_Group, int]:
     """The tree of common beginnings, from the sorted prompts and what neighbours share, in one pass: the intervals of
-    Abouelhoda, Kurtz & Ohlebusch, "Replacing suffix trees with enhanced suffix arrays", 2004."""
+    Abouelhoda, Kurtz & Ohlebusch, "Replacing suffix trees with enhanced suffix arrays", 2004. And the sum of what
+    neighbours share."""
     keys = [_sort_key(prompt) for prompt in prompts]
     ordered = sorted(range(len(prompts)), key=keys.__getitem__)
-    open_groups = [_Group(0, [])]
+    open_groups, total = [_Group(0, [])], 0
 
     def close() -> _Group:
         group = open_groups.pop()
@@ -289,6 +299,7 @@ def _tree(prompts: Sequence[np.ndarray], rank: np.ndarray) -> _Group:
 
     for place, row in enumerate(ordered):
         shared = _common(prompts[ordered[place - 1]], prompts[row], GRAIN) if place else 0
+        total += shared
         while open_groups[-1].shared > shared:
             group = close()
             if open_groups[-1].shared < shared:
@@ -300,7 +311,7 @@ def _tree(prompts: Sequence[np.ndarray], rank: np.ndarray) -> _Group:
     while len(open_groups) > 1:
         group = close()
         open_groups[-1].members.append(group)
-    return close()
+    return close(), total
 
 
 def _sort_key(prompt: np.ndarray) -> bytes:

@@ -60,6 +60,15 @@ class Costs:
         share = nbytes / (self.weight_bytes + self.experts * self.expert_bytes)
         return replace(self, weight_bytes=share * self.weight_bytes, expert_bytes=share * self.expert_bytes)
 
+    def step(self, tokens: int, samples: int, context: int, pairs: int) -> tuple[float, float]:
+        """Operations and bytes read of a step, at least, unless sequences that share pages read them together, or
+        tokens of a mixture agree on their experts. Arguments as the fields of StepWork."""
+        flops = tokens * self.token_flops + samples * self.sample_flops + pairs * self.pair_flops
+        read = self.weight_bytes + context * self.kv_bytes
+        if self.experts:
+            read += distinct_experts(tokens, self.experts, self.per_token) * self.expert_bytes
+        return flops, read
+
 
 def _attention_weights(spec: ModelSpec) -> int:
     latent = spec.latent
@@ -84,12 +93,11 @@ def distinct_experts(tokens: int, experts: int, per_token: int) -> float:
     return experts * (1 - (1 - per_token / experts) ** tokens)
 
 
-def least_seconds(work: StepWork, costs: Costs, ceilings: Ceilings) -> float:
-    """No schedule of these steps is faster, unless sequences that share pages read them together, or tokens of a
-    mixture agree on their experts."""
-    flops = work.tokens * costs.token_flops + work.samples * costs.sample_flops + work.pairs * costs.pair_flops
-    read = work.steps * costs.weight_bytes + work.context * costs.kv_bytes
-    if costs.experts:
-        chosen = (n * distinct_experts(size, costs.experts, costs.per_token) for size, n in work.sizes.items())
-        read += sum(chosen) * costs.expert_bytes
-    return max(flops / ceilings.flops, read / ceilings.bandwidth)
+def least_seconds(work: StepWork, ceilings: Ceilings) -> float:
+    """No schedule of these steps is faster."""
+    return max(work.least_flops / ceilings.flops, work.least_bytes / ceilings.bandwidth)
+
+
+def roofline_share(work: StepWork, ceilings: Ceilings) -> float:
+    """Of the time that the device took for the steps, what no device could have saved."""
+    return least_seconds(work, ceilings) / work.seconds if work.seconds else 0.0

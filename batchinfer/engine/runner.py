@@ -56,7 +56,10 @@ class Runner(Protocol):
 
     def start(self, step: Step, rows: Rows) -> None:
         """Begin a step; ``rows`` as in :meth:`SlotTable.extras`. A token -1 is the one that the step started
-        before sampled for the same slot."""
+        before sampled for the same slot. What it samples by tokens that are not taken yet waits for :meth:`sample`."""
+
+    def sample(self) -> None:
+        """Sample what waits in the step started last; all tokens before it are taken by now. Nothing if none waits."""
 
     def finish(self) -> StepOutput:
         """Wait for the oldest step that was started. Valid until the next call."""
@@ -115,6 +118,9 @@ class HostRunner:
         self.seconds["forward"] += middle - start
         self.seconds["sample"] += end - middle
 
+    def sample(self) -> None:
+        """No step is ahead of the tokens here."""
+
     def finish(self) -> StepOutput:
         return self._done.popleft()
 
@@ -142,15 +148,8 @@ class HostRunner:
             sample_row=tensor(step.sample_row),
             score=ScoreInput(tensor(scored[0]), tensor(scored[1]), scored[2]) if scored else None,
             adapters=grouped_rows(rows),
-            copies=copies(step, tensor),
+            copies=Copies(tensor(step.copy_source), tensor(step.copy_target)) if len(step.copy_source) else None,
         )
-
-
-def copies(step: Step, tensor: Callable[[np.ndarray], torch.Tensor]) -> Copies | None:
-    """``tensor`` puts an array where the decoder needs it."""
-    if not len(step.copied_row):
-        return None
-    return Copies(*(tensor(a) for a in (step.copied_row, step.positions[step.copied_row], step.copied_index)))
 
 
 def grouped_rows(rows: Rows) -> AdapterRows:

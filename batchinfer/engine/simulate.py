@@ -93,8 +93,14 @@ class SimulatedRunner:
         self.prompt_tokens += step.num_tokens - step.num_decode
         self.widths.append(step.num_seqs)
 
+    def sample(self) -> None:
+        """Nothing waits."""
+
     def finish(self) -> StepOutput:
         return self._done.popleft()
+
+    def peak_device_bytes(self) -> int:
+        return 0
 
     def close(self) -> None:
         self._done.clear()

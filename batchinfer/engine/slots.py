@@ -29,6 +29,10 @@ ScoredRows = tuple[np.ndarray, np.ndarray, int]
 History = tuple[np.ndarray, np.ndarray]
 """Prompt and generated tokens of a sequence, int32."""
 
+Extra = torch.Tensor | tuple[torch.Tensor, ...]
+Extras = dict[str, Extra]
+"""Optional fields of SampleInput."""
+
 BadWords = Sequence[np.ndarray]
 """Sequences of tokens, int32, the last of which may not come after the others."""
 
@@ -39,10 +43,12 @@ class Rows(Protocol):
     """What only the host knows of the rows that a step samples."""
 
     def history(self, row: int) -> History:
-        """Asked for rows with penalties or bad words. Before a row behind a draft, the draft was generated."""
+        """Asked for rows with penalties or bad words. Before a row behind a draft, the draft was generated. Nothing of
+        a sequence that has ended since the step was started."""
 
-    def allow(self, row: int, mask: np.ndarray) -> None:
-        """Fill ``mask`` int32 [ceil(V / 32)], see ``SampleInput.allowed``; asked for rows with a constraint."""
+    def allow(self, rows: list[int], masks: np.ndarray) -> None:
+        """Fill these rows of ``masks`` int32 [N, ceil(V / 32)], see ``SampleInput.allowed``, which all have a
+        constraint. Those of sequences that have ended since stay as they are."""
 
     def adapters(self) -> tuple[np.ndarray, np.ndarray] | None:
         """The adapter of each of the step's tokens and of its samples, int32 [T] and [N], -1 for none; None if no token
@@ -97,11 +103,13 @@ class SlotTable:
         columns = {name: self._columns[name][slots] for name in ("temperature", "top_k", "top_p", "min_p")}
         return columns | {"seed": self._seed[slots], "position": counts}
 
-    def extras(
-        self, slots: np.ndarray, counts: np.ndarray, rows: Rows
-    ) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...]]:
+    def need_tokens(self, slots: np.ndarray) -> bool:
+        """Whether :meth:`extras` asks for the tokens that one of these, int32 [N], has so far."""
+        return bool((self._penalised | self._constrained | self._worded)[slots].any())
+
+    def extras(self, slots: np.ndarray, counts: np.ndarray, rows: Rows) -> Extras:
         """The optional fields of SampleInput that one of the rows needs; mostly none."""
-        extra: dict[str, torch.Tensor | tuple[torch.Tensor, ...]] = {}
+        extra: Extras = {}
         penalised = self._penalised[slots]
         if penalised.any():
             extra |= _history_arrays(penalised, rows)
@@ -126,8 +134,8 @@ class SlotTable:
             allowed = np.full((len(slots), self._mask_words), -1, np.int32)
             for row in np.flatnonzero(masked).tolist():
                 allowed[row] = self._masks[int(slots[row])]
-            for row in np.flatnonzero(constrained).tolist():
-                rows.allow(row, allowed[row])
+            if constrained.any():
+                rows.allow(np.flatnonzero(constrained).tolist(), allowed)
             extra["allowed"] = torch.from_numpy(allowed)
         logprobs = self._logprobs[slots]
         if (logprobs >= 0).any():

@@ -17,6 +17,7 @@ from torch import Tensor
 from batchinfer.engine.slots import SlotTable
 from batchinfer.engine.step_shape import StepShape
 from batchinfer.models.decoder import StepInput
+from batchinfer.models.layers import Copies
 from batchinfer.models.lora import NO_ADAPTERS, AdapterRows
 from batchinfer.ops import AttentionInput, SampleInput
 from batchinfer.ops.fields import SAMPLE_FIELDS
@@ -32,9 +33,9 @@ class StepBuffer:
     """One buffer, seen as a step's arrays. ``empty(size)`` makes it: so many bytes, uint8, where they are wanted.
 
     ``max_tokens`` T, ``max_slots`` S, ``max_samples`` N: no step has more tokens, sequences or samples. ``arrays`` maps
-    names to views: token_ids, positions, adapter int32 [T]; kv_index int64 [T]; q_start [S + 1], kv_len, slot int32
-    [S]; sample_row, sample_adapter, position, top_k int32 [N]; sample_slot, seed int64 [N]; temperature, top_p, min_p
-    float32 [N].
+    names to views: token_ids, positions, adapter int32 [T]; kv_index int64 [T]; q_start [S + 1], kv_len, slot,
+    copy_source, copy_target int32 [S]; sample_row, sample_adapter, position, top_k int32 [N]; sample_slot, seed int64
+    [N]; temperature, top_p, min_p float32 [N].
     """
 
     def __init__(self, max_tokens: int, max_slots: int, max_samples: int, empty: Callable[[int], Tensor]):
@@ -47,6 +48,8 @@ class StepBuffer:
             "q_start": (torch.int32, max_slots + 1),
             "kv_len": (torch.int32, max_slots),
             "slot": (torch.int32, max_slots),
+            "copy_source": (torch.int32, max_slots),
+            "copy_target": (torch.int32, max_slots),
             "sample_row": (torch.int32, max_samples),
             "sample_slot": (torch.int64, max_samples),
             "sample_adapter": (torch.int32, max_samples),
@@ -75,6 +78,8 @@ class StepBuffer:
             "q_start": (step.q_start, self.max_slots + 1, step.num_tokens),
             "kv_len": (step.kv_len, self.max_slots, 0),
             "slot": (step.seq_slot, self.max_slots, 0),
+            "copy_source": (step.copy_source, shape.copies, -1),
+            "copy_target": (step.copy_target, shape.copies, -1),
             "sample_row": (step.sample_row, samples, 0),
             "sample_slot": (step.sample_slot, samples, nobody),
         }
@@ -90,7 +95,7 @@ class StepBuffer:
 
     def step_input(self, shape: StepShape, page_table: Tensor) -> StepInput:
         """Views of the first tokens and samples; always max_slots sequences."""
-        a, tokens, samples = self.arrays, shape.tokens, shape.samples
+        a, tokens, samples, copied = self.arrays, shape.tokens, shape.samples, shape.copies
         adapters = AdapterRows(a["adapter"][:tokens], a["sample_adapter"][:samples]) if shape.adapted else NO_ADAPTERS
         return StepInput(
             token_ids=a["token_ids"][:tokens],
@@ -99,6 +104,7 @@ class StepBuffer:
             attention=AttentionInput(a["q_start"], a["kv_len"], a["slot"], page_table, shape.decode_only),
             sample_row=a["sample_row"][:samples],
             adapters=adapters,
+            copies=Copies(a["copy_source"][:copied], a["copy_target"][:copied]) if copied else None,
         )
 
     def sample_input(self, samples: int, **extras: object) -> SampleInput:

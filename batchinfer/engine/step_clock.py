@@ -7,18 +7,20 @@ import time
 import numpy as np
 
 from batchinfer.engine.open_work import StepRows
+from batchinfer.engine.roofline import Costs
 from batchinfer.engine.runner import StepOutput
 from batchinfer.engine.trace import Trace
 from batchinfer.types import EngineStats
 
 
 class StepClock:
-    """Counts into ``stats``, and draws what it counts into a trace."""
+    """Counts into ``stats``, and draws what it counts into a trace. ``costs``: of the model, where they are known."""
 
-    def __init__(self, stats: EngineStats, trace: Trace | None):
+    def __init__(self, stats: EngineStats, trace: Trace | None, costs: Costs | None):
         self.seconds = {"schedule": 0.0, "output": 0.0}
         self._stats = stats
         self._trace = trace
+        self._costs = costs
         self._device_end = 0.0  # of the last step; 0: none yet
 
     def phase(self, name: str, begin: float) -> float:
@@ -43,13 +45,18 @@ class StepClock:
         work = self._stats.decode if decode_only else self._stats.prefill
         work.steps += 1
         work.seconds += out.end - out.begin
-        work.tokens += step.num_tokens
-        work.sizes[step.num_tokens] += 1
-        if sampled:
-            work.samples += step.num_samples + sum(len(place.rows) for place in rows.places)
-        work.context += int(lengths.sum())
+        samples = step.num_samples + sum(len(place.rows) for place in rows.places) if sampled else 0
+        context = int(lengths.sum())
         # A token attends to itself and all before it; the last of a prompt's to the whole length.
-        work.pairs += int((queries * lengths - queries * (queries - 1) // 2).sum())
+        pairs = int((queries * lengths - queries * (queries - 1) // 2).sum())
+        work.tokens += step.num_tokens
+        work.samples += samples
+        work.context += context
+        work.pairs += pairs
+        if self._costs:
+            flops, read = self._costs.step(step.num_tokens, samples, context, pairs)
+            work.least_flops += flops
+            work.least_bytes += read
         if self._device_end:
             self._stats.device_idle += out.begin - self._device_end
         self._device_end = out.end

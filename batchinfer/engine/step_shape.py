@@ -23,14 +23,16 @@ time so than with 1.3e11, where the kernels of its steps of 512 tokens follow on
 @dataclass(frozen=True)
 class StepShape:
     """Rows of a step as it is launched. ``decode_only``: each sequence has one token, and it is sampled from.
-    ``adapted``: some tokens have an adapter. ``repeats``: the sizes are from the short list, so that the shape is worth
-    a graph."""
+    ``adapted``: some tokens have an adapter. ``copies``: pages that are copied. ``repeats``: the sizes are from the
+    short list, so that the shape is worth a graph. ``sampled``: the sampler is part of it."""
 
     tokens: int
     samples: int
     decode_only: bool = False
     adapted: bool = False
+    copies: int = 0
     repeats: bool = False
+    sampled: bool = True
 
 
 @dataclass(frozen=True)

@@ -130,12 +130,11 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Copies:
-    """C tokens of a step, ``row`` int32 [C], at ``positions`` int32 [C], whose keys and values go to a second place of
-    the cache, ``kv_index`` int64 [C]: that of another sequence that begins alike."""
+    """C pages of the cache, ``target`` int32 [C], that become copies of others, ``source`` int32 [C]: what a sequence
+    of the step computes is there for another that begins alike."""
 
-    row: Tensor
-    positions: Tensor
-    kv_index: Tensor
+    source: Tensor
+    target: Tensor
 
 
 @dataclass(frozen=True)
@@ -175,20 +174,10 @@ def attend(
     layer.qkv(ops, x, w.qkv, rows)
     ops.rope_and_cache(w.qkv, step.positions, step.kv_index, step.rope, k_cache, v_cache, w.q, layer.head_norm)
     if step.copies is not None:
-        _copy(ops, layer, w, step, step.copies, k_cache, v_cache)
+        ops.copy_pages(k_cache, v_cache, step.copies.source, step.copies.target)
     ops.attention(w.q, k_cache, v_cache, step.plan, step.scale, w.attn, w.lse, step.softcap)
     if layer.sinks is not None:
         ops.sink(w.attn, w.lse, layer.sinks)
-
-
-def _copy(
-    ops: Ops, layer: Layer, w: Workspace, step: Attention, copies: Copies, k_cache: Tensor, v_cache: Tensor
-) -> None:
-    """Once more from the same rows of w.qkv, so that the second place gets the bits of the first."""
-    count = len(copies.row)
-    qkv, q = w.qkv.new_empty(count, w.qkv.shape[1]), w.q.new_empty(count, *w.q.shape[1:])
-    ops.gather_rows(w.qkv, copies.row, qkv)
-    ops.rope_and_cache(qkv, copies.positions, copies.kv_index, step.rope, k_cache, v_cache, q, layer.head_norm)
 
 
 def project(ops: Ops, layer: Layer, w: Workspace, out: Tensor, rows: Rows = ()) -> None:

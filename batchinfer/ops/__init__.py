@@ -40,9 +40,10 @@ Lack = Literal[
     "groups of codes",
     "KV cache of another dtype",
     "int8 KV cache",
+    "float16",
     "float8 KV cache beside float32",
 ]
-"""Ops, options of ``rope_and_cache`` and ``pack_weight``, and caches, that not every backend has."""
+"""Ops, options of ``rope_and_cache`` and ``pack_weight``, caches and dtypes that not every backend has."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,10 @@ class Ops(Protocol):
     ) -> None:
         """Split qkv [T, (H+2G)*E] into q, k, v; normalise heads; rotate q and k by positions int32 [T]; write q to
         q_out [T, H, E] and k, v to token kv_index int64 [T] (= page*B + offset) of the caches [P, G, B, E]."""
+
+    def copy_pages(self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None:
+        """Page target[i] of both caches [P, G, B, E], of any dtype, becomes a copy of page source[i]; int32 [C]. No
+        page is a target twice, or source and target."""
 
     def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0) -> Any:
         """Host work of the step's attention (work list), done once and used by every layer with this ``window``: a

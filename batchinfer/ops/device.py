@@ -203,6 +203,18 @@ class DeviceOps(TextAttention, ABC):
             self._check("norm.k", norm.k, torch.float32, (kv_heads * width if whole else width,))
         self._rope_and_cache(qkv, positions, kv_index, rope, k_cache, v_cache, q_out, norm)
 
+    def copy_pages(self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None:
+        pages = shape_of("k_cache", k_cache, 4)[0]
+        (copies,) = shape_of("source", source, 1)
+        self._check("k_cache", k_cache, k_cache.dtype, k_cache.shape)
+        self._check("v_cache", v_cache, k_cache.dtype, k_cache.shape)
+        self._check("source", source, torch.int32, (copies,))
+        self._check("target", target, torch.int32, (copies,))
+        page_bytes = k_cache[:1].nbytes
+        if page_bytes % 16:
+            raise ValueError(f"k_cache has pages of {page_bytes} bytes: a multiple of 16 is needed")
+        self._copy_pages(k_cache, v_cache, source, target, pages, page_bytes)
+
     def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0) -> Any:
         kv_heads = shape_of("k_cache", k_cache, 4)[1]
         slots, slot_pages = shape_of("page_table", inputs.page_table, 2)
@@ -329,6 +341,11 @@ class DeviceOps(TextAttention, ABC):
         v_cache: Tensor,
         q_out: Tensor,
         norm: HeadNorm | None,
+    ) -> None: ...
+
+    @abstractmethod
+    def _copy_pages(
+        self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor, pages: int, page_bytes: int
     ) -> None: ...
 
     @abstractmethod

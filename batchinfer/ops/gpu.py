@@ -160,6 +160,12 @@ class GpuOps(DeviceOps):
             self._stream(),
         )
 
+    def _copy_pages(
+        self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor, pages: int, page_bytes: int
+    ) -> None:
+        places = (t.data_ptr() for t in (k_cache, v_cache, source, target))
+        self._gpu.copy_pages(*places, len(source), pages, page_bytes, self._stream())
+
     def _plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int) -> Plan:
         pages, kv_heads, page_size, width = k_cache.shape
         slots, slot_pages = inputs.page_table.shape

@@ -41,7 +41,7 @@ class NativeOps(NativeLinear, TextAttention):
     works on one op. Raises RuntimeError where the extension lacks the device, ValueError for an unusable ``isa``.
     """
 
-    lacks: frozenset[Lack] = frozenset({"groups of codes"})
+    lacks: frozenset[Lack] = frozenset({"groups of codes", "float16"})
 
     def __init__(self, device: str = "cpu", threads: int = 0, isa: str = ""):
         extension = _extension(device)
@@ -290,6 +290,23 @@ class NativeOps(NativeLinear, TextAttention):
             page_size,
             0.0 if norm is None else norm.eps,
             norm_all,
+        )
+
+    def copy_pages(self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None:
+        pages = shape_of("k_cache", k_cache, 4)[0]
+        (copies,) = shape_of("source", source, 1)
+        check("k_cache", k_cache, k_cache.dtype, tuple(k_cache.shape))
+        check("v_cache", v_cache, k_cache.dtype, tuple(k_cache.shape))
+        check("source", source, torch.int32, (copies,))
+        check("target", target, torch.int32, (copies,))
+        self._cpu.copy_pages(
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            source.data_ptr(),
+            target.data_ptr(),
+            copies,
+            pages,
+            k_cache[0].nbytes if pages else 0,
         )
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:

@@ -116,6 +116,12 @@ class ReferenceOps:
         for x, into in ((k, k_cache), (v, v_cache)):
             into[page, :, offset] = encode_kv(x, into.dtype)
 
+    def copy_pages(self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None:
+        for name, pages in (("source", source), ("target", target)):
+            _check_range(name, pages, len(k_cache))
+        for cache in (k_cache, v_cache):
+            cache[target.long()] = cache[source.long()]
+
     def plan_attention(
         self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0
     ) -> tuple[AttentionInput, int]:

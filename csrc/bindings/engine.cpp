@@ -96,8 +96,8 @@ PYBIND11_MODULE(_engine, module) {
         .def_property_readonly("sample_count", array_of(&Step::sample_count, &Step::num_samples))
         .def_property_readonly("new_slots", array_of(&Step::new_slots))
         .def_property_readonly("new_seqs", array_of(&Step::new_seqs))
-        .def_property_readonly("copied_row", array_of(&Step::copied_row))
-        .def_property_readonly("copied_index", array_of(&Step::copied_index))
+        .def_property_readonly("copy_source", array_of(&Step::copy_source))
+        .def_property_readonly("copy_target", array_of(&Step::copy_target))
         .def_property_readonly("page_updates",
                                [](const py::object& self) {
                                    const auto& updates = self.cast<const Step&>().page_updates;
@@ -147,6 +147,7 @@ PYBIND11_MODULE(_engine, module) {
             py::arg("family") = 0, py::arg("lookup") = true, py::arg("stop_token_ids") = py::tuple(),
             py::arg("generated") = py::tuple())
         .def("limit_prompts", &Scheduler::limit_prompts, py::arg("step_tokens"))
+        .def("forget_prefixes", &Scheduler::forget_prefixes)
         .def("tokens_left", [](const Scheduler& self) { return copy(std::span<const int64_t>(self.tokens_left())); })
         .def("schedule", [](Scheduler& self) { return std::const_pointer_cast<Step>(self.schedule()); })
         .def(

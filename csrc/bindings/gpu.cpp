@@ -64,6 +64,12 @@ void bind_rows(py::module_& m) {
                                    norm_eps},
                                   stream_at(stream));
           });
+    m.def("copy_pages", [](uintptr_t k_cache, uintptr_t v_cache, uintptr_t source, uintptr_t target, int64_t copies,
+                           int64_t pages, int64_t page_bytes, uintptr_t stream) {
+        gpu::copy_pages(
+            {at<void>(k_cache), at<void>(v_cache), at<int32_t>(source), at<int32_t>(target), copies, pages, page_bytes},
+            stream_at(stream));
+    });
 }
 
 void bind_attention(py::module_& m) {

@@ -114,6 +114,13 @@ void bind_elementwise(py::class_<Cpu>& cls) {
             int64_t width) {
             gather_rows(cpu, {at<void>(x), at<int32_t>(index), at<void>(out), Dtype(dtype), x_rows, rows, width});
         });
+    def_step_op(
+        cls, "copy_pages",
+        +[](Cpu& cpu, uintptr_t k_cache, uintptr_t v_cache, uintptr_t source, uintptr_t target, int64_t copies,
+            int64_t pages, int64_t page_bytes) {
+            copy_pages(cpu, {at<void>(k_cache), at<void>(v_cache), at<int32_t>(source), at<int32_t>(target), copies,
+                             pages, page_bytes});
+        });
 }
 
 void bind_linear(py::module_& m, py::class_<Cpu>& cls) {

@@ -32,6 +32,7 @@ void silu_mul(Cpu&, const GateArgs&);
 void gelu_mul(Cpu&, const GateArgs&);
 void activate(Cpu&, const ActivateArgs&);
 void gather_rows(Cpu&, const GatherRowsArgs&);
+void copy_pages(Cpu&, const CopyPagesArgs&);
 void sample(Cpu&, const SampleArgs&);
 
 }  // namespace batchinfer

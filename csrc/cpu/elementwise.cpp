@@ -1,4 +1,5 @@
-// Embedding, norms, rope, activation, gather: index checks and the split over threads.
+// Embedding, norms, rope, activation, gather, page copy: index checks and the split over threads.
+#include <cstring>
 #include <stdexcept>
 
 #include "cpu/backend.h"
@@ -71,6 +72,21 @@ void activate(Cpu& cpu, const ActivateArgs& a) {
 void gather_rows(Cpu& cpu, const GatherRowsArgs& a) {
     check_indices("gather_rows", "index", a.index, a.rows, a.x_rows);
     by_rows(cpu, cpu.kernels.gather_rows, a, a.rows, a.width);
+}
+
+void copy_pages(Cpu& cpu, const CopyPagesArgs& a) {
+    check_indices("copy_pages", "source", a.source, a.copies, a.pages);
+    check_indices("copy_pages", "target", a.target, a.copies, a.pages);
+    cpu.pool.parallel_for(
+        2 * a.copies,
+        [&](int64_t begin, int64_t end, int) {
+            for (int64_t i = begin; i < end; ++i) {
+                char* cache = static_cast<char*>(i < a.copies ? a.k_cache : a.v_cache);
+                const int64_t from = a.source[i % a.copies], to = a.target[i % a.copies];
+                std::memcpy(cache + to * a.page_bytes, cache + from * a.page_bytes, a.page_bytes);
+            }
+        },
+        grain(a.page_bytes / sizeof(float)));
 }
 
 }  // namespace batchinfer

@@ -10,14 +10,19 @@
 namespace batchinfer {
 namespace {
 
-// Rows packed together; one tile of them is in use at a time.
-constexpr int64_t kBlockRows = 104;
-// Weights of a task, per depth slice: read from L2 (1-2 MiB) by every tile after the first.
-constexpr int64_t kTaskWeightBytes = 256 * 1024;
-// The kernels take up to so many panels at once.
-constexpr int64_t kMinTaskPanels = 4;
-// Enough tasks that a thread which lost its core for a while does not hold up the others.
-constexpr int64_t kTasksPerThread = 4;
+// The first line that holds a product is its blocking, as measured by tests/csrc/bench_products.cpp (Zen 5, two cores):
+// one row waits for memory, which comes faster to long tasks; more rows leave time to bring the next task's weights to
+// L2, where both must fit; and many columns pay for rows that are packed by every thread, as their weights are then
+// read once for 208 rows (192 rows: 5-35 % faster with 3,072 columns and more, 1-15 % slower with fewer).
+constexpr struct {
+    int64_t rows, columns;  // up to so many
+    Blocking blocking;
+} kBlockings[] = {{9, INT64_MAX, {104, 256 << 10, 4}},
+                  {104, INT64_MAX, {104, 128 << 10, 4}},
+                  {INT64_MAX, 3071, {104, 128 << 10, 4}},
+                  {INT64_MAX, INT64_MAX, {208, 128 << 10, 4}}};
+// The kernels take up to so many panels at once, if there are fewer than so many rows.
+constexpr int64_t kPanelsAtOnce = 4, kFewRows = 6;
 
 size_t size_of(Dtype dtype) {
     return dtype == Dtype::float32 ? sizeof(float) : sizeof(uint16_t);
@@ -25,8 +30,16 @@ size_t size_of(Dtype dtype) {
 int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
+int64_t round_up(int64_t n, int64_t multiple) {
+    return ceil_div(n, multiple) * multiple;
+}
 
 }  // namespace
+
+const Blocking& Blocking::of(int64_t rows, int64_t columns) {
+    const auto holds = [&](const auto& line) { return rows <= line.rows && columns <= line.columns; };
+    return std::ranges::find_if(kBlockings, holds)->blocking;
+}
 
 PackedWeight::PackedWeight(const GemmKernel& kernel, int64_t outputs, int64_t depth, bool gated,
                            std::shared_ptr<std::byte> memory)
@@ -66,19 +79,24 @@ void PackedWeight::pack(const WeightRow& rows, ThreadPool& pool) {
 }
 
 void PackedWeight::multiply(Dtype x_dtype, const void* x, int64_t rows, const float* bias, Dtype out_dtype, void* out,
-                            ThreadPool& pool) const {
+                            ThreadPool& pool, const Blocking& blocking) const {
     if (rows == 0 || outputs_ == 0) return;
     // Row blocks of nearly equal size, cut at whole tiles.
     const int64_t tiles = ceil_div(rows, kernel_.tile_rows);
-    const int64_t row_blocks = ceil_div(rows, kBlockRows);
+    const int64_t row_blocks = ceil_div(rows, blocking.rows);
     const int64_t tile_rows = ceil_div(rows, tiles);
     const int64_t block_rows = ceil_div(tiles, row_blocks) * tile_rows;
-    // Panels of a task: what fits into L2, less where that would leave threads without work.
-    const int64_t fair = panels_ * row_blocks / (kTasksPerThread * pool.size());
+    // Panels of a task: what fits into L2, less where that would leave threads without work; cut evenly, and for few
+    // rows at what the kernels take at once.
+    const int64_t fair = panels_ * row_blocks / (blocking.tasks_per_thread * pool.size());
     const int64_t slice_bytes = kernel_.panel_bytes(std::min(depth_, kDepthSlice));
-    const int64_t least = std::min(kMinTaskPanels, ceil_div(panels_, pool.size()));
-    const int64_t task_panels = std::max(least, std::min(fair, kTaskWeightBytes / slice_bytes));
-    const int64_t column_blocks = ceil_div(panels_, task_panels);
+    const int64_t least = std::min(kPanelsAtOnce, ceil_div(panels_, pool.size()));
+    const int64_t wanted = std::max(least, std::min(fair, blocking.weight_bytes / slice_bytes));
+    const int64_t unit = rows < kFewRows ? least : 1;
+    const int64_t units = ceil_div(panels_, unit);
+    const int64_t column_blocks = std::min(units, round_up(ceil_div(panels_, wanted), pool.size()));
+    const int64_t task_panels = ceil_div(units, column_blocks) * unit;  // at most
+    const auto begin_of = [&](int64_t i) { return std::min(units * i / column_blocks * unit, panels_); };
     const int64_t tasks = ceil_div(rows, block_rows) * column_blocks;
     const int64_t packed_bytes = block_rows * kernel_.packed_row_bytes(depth_);
     const int64_t sums_bytes =
@@ -98,16 +116,17 @@ void PackedWeight::multiply(Dtype x_dtype, const void* x, int64_t rows, const fl
                 kernel_.pack_rows(at(x, x_dtype, depth_, 0), count, depth_, packed);
                 packed_block = block;
             }
-            const int64_t first_panel = task % column_blocks * task_panels, column = first_panel * panel_outputs_;
+            const int64_t first_panel = begin_of(task % column_blocks), column = first_panel * panel_outputs_;
+            const int64_t end_panel = begin_of(task % column_blocks + 1);
             const GemmOutput to = {at(out, out_dtype, outputs_, column),
-                                   std::min(task_panels * panel_outputs_, outputs_ - column),
+                                   std::min((end_panel - first_panel) * panel_outputs_, outputs_ - column),
                                    bias ? bias + column : nullptr, bias && gated_ ? bias + outputs_ + column : nullptr,
                                    reinterpret_cast<float*>(packed + packed_bytes)};
             Coming coming = {};
             if (shares.goes_on(thread, task)) {  // with the same rows, or with the first panels again
-                const int64_t next = (task + 1) % column_blocks * task_panels;
-                coming = {reinterpret_cast<const char*>(panel(next)),
-                          reinterpret_cast<const char*>(panel(std::min(next + task_panels, panels_)))};
+                const int64_t next = (task + 1) % column_blocks;
+                coming = {reinterpret_cast<const char*>(panel(begin_of(next))),
+                          reinterpret_cast<const char*>(panel(begin_of(next + 1)))};
             }
             const auto multiply = gated_ ? kernel_.multiply_gated : kernel_.multiply;
             multiply(packed, count, depth_, panel(first_panel), to, coming);

@@ -10,6 +10,16 @@
 
 namespace batchinfer {
 
+// How a product is cut into tasks. It decides what stays in which cache, and no bit of the results.
+struct Blocking {
+    int64_t rows;              // packed together; one tile of them is in use at a time
+    int64_t weight_bytes;      // of a task, per depth slice: read from L2 by every tile after the first
+    int64_t tasks_per_thread;  // at least: a thread that lost its core for a while does not hold up the others
+
+    // The fastest for so many rows and columns.
+    static const Blocking& of(int64_t rows, int64_t columns);
+};
+
 class PackedWeight {
   public:
     // Of a weight [outputs, depth]. `gated`: its first half are the gates of the second. `memory` holds bytes() of what
@@ -33,7 +43,11 @@ class PackedWeight {
     // out [rows, outputs] = x [rows, depth] times the weight transposed, + bias unless it is null. With a gated weight
     // silu of the gates times the rest, and `bias` has 2 * outputs. Only then may `out` be bfloat16.
     void multiply(Dtype x_dtype, const void* x, int64_t rows, const float* bias, Dtype out_dtype, void* out,
-                  ThreadPool& pool) const;
+                  ThreadPool& pool) const {
+        multiply(x_dtype, x, rows, bias, out_dtype, out, pool, Blocking::of(rows, gated_ ? 2 * outputs_ : outputs_));
+    }
+    void multiply(Dtype x_dtype, const void* x, int64_t rows, const float* bias, Dtype out_dtype, void* out,
+                  ThreadPool& pool, const Blocking& blocking) const;
 
   private:
     const std::byte* panel(int64_t index) const { return data_.get() + index * panel_bytes_; }

@@ -33,6 +33,11 @@ bool PagePool::drop(PageId page) {
     return true;
 }
 
+void PagePool::clear_cached() {
+    for (PageId page = tree_.evict(); page != kNoPage; page = tree_.evict())
+        allocator_.free(page);
+}
+
 void PagePool::check(std::span<const int32_t> holders) const {
     const auto require = [](bool ok, PageId page, const char* what) {
         if (!ok) throw std::runtime_error("page " + std::to_string(page) + ": " + what);

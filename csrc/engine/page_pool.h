@@ -22,6 +22,9 @@ class PagePool {
     /// One holder less; true if nobody holds the page any longer. A page of the tree then stays cached.
     bool drop(PageId page);
 
+    /// Frees all cached pages.
+    void clear_cached();
+
     /// See PrefixTree::find.
     PageId find(PageId parent, std::span<const int32_t> tokens) const { return tree_.find(parent, tokens); }
     /// Makes `page` findable: see PrefixTree::insert.

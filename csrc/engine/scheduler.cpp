@@ -243,7 +243,12 @@ void Scheduler::match_prefix(const Sequence& sequence) {
     if (!config_.prefix_cache) return;
     // The last token gives the logits: compute it.
     const int32_t limit = std::min(sequence.known() - 1, sequence.compute_from) / config_.page_size;
-    PageId page = sequence.root;
+    // Neighbours in the queue mostly begin alike, and what the last one holds of the tree needs no hashing.
+    const Sequence* last = running_.empty() ? nullptr : running_.back();
+    const int32_t held = last != nullptr && last->root == sequence.root ? std::min(limit, last->published) : 0;
+    for (int32_t i = 0; i < held && std::ranges::equal(page_tokens(sequence, i), page_tokens(*last, i)); ++i)
+        prefix_.push_back(table_->row(last->slot)[i]);
+    PageId page = prefix_.empty() ? sequence.root : prefix_.back();
     while (static_cast<int32_t>(prefix_.size()) < limit) {
         page = pool_.find(page, page_tokens(sequence, static_cast<int32_t>(prefix_.size())));
         if (page == kNoPage) break;
@@ -270,7 +275,10 @@ void Scheduler::prefill(Sequence& sequence) {
     sequence.computed = end;
     publish(sequence, /*adopt=*/false);
     if (end < sequence.known()) return;
-    if (first == found) note_twin(sequence, first);
+    if (first == found) {
+        twin_ = &sequence;
+        twin_first_page_ = found / config_.page_size;
+    }
     sequence.decoding = true;
     forecast_.cancel_growth(sequence.num_pages, sequence.life);  // the steps that the prompt took are known now
     sequence.life = predict(sequence, 0);

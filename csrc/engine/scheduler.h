@@ -69,7 +69,7 @@ struct Finished {
 ///   steps in order, what step k reads is still there. The exception is a preempted sequence, which is not in the step.
 /// - Full pages whose tokens are known are found by later sequences as soon as their computation is scheduled, even in
 ///   the same step (see Step). A page that is still being written is held by one sequence only; what sequences of one
-///   step with the same prompt have in it is computed once and written to each one's (Step::copied_row).
+///   step with the same prompt have in it is computed once and copied to each one's (Step::copy_source).
 ///
 /// One step ahead: schedule() may be called with one step's tokens not yet reported. A token unknown to the host is
 /// Step::kUnknownToken. A sequence that then turns out to have met a stop token has one superfluous token in the later
@@ -96,6 +96,8 @@ class Scheduler {
     /// From now on a step takes prompt tokens only up to `step_tokens` tokens in all (0: max_step_tokens again); its
     /// decodes go on, however many they are. Throws std::invalid_argument for a negative number.
     void limit_prompts(int32_t step_tokens);
+    /// Frees the pages that the prefix tree keeps of closed sequences.
+    void forget_prefixes() { pool_.clear_cached(); }
     /// The next step, or nullptr if nothing can run now. The Step stays unchanged while the caller keeps the pointer.
     /// Throws std::logic_error if two steps wait for their update(); with drafts, one.
     std::shared_ptr<const Step> schedule();
@@ -149,7 +151,6 @@ class Scheduler {
     void draft(Sequence& sequence);
     void settle_draft(Sequence& sequence);
     bool copy_twin(Sequence& sequence);
-    void note_twin(const Sequence& sequence, int32_t first);
 
     bool append(Sequence& sequence, int32_t token);
     void release(Sequence& sequence);
@@ -181,8 +182,7 @@ class Scheduler {
     Step* step_ = nullptr;  // under construction
     bool preempted_ = false;
     const Sequence* twin_ = nullptr;  // the last that computed its prompt's end in this step, and did not copy it,
-    int32_t twin_first_ = 0;          // from this position on,
-    int32_t twin_row_ = 0;            // which is this token of the step
+    int32_t twin_first_page_ = 0;     // from this page on
     int64_t retry_at_ = 0;  // the first in the queue did not fit: not asked again before that step or a release
     std::vector<PageId> prefix_;
     std::vector<int32_t> chunk_;

@@ -23,8 +23,8 @@ void Step::clear(int64_t new_index) {
     num_tokens = num_seqs = num_samples = num_decode = 0;
     new_slots.clear();
     new_seqs.clear();
-    copied_row.clear();
-    copied_index.clear();
+    copy_source.clear();
+    copy_target.clear();
     page_updates.clear();
 }
 

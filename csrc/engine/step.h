@@ -25,8 +25,8 @@ struct PageTable {
 /// What the device computes in one step: flat arrays over T tokens, S sequences, N sampled rows. Arrays of these
 /// lengths have room for the largest step, and their first num_tokens, num_seqs or num_samples entries are valid.
 ///
-/// The K/V of all tokens of the step is written before any of them attends, layer by layer; so a sequence may attend
-/// to pages that another sequence of the same step fills.
+/// The K/V of all tokens of the step is written before any of them attends, and before pages are copied, layer by
+/// layer; so a sequence may attend to pages that another sequence of the same step fills.
 struct Step {
     static constexpr int32_t kUnknownToken = -1;
 
@@ -54,9 +54,9 @@ struct Step {
     // These grow as needed.
     std::vector<int32_t> new_slots;  // slots given out in this step, and to which sequences
     std::vector<int64_t> new_seqs;
-    // Tokens of the step whose K/V goes to another place too, and that place, as in kv_index.
-    std::vector<int32_t> copied_row;    // [C], no more than a step may have tokens
-    std::vector<int64_t> copied_index;  // [C]
+    // Pages that become copies of others, of which none is a copy itself.
+    std::vector<PageId> copy_source;    // [C], no more than there are slots
+    std::vector<PageId> copy_target;    // [C]
     std::vector<int32_t> page_updates;  // [U, 3]; (slot, column, page): changed entries of the page table, each once
 
     std::shared_ptr<const PageTable> page_table;
@@ -83,9 +83,9 @@ struct Step {
         sample_count[num_samples] = tokens_before;
         ++num_samples;
     }
-    void add_copy(int32_t row, int64_t kv) {
-        copied_row.push_back(row);
-        copied_index.push_back(kv);
+    void add_copy(PageId source, PageId target) {
+        copy_source.push_back(source);
+        copy_target.push_back(target);
     }
     void add_page_update(int32_t slot, int32_t column, PageId page) {
         page_updates.insert(page_updates.end(), {slot, column, page});

@@ -124,8 +124,10 @@ void attention(const AttentionArgs& a, Stream stream) {
         attention_decode(a, stream);
         // 3 us if the list is empty, which mostly only the device knows.
         if (a.plan.decode_only) return;
-        kWithSm90a&& unit == MatrixUnit::warpgroup && !codes ? attention_prefill_sm90(a, stream)
-                                                             : attention_prefill(a, stream);
+        if constexpr (kWithSm90a) {
+            if (unit == MatrixUnit::warpgroup && !codes) return attention_prefill_sm90(a, stream);
+        }
+        attention_prefill(a, stream);
     } else {
         attention_generic(a, stream);
     }

@@ -2,14 +2,17 @@
 // (Shah et al. 2024, arXiv:2407.08608) over paged keys. attention_prefill.cu does the same for other GPUs; its matrix
 // instructions reach two thirds of this chip's rate at best.
 //
-// A block of three warpgroups takes 128 rows of one kv head against tiles of 128 positions. One group only copies, 16
-// bytes a thread: a page may hold as little as 4 KB of a head, and rows past the end must become zeros. Keys and values
-// have two buffers each. Two groups of 64 rows compute: the products of the next scores are issued before the softmax
-// of this tile's and run together with the products of the values, so that the special function unit works while the
-// matrix unit does. Copiers give registers to computers (224: 64 output, 64 scores, 32 weights of the tile before). On
-// an H100 598 TFLOP/s (8,192 tokens, causal, width 128).
+// A block of three warpgroups takes 128 rows of one kv head against tiles of 128 positions. One group only copies:
+// boxes by the tensor memory accelerator, and 16 bytes a thread where rows past the end must become zeros. Keys and
+// values have two buffers each. Two groups of 64 rows compute: the products of the next scores are issued before the
+// softmax of this tile's and run together with the products of the values, so that the special function unit works
+// while the matrix unit does. Copiers give registers to computers (224: 64 output, 64 scores, 32 weights of the tile
+// before). On an H100 598 TFLOP/s (8,192 tokens, causal, width 128).
+#ifdef BATCHINFER_SM90A  // CUDA from 12 on
+#include <algorithm>
+
 #include "gpu/attention.cuh"
-#include "gpu/wgmma.cuh"
+#include "gpu/tma.cuh"
 
 namespace batchinfer::gpu {
 namespace {
@@ -24,6 +27,12 @@ template <int E>
 constexpr int kQueryBytes = kPrefillRows * E * 2;
 template <int E>
 constexpr int kSharedBytes = kQueryBytes<E> + 2 * kStages * kTileBytes<E> + 1024;  // 1024: to align
+
+// The caches as matrices [pages x kv_heads x page_size, E], in boxes of `rows` rows: a page, or a tile if that is less.
+struct CacheBoxes {
+    BoxMap keys, values;
+    int rows;
+};
 
 #if BATCHINFER_WGMMA
 
@@ -93,17 +102,21 @@ struct Item {
     }
 };
 
-// The copying warpgroup. It never waits for data: the copies themselves arrive at the barrier. What bounds it is the
-// number of instructions between the release of a buffer and the next copy, so a tile's eight pages are looked up by
-// eight lanes, a tile ahead, and a thread's place in shared memory differs between tiles and runs by constants alone.
+// The copying warpgroup. It never waits for data: the copies themselves arrive at the barrier. A tile of the sequence
+// comes in boxes, of a page or the part of one that the tile takes; its eight runs of 16 positions are looked up by
+// eight lanes, a tile ahead. A sequence's last tile, whose rows past the end must become zeros, comes 16 bytes a
+// thread; a thread's places in shared memory differ between tiles and runs by constants alone.
 template <class T, int E, bool kExtended>
-__device__ void copy_tiles(const AttentionArgs& a, Barriers& b, uint32_t buffers) {
+__device__ void copy_tiles(const AttentionArgs& a, const CacheBoxes& boxes, Barriers& b, uint32_t buffers) {
     constexpr int kPieces = E / 8, kRowsAtOnce = kCopyThreads / kPieces;  // 8 or 16: a page holds whole runs of 16
+    constexpr int kRuns = kKeys / 16;
     const AttentionPlan& p = a.plan;
     const int piece = threadIdx.x % kPieces, row = threadIdx.x / kPieces, lane = threadIdx.x % kWarp;
     const int items = p.prefill_start[p.sequences];
-    const uint32_t to = buffers + place(row, piece, kKeys);
     const int64_t inside = row * E + piece * 8;
+    const int box_column = threadIdx.x / kRuns * kBoxColumns;
+    const bool has_box = box_column < E && threadIdx.x % kRuns * 16 % boxes.rows == 0;
+    const uint32_t box_place = box_column / kBoxColumns * kKeys * kPanel + threadIdx.x % kRuns * 16 * kPanel;
     if (threadIdx.x == 0) post_item(b, 0, static_cast<int>(blockIdx.x) < items ? static_cast<int>(blockIdx.x) : -1);
     __syncwarp();
     int tile = 0;
@@ -113,15 +126,24 @@ __device__ void copy_tiles(const AttentionArgs& a, Barriers& b, uint32_t buffers
         const Item<kExtended> item(p, index, a.tokens);
         const Pages pages(p, item.sequence.page_row, item.kv_head);
         const auto look_up = [&](int begin) {
-            return pages.cache_row(min(begin + lane % (kKeys / 16) * 16, item.length - 1) & ~15);
+            return pages.cache_row(min(begin + lane % kRuns * 16, item.sequence.length - 1) & ~15);
         };
         int next = look_up(item.start);
         for (int begin = item.start; begin < item.length; begin += kKeys, ++tile) {
             const int found = next, stage = tile % kStages, left = item.length - begin - row;
+            const bool whole = begin + kKeys <= item.sequence.length;
             next = look_up(begin + kKeys);
-            const auto copy = [&](const void* cache, uint32_t target, uint64_t* full, uint64_t* empty) {
+            const auto copy = [&](const void* cache, const BoxMap& map, uint32_t buffer, uint64_t* full,
+                                  uint64_t* empty) {
+                const uint32_t barrier = shared_address(full + stage);
                 barrier_wait(shared_address(empty + stage), (tile / kStages & 1) ^ 1);
                 __syncwarp();
+                if (whole) {
+                    if (threadIdx.x == 0) barrier_arrive_expecting(barrier, kCopyThreads, kTileBytes<E>);
+                    if (has_box) copy_box(buffer + box_place, map, found, box_column, barrier);
+                    return;
+                }
+                const uint32_t target = buffer + place(row, piece, kKeys);
 #pragma unroll
                 for (int run = 0; run < kKeys; run += 16) {
                     const T* from =
@@ -131,10 +153,10 @@ __device__ void copy_tiles(const AttentionArgs& a, Barriers& b, uint32_t buffers
                         copy_async(target + (run + i) * kPanel, from + i * E, run + i < left);
                     }
                 }
-                barrier_arrive_after_copies(shared_address(full + stage));
+                barrier_arrive_after_copies(barrier);
             };
-            copy(a.k_cache, to + stage * kTileBytes<E>, b.keys_full, b.keys_empty);
-            copy(a.v_cache, to + (kStages + stage) * kTileBytes<E>, b.values_full, b.values_empty);
+            copy(a.k_cache, boxes.keys, buffers + stage * kTileBytes<E>, b.keys_full, b.keys_empty);
+            copy(a.v_cache, boxes.values, buffers + (kStages + stage) * kTileBytes<E>, b.values_full, b.values_empty);
         }
         if (threadIdx.x == 0) {
             const int drawn = gridDim.x + atomicAdd(p.queues + 2, 1);
@@ -367,7 +389,8 @@ __device__ void compute(const AttentionArgs& a, Barriers& b, unsigned char* shar
 }
 
 template <class T, int E, bool kExtended>
-__global__ void __launch_bounds__(kThreads, 1) prefill_kernel(AttentionArgs a) {
+__global__ void __launch_bounds__(kThreads, 1)
+    prefill_kernel(AttentionArgs a, const __grid_constant__ CacheBoxes boxes) {
     BATCHINFER_DYNAMIC_SHARED(unaligned, 1);
     __shared__ Barriers b;
     unsigned char* shared = unaligned + (-shared_address(unaligned) & 1023);
@@ -387,7 +410,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(AttentionArgs a) {
     __syncthreads();
     if (threadIdx.x < kCopyThreads) {
         registers_give<56>();
-        copy_tiles<T, E, kExtended>(a, b, shared_address(shared) + kQueryBytes<E>);
+        copy_tiles<T, E, kExtended>(a, boxes, b, shared_address(shared) + kQueryBytes<E>);
         if (threadIdx.x == 0) {
             int32_t* queue = a.plan.queues + 2;
             __threadfence();
@@ -401,13 +424,17 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(AttentionArgs a) {
 
 #else
 template <class T, int E, bool kExtended>
-__global__ void prefill_kernel(AttentionArgs) {}
+__global__ void prefill_kernel(AttentionArgs, const __grid_constant__ CacheBoxes) {}
 #endif  // BATCHINFER_WGMMA
 
 template <class T, int E, bool kExtended>
 void launch(const AttentionArgs& a, Stream stream) {
     static const int blocks = persistent_blocks(prefill_kernel<T, E, kExtended>, kThreads, kSharedBytes<E>);
-    gpuLaunch(prefill_kernel<T, E, kExtended>, blocks, kThreads, kSharedBytes<E>, native(stream), a);
+    const AttentionPlan& p = a.plan;
+    const int64_t rows = int64_t{p.pages} * p.kv_heads * p.page_size;
+    const int box_rows = std::min(p.page_size, kKeys);
+    const CacheBoxes boxes{box_map(a.k_cache, rows, E, box_rows), box_map(a.v_cache, rows, E, box_rows), box_rows};
+    gpuLaunch(prefill_kernel<T, E, kExtended>, blocks, kThreads, kSharedBytes<E>, native(stream), a, boxes);
     check_launch("attention (prefill, 9.0)");
 }
 
@@ -418,3 +445,4 @@ void attention_prefill_sm90(const AttentionArgs& a, Stream stream) {
 }
 
 }  // namespace batchinfer::gpu
+#endif  // BATCHINFER_SM90A

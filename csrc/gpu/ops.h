@@ -107,6 +107,7 @@ void rms_norm(const RmsNormArgs&, Stream);
 void silu_mul(const GateArgs&, Stream);
 void gelu_mul(const GateArgs&, Stream);
 void rope_and_cache(const RopeAndCacheArgs&, Stream);
+void copy_pages(const CopyPagesArgs&, Stream);  // pages of a multiple of 16 bytes
 void plan_attention(const AttentionPlan&, Stream);
 void attention(const AttentionArgs&, Stream);
 void attention_decode(const AttentionArgs&, Stream);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 
 import pytest
 
@@ -12,15 +13,16 @@ from batchinfer.cluster.binding import (
     SHOWN,
     Place,
     check_places,
-    check_visibility,
     cpu_share,
     gpu_index,
+    intel_gpus,
     numa_of,
     parse_ranges,
     place,
     ranges,
     table,
 )
+from batchinfer.cluster.visibility import FORMS
 from batchinfer.types import ExitCode, JobError
 
 
@@ -48,6 +50,7 @@ def test_the_table_shows_each_rank_and_what_is_far() -> None:
         Place("node1", (0, 1, 2, 3), (0,), "0000:c1:00.0", 0),
         Place("node1", (4, 5), (1,), "0000:d1:00.0", 3),
         Place("node2", (0, 2), ()),
+        Place("node2", (1,), (), "0000:1a:00.0", part="tile 1"),
     ]
     head, *lines = table(places).splitlines()
     assert head.split() == ["rank", "host", "cores", "NUMA", "GPU"]
@@ -55,6 +58,7 @@ def test_the_table_shows_each_rank_and_what_is_far() -> None:
     assert lines[1].split()[:5] == ["1", "node1", "4-5", "1", "0000:d1:00.0"]
     assert lines[1].endswith("its cores are far from it: it is in NUMA domain 3")
     assert lines[2].split() == ["2", "node2", "0,2", "-", "-"]
+    assert lines[3].split() == ["3", "node2", "1", "-", "0000:1a:00.0", "tile", "1"]
     many = table([Place("n", (0,))] * (SHOWN + 1000)).splitlines()
     assert len(many) == SHOWN + 2
     assert many[-1].strip() == "and 1,000 ranks more"
@@ -62,19 +66,9 @@ def test_the_table_shows_each_rank_and_what_is_far() -> None:
 
 def test_two_ranks_on_one_gpu_are_refused() -> None:
     check_places([Place("a", (0,), gpu="x"), Place("b", (0,), gpu="x"), Place("a", (0,)), Place("a", (0,))])
-    check_places([Place("a", (0,), gpu="x", uuid=slice_of_it) for slice_of_it in "12"])
+    check_places([Place("a", (0,), gpu="x", part=slice_of_it) for slice_of_it in "12"])
     with pytest.raises(JobError, match=r"ranks 0, 2 would share one GPU \(x on a\).*--ntasks-per-node") as caught:
         check_places([Place("a", (0,), gpu="x"), Place("a", (1,), gpu="y"), Place("a", (2,), gpu="x")])
-    assert caught.value.exit_code == ExitCode.UNFIT
-
-
-@pytest.mark.parametrize("second", ["HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"])
-def test_visibility_variables_that_compose_are_refused(second: str) -> None:
-    check_visibility({})
-    check_visibility({"ROCR_VISIBLE_DEVICES": "0"})
-    check_visibility({"HIP_VISIBLE_DEVICES": "0", "CUDA_VISIBLE_DEVICES": "0"})  # ROCm takes them for one
-    with pytest.raises(JobError, match=f"ROCR_VISIBLE_DEVICES=1 and {second}=0.*unset one") as caught:
-        check_visibility({"ROCR_VISIBLE_DEVICES": "1", second: "0"})
     assert caught.value.exit_code == ExitCode.UNFIT
 
 
@@ -118,7 +112,7 @@ def test_the_driver_says_which_gpus_a_rank_sees(library: str, monkeypatch: pytes
         return Driver(["0000:C1:00.0", "00000000:D1:00.0"])
 
     monkeypatch.setattr(binding.ctypes, "CDLL", load)
-    for name in binding.VISIBILITY:
+    for name in FORMS:
         monkeypatch.delenv(name, raising=False)
     assert [place("here", rank, gpus=True).gpu for rank in range(3)] == ["0000:c1:00.0", "0000:d1:00.0", "0000:c1:00.0"]
 
@@ -126,3 +120,34 @@ def test_the_driver_says_which_gpus_a_rank_sees(library: str, monkeypatch: pytes
 def test_a_driver_that_fails_shows_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binding.ctypes, "CDLL", lambda name: Driver(["0000:c1:00.0"], status=100))
     assert place("here", 0, gpus=True).gpu == ""
+
+
+@pytest.mark.parametrize("driver", ["xe", "i915"])
+def test_linux_says_which_tiles_there_are(driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cards of two tiles, one of one, and what is no GPU of Intel's."""
+    for address, vendor, kind, tiles in (
+        ("0000:9a:00.0", "0x8086", "0x038000", 2),
+        ("0000:18:00.0", "0x8086", "0x038000", 2),
+        ("0000:31:00.0", "0x8086", "0x030000", 1),
+        ("0000:41:00.0", "0x8086", "0x020000", 0),
+        ("0000:51:00.0", "0x10de", "0x030200", 1),
+    ):
+        device = tmp_path / address
+        (device / "drm/renderD128").mkdir(parents=True)
+        (device / "vendor").write_text(vendor + "\n")
+        (device / "class").write_text(kind + "\n")
+        for tile in range(tiles):
+            (device / (f"tile{tile}" if driver == "xe" else f"drm/card0/gt/gt{tile}")).mkdir(parents=True)
+    monkeypatch.setattr(binding, "PCI", tmp_path)
+    first, second, third = "0000:18:00.0", "0000:31:00.0", "0000:9a:00.0"
+    every = [(first, "tile 0"), (first, "tile 1"), (second, ""), (third, "tile 0"), (third, "tile 1")]
+    assert intel_gpus({}) == every
+    assert intel_gpus({"ZE_AFFINITY_MASK": "1,3"}) == [every[1], every[3]]
+    assert intel_gpus({"ZE_FLAT_DEVICE_HIERARCHY": "COMPOSITE"}) == [(first, ""), (second, ""), (third, "")]
+
+
+def test_a_list_of_slices_is_narrowed_to_the_ranks_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding.ctypes, "CDLL", lambda name: Driver(["0000:c1:00.0"]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1a,MIG-2b")
+    assert place("here", 1, gpus=True).gpu == "0000:c1:00.0"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "MIG-2b"

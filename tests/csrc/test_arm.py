@@ -4,14 +4,27 @@ takes the kernels that it should, and all kernels are right. `make arm-check` ru
 from __future__ import annotations
 
 import os
+import re
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+import recorder
 from tools import run, tool
 
 ROOT = Path(__file__).parents[2]
+OPS = {
+    "test_attention": ("plan_attention", "attention"),
+    "test_elementwise": (
+        *("embed", "gather_rows", "add", "softcap", "rms_norm", "layer_norm", "rope_and_cache"),
+        *("silu_mul", "gelu_mul", "activate"),
+    ),
+    "test_products": ("pack_weight", "linear", "gated_linear"),
+    "test_sampler": ("sample",),
+}
+"""What the C++ tests hold against a plain computation."""
+
 PROCESSORS = {"cortex-a53": "neon", "neoverse-n1": "neondotprod", "max": "neonbf16"}
 
 pytestmark = pytest.mark.skipif(not os.environ.get("BATCHINFER_TEST_ARM"), reason="takes two minutes: make arm-check")
@@ -46,4 +59,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(("processor", "isa"), PROCESSORS.items())
 def test_cpp_tests_on(processor: str, isa: str, build: str) -> None:
     environment = {"QEMU_CPU": processor, "BATCHINFER_EXPECTED_ISA": isa}
-    assert "tests passed" in run(tool("ctest"), "--test-dir", build, "--output-on-failure", "-j2", **environment)
+    said = run(tool("ctest"), "--test-dir", build, "--output-on-failure", "-j2", **environment)
+    assert "tests passed" in said
+    for program, ops in OPS.items():
+        assert re.search(rf"\b{program} \.+ +Passed", said)
+        recorder.note("cpu aarch64", "emulated", ops)

@@ -50,6 +50,20 @@ void a_published_page_stays_until_it_is_needed() {
     check(pool, {1, 1}, 2, 0, 0);
 }
 
+void cached_pages_can_be_cleared() {
+    PagePool pool(4, 2, 64);
+    const Tokens one{1, 2}, two{3, 4}, held{5, 6};
+    const PageId a = pool.take(), b = pool.take(), c = pool.take();
+    CHECK(pool.publish(PrefixTree::kRoot, one, a) == a && pool.publish(a, two, b) == b);
+    CHECK(pool.publish(PrefixTree::kRoot, held, c) == c);
+    CHECK(pool.drop(b) && pool.drop(a));
+    check(pool, {0, 0, 1, 0}, 1, 2, 1);
+    pool.clear_cached();
+    check(pool, {0, 0, 1, 0}, 1, 0, 3);
+    CHECK(pool.find(PrefixTree::kRoot, one) == kNoPage && pool.find(PrefixTree::kRoot, held) == c);
+    CHECK(pool.take() == a);  // its memory is there, unlike that of the page which was never taken
+}
+
 void check_notices_a_wrong_count() {
     PagePool pool(2, 2, 64);
     pool.take();
@@ -62,5 +76,6 @@ void check_notices_a_wrong_count() {
 int main() {
     pages_go_round();
     a_published_page_stays_until_it_is_needed();
+    cached_pages_can_be_cleared();
     check_notices_a_wrong_count();
 }

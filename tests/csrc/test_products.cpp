@@ -142,6 +142,28 @@ void product(const KernelTable& kernels, WeightFormat format, int64_t rows, int6
         CHECK(alone[i] == out[row * width + i]);
 }
 
+// However a product is cut, its bits are the same.
+void cut(const KernelTable& kernels, WeightFormat format, bool gated, Random& random) {
+    ThreadPool pool(3);
+    const int64_t rows = 61, outputs = 300, depth = 96;
+    Weight weight(format, outputs, depth, random);
+    PackedWeight packed(*kernels.gemm[static_cast<int>(format)], outputs, depth, gated);
+    packed.pack(weight.first_row(), pool);
+    Numbers x = random.numbers(rows * depth);
+    const auto product = [&](const Blocking& blocking) {
+        Numbers out(Dtype::float32, rows * packed.outputs());
+        packed.multiply(x.dtype(), x.data(), rows, nullptr, out.dtype(), out.data(), pool, blocking);
+        return out;
+    };
+    const Numbers whole = product({rows, int64_t{1} << 30, 1});
+    for (const Blocking& blocking : {Blocking{1, 1, 1}, {13, 1, 4}, {20, 8192, 2}, {100, 16384, 100}}) {
+        const Numbers out = product(blocking);
+        CHECK(out.whole());
+        for (int64_t i = 0; i < out.count(); ++i)
+            CHECK(out[i] == whole[i]);
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -151,6 +173,7 @@ int main() {
             const auto format = static_cast<WeightFormat>(f);
             const int64_t unit = f < 3 ? 1 : format == WeightFormat::short_blocks8 ? 16 : 32;
             for (const bool gated : {false, true}) {
+                cut(kernels, format, gated, random);
                 for (int i = 0; i < 12; ++i) {
                     const int64_t rows = random.integer(1, i % 3 == 0 ? 40 : 8), outputs = random.integer(1, 40);
                     product(kernels, format, rows, gated ? 2 * outputs : outputs, random.integer(1, 150 / unit) * unit,

@@ -62,10 +62,8 @@ class Device {
                 CHECK(step.kv_index[t] == kv_index(step, i, step.positions[t]));
                 history = extend(history, id);
                 kv_[step.kv_index[t]] = history_at[t] = history;
-                for (size_t c = 0; c < step.copied_row.size(); ++c) {
-                    if (step.copied_row[c] == t) kv_[step.copied_index[c]] = history;
-                }
             }
+            copy_pages(step);  // those of what comes later in the step are copied before it is looked at
             CHECK(step.positions[step.q_start[i + 1] - 1] + 1 == step.kv_len[i]);
         }
         std::vector<int32_t> sampled;
@@ -90,6 +88,12 @@ class Device {
     }
 
   private:
+    void copy_pages(const Step& step) {
+        for (size_t c = 0; c < step.copy_source.size(); ++c) {
+            std::copy_n(kv_.begin() + int64_t{step.copy_source[c]} * page_size_, page_size_,
+                        kv_.begin() + int64_t{step.copy_target[c]} * page_size_);
+        }
+    }
     int64_t kv_index(const Step& step, int32_t i, int32_t position) const {
         const PageId page = step.page_table->row(step.seq_slot[i])[position / page_size_];
         return static_cast<int64_t>(page) * page_size_ + position % page_size_;
@@ -150,7 +154,7 @@ Outcome random_jobs(uint32_t seed, int32_t steps_ahead, int32_t lookup) {
         if (step != nullptr) {
             CHECK(step->num_tokens > 0 && step->num_tokens <= config.max_step_tokens);
             sampled.push_back(device.run(*step));
-            copied += step->copied_row.size();
+            copied += step->copy_source.size();
             for (int32_t i = 0; i < step->num_seqs; ++i) {
                 const auto& expected = jobs.at(step->seq_ids[i]).tokens;
                 // One token past a stop token may be computed when running ahead; nobody reads it.

@@ -56,7 +56,7 @@ def test_no_driver(tmp_path: Path) -> None:
 
 def test_a_rank_knows_its_gpu_from_a_slice_of_it(library: Path) -> None:
     """By address and UUID, which two slices of a GPU don't have in common."""
-    code = "from batchinfer.cluster.binding import place; at = place('n', 1, True); print(at.gpu, at.uuid)"
+    code = "from batchinfer.cluster.binding import place; at = place('n', 1, True); print(at.gpu, at.part)"
     environment = os.environ | {"LD_LIBRARY_PATH": str(library)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0000:01:00.0", "a1" * 16]

@@ -55,15 +55,10 @@ UNFIT = {
         "driver does not answer, though 4 lie on the PCI bus",
         "apptainer run --nv",
     ),
-    "a build for Intel's GPUs": (
-        change(
-            GPU_NODE,
-            build={"device": "xpu", "toolkit": "2024.2.1", "architectures": ("spir64",)},
-            gpus={**NO_GPUS, "installed": {"xpu": 4}, "driver": "yes", "usable": 4},
-            torch={"device": "xpu", "architectures": ()},
-        ),
-        "no step loop of the engine yet",
-        "engine.device=cpu",
+    "a CPU build on a node with Intel's GPUs": (
+        replace(change(GPU_NODE, gpus={**NO_GPUS, "installed": {"xpu": 6}}), build=CPU_BUILD, torch=CPU_TORCH),
+        "6 GPUs of Intel, and this build computes on the CPU alone",
+        "BATCHINFER_DEVICE=xpu pip install",
     ),
     "no GPU in the cgroup": (
         change(GPU_NODE, gpus={"visible": (), "usable": 0}),
@@ -112,6 +107,11 @@ UNFIT = {
         "the second counts within the first",
         "unset ROCR",
     ),
+    "a mask that the driver would not understand": (
+        visible(LOGIN, CUDA_VISIBLE_DEVICES="gpu0"),
+        "'gpu0' is not an index (0), a UUID (GPU-...) or that of a slice",
+        "CUDA_VISIBLE_DEVICES",
+    ),
     "a missing package": (
         replace(LOGIN, packages=(("pyarrow", None, "15"),)),
         "package pyarrow is missing",
@@ -153,20 +153,10 @@ REMARKS = {
         "this CPU runs neonbf16 kernels, and gcc 12.2.0 compiled none",
         "newer compiler",
     ),
-    "GPUs of a vendor without kernels": (
-        change(LOGIN, gpus={"installed": {"rocm": 8}}),
-        "8 GPUs of AMD, and neither this build nor torch 2.9.0+cpu can use them",
-        "install a torch for rocm, with Triton",
-    ),
     "GPUs that take Triton's kernels": (
         change(LOGIN, gpus={"installed": {"rocm": 8}, "usable": 8, "triton": True}, torch={"device": "rocm"}),
         "8 GPUs of AMD, and this build has no kernels for them: jobs take Triton's",
         "engine.device=cpu, if that is meant",
-    ),
-    "GPUs that nothing runs on": (
-        change(LOGIN, gpus={"installed": {"xpu": 2}}),
-        "2 GPUs of Intel, and neither this build nor torch",
-        "use other nodes",
     ),
     "srun but no MPI": (change(LOGIN, mpi={**SRUN, "error": "libmpi.so.12: not found"}), "libmpi.so.12", "mpi4py"),
     "no common language with srun": (
@@ -214,6 +204,12 @@ def test_what_is_worth_a_remark_leaves_a_node_fit(facts: Facts, text: str, fix: 
         change(GPU_NODE, gpus={"supports": "13.0"}),
         replace(LOGIN, nics=(Nic("hsn0", "Slingshot", "up", 200), Nic("mlx5_0:1", "InfiniBand", "ACTIVE", 200))),
         place(free_files=None),
+        change(
+            GPU_NODE,
+            build={"device": "xpu", "toolkit": "2024.2.1", "architectures": ("spir64",)},
+            gpus={**NO_GPUS, "installed": {"xpu": 4}, "driver": "yes", "usable": 4},
+            torch={"device": "xpu", "architectures": ()},
+        ),
     ],
 )
 def test_what_is_in_order_is_not_remarked(facts: Facts) -> None:

@@ -18,7 +18,12 @@ from batchinfer.ops.reference import ReferenceOps
 
 
 class FilledOps(ReferenceOps):
-    """Tokens with kv_index -1 have no place in the cache, and sequences without tokens attend to nothing."""
+    """Tokens with kv_index -1 have no place in the cache, page -1 is copied nowhere, and sequences without tokens
+    attend to nothing."""
+
+    def copy_pages(self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None:
+        kept = source >= 0
+        super().copy_pages(k_cache, v_cache, source[kept], target[kept])
 
     def rope_and_cache(
         self,

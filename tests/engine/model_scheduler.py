@@ -67,7 +67,7 @@ class Harness:
     done: dict[int, list[int]] = field(default_factory=dict)
     pending: deque[tuple[Step, list[int]]] = field(default_factory=deque)
     prefill_tokens: list[tuple[int, int]] = field(default_factory=list)  # (sequence, tokens) of prompt parts computed
-    copied: int = 0  # tokens of prompts taken over from another sequence of the step
+    copied: int = 0  # tokens of prompts taken over from another sequence of the step, in copies of its pages
     drafted: int = 0
     accepted: int = 0
 
@@ -149,6 +149,7 @@ class Harness:
         histories: list[tuple[int, ...]] = []
         for i in range(step.num_seqs):
             slot = int(step.seq_slot[i])
+            self.copy_pages(step, self.table[slot].tolist())
             for t in range(int(step.q_start[i]), int(step.q_start[i + 1])):
                 position, token = int(step.positions[t]), int(step.token_ids[t])
                 if token == -1:
@@ -158,12 +159,19 @@ class Harness:
                 assert before is not None
                 histories.append((*before, token))
                 assert step.kv_index[t] == self.where(slot, position)
-                for place in (step.kv_index[t], *step.copied_index[step.copied_row == t]):
-                    self.kv[place] = histories[-1]
+                self.kv[step.kv_index[t]] = histories[-1]
+        self.copy_pages(step, step.copy_target.tolist())
         tokens = [next_token(histories[row]) for row in step.sample_row.tolist()]
         for slot, token in zip(step.sample_slot.tolist(), tokens, strict=True):
             self.last_token[slot] = token
         return tokens
+
+    def copy_pages(self, step: Step, targets: list[int]) -> None:
+        """Those copies of the step that go to the pages ``targets``."""
+        size = self.page_size
+        for source, target in zip(step.copy_source.tolist(), step.copy_target.tolist(), strict=True):
+            if target in targets:
+                self.kv[target * size : (target + 1) * size] = self.kv[source * size : (source + 1) * size]
 
     def where(self, slot: int, position: int) -> int:
         return int(self.table[slot, position // self.page_size]) * self.page_size + position % self.page_size
@@ -179,12 +187,11 @@ class Harness:
         assert step.q_start[0] == 0
         assert step.q_start[-1] == step.num_tokens
         assert (np.diff(step.q_start) >= 1).all()
-        places = [*step.kv_index.tolist(), *step.copied_index.tolist()]
-        assert len(set(places)) == len(places), "two tokens go to one place"
+        assert len(set(step.kv_index.tolist())) == step.num_tokens, "two tokens go to one place"
         assert len(set(step.seq_slot.tolist())) == step.num_seqs
         assert scheduler.pages_used + scheduler.pages_cached + scheduler.pages_free == config["num_pages"]
 
-        self.copied += len(step.copied_row)
+        self.check_copies(step)
         self.check_slots(step)
         ids = step.seq_ids.tolist()
         samples: dict[int, list[tuple[int, int, int]]] = {}
@@ -220,6 +227,16 @@ class Harness:
             if not decodes:
                 self.prefill_tokens.append((seq_id, end - first))
         self.check_order(step)
+
+    def check_copies(self, step: Step) -> None:
+        """A page is copied once, from one that is no copy itself, to a sequence that computes what comes after."""
+        sources, targets = step.copy_source.tolist(), step.copy_target.tolist()
+        assert len(sources) == len(targets) == len(set(targets)) <= self.config["max_slots"]
+        assert not set(sources) & set(targets)
+        for slot, first in zip(step.seq_slot.tolist(), step.positions[step.q_start[:-1]].tolist(), strict=True):
+            used = range(-(-first // self.page_size))
+            starts = [column * self.page_size for column in used if self.table[slot, column] in targets]
+            self.copied += sum(min(self.page_size, first - start) for start in starts)
 
     def check_slots(self, step: Step) -> None:
         """Slots stay; freed ones are given out again lowest first, to sequences in order of arrival."""

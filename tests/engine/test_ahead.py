@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from engine.tiny_engine import VOCAB, make_decoder, make_engine, random_prompts, run
 
 from batchinfer._engine import Step
-from batchinfer.engine.runner import HostRunner, StepOutput, copies, grouped_rows
+from batchinfer.engine.runner import HostRunner, StepOutput, grouped_rows
 from batchinfer.engine.slots import Rows
 from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.engine.step_shape import StepShape
@@ -35,12 +36,13 @@ class LaggingRunner(HostRunner):
         self._buffers = [StepBuffer(*sizes, empty_bytes) for _ in range(2)]
         self._last_token = np.full(max_slots + 1, -7, np.int32)
         self._table = torch.full((max_slots, -(-decoder.max_positions // page_size)), -7, dtype=torch.int32)
-        self.most_ahead = 0
+        self._waiting: Callable[[], None] | None = None
+        self.most_ahead = self.waited = 0
 
     def start(self, step: Step, rows: Rows) -> None:
         buffer = self._buffers[step.index % 2]
         buffer.data.fill_(0xEE)
-        shape = StepShape(step.num_tokens, step.num_samples)
+        shape = StepShape(step.num_tokens, step.num_samples, copies=len(step.copy_source))
         buffer.fill(step, self.slots, shape)
         for slot, column, page in step.page_updates:
             self._table[slot, column] = page
@@ -50,25 +52,37 @@ class LaggingRunner(HostRunner):
         given = buffer.step_input(shape, self._table)
         a, count = given.attention, step.num_seqs  # the CPU's attention takes no empty sequences
         attention = replace(a, q_start=a.q_start[: count + 1], kv_len=a.kv_len[:count], slot=a.slot[:count])
-        adapters, copied = grouped_rows(rows), copies(step, torch.from_numpy)
+        adapters = grouped_rows(rows)
         if self._decoder.pooling:
-            states = self._decoder.pool(
-                replace(given, attention=attention, adapters=adapters, copies=copied), self._cache
-            )
+            states = self._decoder.pool(replace(given, attention=attention, adapters=adapters), self._cache)
             self._done.append(StepOutput(SampleOutput(torch.zeros(step.num_samples, dtype=torch.int32)), states=states))
             return
         scored = rows.scored()
         score = ScoreInput(torch.from_numpy(scored[0]), torch.from_numpy(scored[1]), scored[2]) if scored else None
         logits, scores = self._decoder.forward(
-            replace(given, attention=attention, score=score, adapters=adapters, copies=copied), self._cache
+            replace(given, attention=attention, score=score, adapters=adapters), self._cache
         )
-        out = SampleOutput(torch.zeros(0, dtype=torch.int32))
-        if step.num_samples:
-            extras = self.slots.extras(step.sample_slot, step.sample_count, rows)
-            out = self._decoder.ops.sample(logits, buffer.sample_input(step.num_samples, **extras))
-            self._last_token[step.sample_slot] = out.tokens.numpy()
-        self._done.append(StepOutput(out, scores))
-        self.most_ahead = max(self.most_ahead, len(self._done))
+
+        def sample() -> None:
+            out = SampleOutput(torch.zeros(0, dtype=torch.int32))
+            if step.num_samples:
+                extras = self.slots.extras(step.sample_slot, step.sample_count, rows)
+                out = self._decoder.ops.sample(logits, buffer.sample_input(step.num_samples, **extras))
+                self._last_token[step.sample_slot] = out.tokens.numpy()
+            self._done.append(StepOutput(out, scores))
+
+        self.most_ahead = max(self.most_ahead, len(self._done) + 1)
+        if self._done and self.slots.need_tokens(step.sample_slot):
+            self._waiting = sample
+        else:
+            sample()
+
+    def sample(self) -> None:
+        if self._waiting is not None:
+            assert not self._done, "the tokens before are taken first"
+            self._waiting()
+            self._waiting = None
+            self.waited += 1
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +100,7 @@ CASES = {
     "stopped samples": replace(PLAIN, n=3, temperature=1.0, stop=("E", "f"), stop_token_ids=(9, 19, 29)),
     "logprobs": replace(PLAIN, logprobs=3, temperature=0.7, stop=("E", "f", "G")),
     "penalties": replace(PLAIN, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.5),
+    "bad words": replace(PLAIN, bad_words=("A", "BC", "D"), ignore_eos=False),
     "one token": replace(PLAIN, max_tokens=1),
 }
 OPTIONS: list[dict[str, Any]] = [
@@ -114,7 +129,8 @@ def test_a_step_ahead_changes_no_completion(decoder: Decoder, case: str, options
     step_by_step, ahead = make_engine(decoder, **options), make_engine(decoder, make_runner=LaggingRunner, **options)
     want = plain(run(step_by_step, requests))
     assert plain(run(ahead, requests)) == want
-    assert ahead._runner.most_ahead == (1 if case == "penalties" else 2)
+    assert ahead._runner.most_ahead == 2
+    assert (ahead._runner.waited > 0) == (case in ("penalties", "bad words"))
     while ahead._scheduler.num_steps_ahead:
         assert ahead.step() == []
     generated = sum(len(tokens) for samples in want.values() for tokens, *_ in samples)

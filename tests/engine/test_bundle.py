@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import recorder
 
 from batchinfer.ops.triton.bundle import made_with, use_bundle
 
@@ -34,6 +35,7 @@ def batchinfer(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.feature("Triton kernels", "compiled ahead by batchinfer bundle: no compiler is called where they are used")
+@pytest.mark.hardware("kernels compiled ahead")
 def test_an_engine_finds_every_kernel_and_calls_no_compiler(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     bundle = tmp_path / "kernels.zip"
@@ -48,6 +50,7 @@ def test_an_engine_finds_every_kernel_and_calls_no_compiler(tmp_path: Path) -> N
     used = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert used.returncode == 0, used.stderr
     found = re.fullmatch(r"(\d+) kernels, [0-9a-f]{64}\.cpython.*\.so\n", used.stdout)
+    recorder.note("triton on cuda", "compiled")
     assert count - 1 <= int(found[1]) <= count  # but for copies of shared beginnings, which no prompt here has
 
 

@@ -9,10 +9,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from engine.test_ahead import LaggingRunner
-from engine.tiny_engine import EOS, VOCAB, LetterTokenizer, make_decoder, make_engine, random_prompts, run
+from engine.tiny_engine import (
+    EOS,
+    VOCAB,
+    LetterTokenizer,
+    RunnerMaker,
+    make_decoder,
+    make_engine,
+    random_prompts,
+    run,
+)
 
 from batchinfer.engine import constrain
 from batchinfer.engine.constrain import Constraint, Constraints, check_constraint
+from batchinfer.engine.runner import HostRunner
 from batchinfer.types import CONSTRAINTS, Completion, ErrorCode, Request, SamplingParams
 
 pytest.importorskip("llguidance")
@@ -126,19 +136,21 @@ def test_a_bad_constraint_is_an_error_row(kind: str) -> None:
         check_constraint(bad)
 
 
-def test_what_cannot_go_on_is_an_error_row(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("make_runner", [HostRunner, LaggingRunner])
+def test_what_cannot_go_on_is_an_error_row(make_runner: RunnerMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     """llguidance bounds the effort for a step; no small grammar goes beyond it."""
-    real = Constraint.allow
     calls: list[int] = []
 
-    def allow(self: Constraint, mask: np.ndarray) -> None:
+    def failure(self: Constraint) -> str:
         calls.append(1)
-        if len(calls) in (9, 30):
-            raise ValueError("too complex")
-        real(self, mask)
+        return "too complex" if len(calls) in (9, 30) else ""
 
-    monkeypatch.setattr(Constraint, "allow", allow)
-    done = run(make_engine(make_decoder()), requests(n=2))
+    monkeypatch.setattr(Constraint, "failure", property(failure))
+    engine = make_engine(make_decoder(), make_runner=make_runner)
+    done = run(engine, requests(n=2))
+    while engine._scheduler.num_steps_ahead:
+        engine.step()
+    assert engine.stats().pages_used == 0
     failed = [c for c in done.values() if c.error]
     assert [c.error.code for c in failed if c.error] == [ErrorCode.BAD_CONSTRAINT] * 2
     assert "too complex" in failed[0].error.message

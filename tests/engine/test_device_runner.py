@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from engine.host_device import FilledOps, host_runner
 from engine.tiny_engine import VOCAB, make_decoder, make_engine, random_prompts, run
 
+from batchinfer.engine.engine import Engine
 from batchinfer.models.decoder import Decoder
 from batchinfer.models.lora import Grouped, Stacked
 from batchinfer.types import Completion, Request, SamplingParams
@@ -20,6 +22,7 @@ CASES = {
     "stop ids": replace(PLAIN, stop_token_ids=tuple(range(5, VOCAB, 6)), min_tokens=3),
     "logprobs": replace(PLAIN, logprobs=3, temperature=0.7, stop=("E", "f", "G")),
     "penalties": replace(PLAIN, repetition_penalty=1.3, frequency_penalty=0.5),
+    "bad words": replace(PLAIN, bad_words=("A", "BC", "D"), n=2, temperature=1.0),
     "prompts scored": replace(PLAIN, prompt_logprobs=2, max_tokens=3),
 }
 OPTIONS: list[dict[str, Any]] = [
@@ -63,10 +66,50 @@ def test_filled_up_and_captured_steps(decoder: Decoder, case: str, options: dict
         assert any(shape.decode_only for shape in graphs)
         assert any(not shape.decode_only for shape in graphs)
         assert all(captured.graph.replays for captured in graphs.values())
+    if case in ("penalties", "bad words", "logprobs"):
+        assert any(not shape.sampled and captured.graph.replays for shape, captured in graphs.items())
     if options["lookup"] and case != "prompts scored":
         assert engine.stats().drafted_tokens > 0
     assert engine.stats().pages_used == 0
     engine.close()
+
+
+@pytest.mark.feature("engine", "a form's masks are made by threads while the GPU is at the step's layers")
+def test_forms_among_other_rows() -> None:
+    pytest.importorskip("llguidance")
+    kinds = [replace(PLAIN, ignore_eos=False, regex="[A-F]{3}(-[0-9]{2}){1,2}"), PLAIN, CASES["penalties"]]
+    kinds = [replace(kind, temperature=2.0) for kind in kinds]
+    asked = [Request(i, prompt, kinds[i % 3], seed=i) for i, prompt in enumerate(random_prompts(14))]
+    want = run(make_engine(make_decoder(), page_size=16), asked)
+    engine = make_engine(make_decoder(ops=FilledOps()), make_runner=host_runner, page_size=16)
+    order = record_order(engine)
+    assert same_tokens(run(engine, asked), want)
+    assert any(sample.finish_reason == "stop" for completion in want.values() for sample in completion.samples)
+    masks = [i for i, (name, step) in enumerate(order) if name == "masks" and step > 1]
+    assert masks
+    assert all(order[i - 2][0] == "layers" and order[i - 1] == ("tokens", order[i][1] - 1) for i in masks)
+    engine.close()
+
+
+def record_order(engine: Engine) -> list[tuple[str, int]]:
+    """What is begun from now on, and in the how manieth step: "layers", "tokens" (they are taken) and "masks"."""
+    order: list[tuple[str, int]] = []
+    begun = {"layers": 0, "tokens": 0}
+
+    def recorded(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def do(*given: Any) -> Any:
+            if name in begun:
+                begun[name] += 1
+            order.append((name, begun["layers" if name == "masks" else name]))
+            return call(*given)
+
+        return do
+
+    runner = engine._runner
+    runner._update_page_table = recorded("layers", runner._update_page_table)
+    runner.finish = recorded("tokens", runner.finish)
+    engine._constraints.allow = recorded("masks", engine._constraints.allow)
+    return order
 
 
 @pytest.mark.feature("LoRA", "steps of a GPU with adapters are graphs too: the tokens of the CPU's groups of rows")

@@ -61,6 +61,8 @@ TIGHT = {"num_pages": 24, "max_slots": 6, "max_step_tokens": 7, "expected_share"
 
 @pytest.mark.feature("engine", "paged attention over pages, chunks and preemptions: tokens of full recomputation")
 @pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, TIGHT, {"max_slots": 1}], ids=str)
+@pytest.mark.hardware("continuous batching, greedy and sampled tokens")
+@pytest.mark.hardware("prompts in pieces, prefix cache")
 def test_greedy_tokens_are_those_of_full_recomputation(decoder: Decoder, options: dict[str, Any]) -> None:
     prompts = random_prompts(12)
     engine = make_engine(decoder, **options)
@@ -75,6 +77,7 @@ def test_greedy_tokens_are_those_of_full_recomputation(decoder: Decoder, options
 
 
 @pytest.mark.feature("sampling", "seeds: a row's draws depend on nothing but its seed; n samples per row")
+@pytest.mark.hardware("continuous batching, greedy and sampled tokens")
 def test_samples_depend_on_their_seed_alone(decoder: Decoder) -> None:
     params = replace(PLAIN, temperature=1.0, n=3, top_p=0.95)
     prompts = random_prompts(6)

@@ -62,6 +62,7 @@ CASES = {
 @pytest.mark.feature("engine", "engine.lookup: drafts by prompt lookup, the same tokens as without")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("options", [{}, TIGHT], ids=["", "tight"])
+@pytest.mark.hardware("drafts by prompt lookup")
 def test_completions_are_those_without_drafts(decoder: Decoder, case: str, options: dict[str, Any]) -> None:
     asked = requests(CASES[case])
     plain, drafting = make_engine(decoder, **options), make_engine(decoder, lookup=5, **options)

@@ -256,3 +256,19 @@ def test_what_could_be_shared_is_what_a_tree_of_pages_holds_twice(prompts: list[
             found += page if prompt[:end].tobytes() in seen else 0
             seen.add(prompt[:end].tobytes())
     assert shared_tokens(prompts, page) == found
+
+
+@given(prompts=prompt_lists())
+def test_a_plan_tells_what_its_prompts_share(prompts: list[np.ndarray]) -> None:
+    """With one more token each, as the last one is always computed."""
+    longer = [np.append(prompt, 0).astype(np.int32) for prompt in prompts]
+    assert plan_of(prompts).shared == shared_tokens(longer, GRAIN)
+
+
+def test_what_was_planned_together_counts_once() -> None:
+    """Samples of a request share its prompt, but for its last token; what the end of a job orders again is no more."""
+    planner = Planner(Sizes())
+    head = np.arange(40, dtype=np.int32)
+    planner.add([Request(0, head, SamplingParams(n=2)), request(1, np.append(head, 7)), request(2, head + 1)])
+    assert sorted(drain(planner, more=False)) == [0, 1, 2]
+    assert planner.shared_tokens == 32 + 32

@@ -56,6 +56,7 @@ CUTS = [
 @pytest.mark.feature("engine", "vectors of texts (last, mean, cls), with prefix cache and chunked prefill")
 @pytest.mark.parametrize("options", CUTS, ids=str)
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+@pytest.mark.hardware("task=embed, classify")
 def test_vectors_are_those_of_the_whole_text(pooling: Pooling, options: dict) -> None:
     prompts = random_prompts(18)
     for prompt, vector in zip(prompts, vectors(pooling, prompts, **options), strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from engine.tiny_engine import SPEC, VOCAB, make_decoder, make_engine, run
 
 from batchinfer.config import EngineConfig
 from batchinfer.engine.probe import measure
-from batchinfer.engine.roofline import Ceilings, Costs, distinct_experts, least_seconds
+from batchinfer.engine.roofline import Ceilings, Costs, distinct_experts, least_seconds, roofline_share
 from batchinfer.models.layout import num_parameters
 from batchinfer.models.model_spec import ExpertSpec
 from batchinfer.types import ExitCode, JobError, Request, SamplingParams, StepWork
@@ -53,13 +52,10 @@ def test_experts_that_a_step_reads() -> None:
 
 
 def test_a_mixtures_steps_read_by_their_size() -> None:
-    """Three steps of one token read their 4 experts each; one of many tokens reads all 60, once."""
+    """A step of one token reads its 4 experts; one of many tokens reads all 60, once."""
     costs = replace(Costs.of(replace(SPEC, experts=EXPERTS), 2), weight_bytes=0)
-    slow = Ceilings(flops=1e12, bandwidth=1.0)
-    small = StepWork(steps=3, tokens=3, sizes=Counter({1: 3}))
-    large = StepWork(steps=1, tokens=4000, sizes=Counter({4000: 1}))
-    assert least_seconds(small, costs, slow) == pytest.approx(3 * 4 * costs.expert_bytes)
-    assert least_seconds(large, costs, slow) == pytest.approx(60 * costs.expert_bytes)
+    assert costs.step(1, 0, 0, 0)[1] == pytest.approx(4 * costs.expert_bytes)
+    assert costs.step(4000, 0, 0, 0)[1] == pytest.approx(60 * costs.expert_bytes)
 
 
 def test_quantised_weights_are_read_in_their_own_size() -> None:
@@ -73,14 +69,19 @@ def test_quantised_weights_are_read_in_their_own_size() -> None:
 
 def test_the_scarcer_of_the_two_decides() -> None:
     costs = Costs(token_flops=10, sample_flops=100, pair_flops=1, weight_bytes=1000, kv_bytes=2)
-    work = StepWork(steps=3, tokens=50, samples=4, context=600, pairs=700)
-    assert least_seconds(work, costs, Ceilings(flops=1.0, bandwidth=1e9)) == 500 + 400 + 700
-    assert least_seconds(work, costs, Ceilings(flops=1e9, bandwidth=1.0)) == 3000 + 1200
+    flops, read = costs.step(tokens=50, samples=4, context=600, pairs=700)
+    assert (flops, read) == (500 + 400 + 700, 1000 + 1200)
+    work = StepWork(seconds=10_000.0, least_flops=flops, least_bytes=read)
+    assert least_seconds(work, Ceilings(flops=1.0, bandwidth=1e9)) == flops
+    assert least_seconds(work, Ceilings(flops=1e9, bandwidth=1.0)) == read
+    assert roofline_share(work, Ceilings(flops=1e9, bandwidth=1.0)) == 0.22
+    assert roofline_share(StepWork(), Ceilings(flops=1e9, bandwidth=1.0)) == 0
 
 
 def test_an_engine_counts_what_its_steps_compute() -> None:
     """Two prompts of 10 and 3 tokens in one step, then four steps of one token each."""
-    engine = make_engine(make_decoder(), prefix_cache=False)
+    costs = Costs(token_flops=10, sample_flops=100, pair_flops=1, weight_bytes=1000, kv_bytes=2)
+    engine = make_engine(make_decoder(), prefix_cache=False, costs=costs)
     params = SamplingParams(max_tokens=5, ignore_eos=True)
     prompts = [torch.arange(2, 2 + n, dtype=torch.int32).numpy() % VOCAB for n in (10, 3)]
     run(engine, [Request(i, p, params) for i, p in enumerate(prompts)])
@@ -89,8 +90,10 @@ def test_an_engine_counts_what_its_steps_compute() -> None:
     assert (prefill.context, prefill.pairs) == (13, 10 * 11 // 2 + 3 * 4 // 2)
     assert (decode.steps, decode.tokens, decode.samples) == (4, 8, 8)
     assert decode.context == decode.pairs == sum(10 + i + 3 + i for i in range(1, 5))
-    assert (prefill.sizes, decode.sizes) == ({13: 1}, {2: 4})
-    assert (decode - replace(decode, sizes=Counter({2: 1}))).sizes == {2: 3}
+    assert (prefill.least_flops, prefill.least_bytes) == (130 + 200 + prefill.pairs, 1000 + 2 * 13)
+    assert (decode.least_flops, decode.least_bytes) == (80 + 800 + decode.pairs, 4000 + 2 * decode.context)
+    assert (prefill + decode) - prefill == decode
+    assert engine.stats().needed_prompt_tokens == engine.stats().prompt_tokens == 13
     assert prefill.seconds > 0 < decode.seconds
     assert engine.stats().device_idle > 0
     assert engine.stats().pages_peak == 4 + 2  # pages of 4 tokens, of 14 and 7 positions

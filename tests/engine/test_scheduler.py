@@ -180,9 +180,10 @@ def test_samples_of_one_prompt_compute_the_last_token_each() -> None:
         s.add(seq_id, list(range(8)), max_new_tokens=4)  # two full pages; the second can't be taken over
     step = step_of(s)
     assert computed(step) == {0: 8, 1: 1, 2: 1, 3: 1}
-    assert step.copied_row.tolist() == 3 * [4, 5, 6]
-    places = [*step.kv_index.tolist(), *step.copied_index.tolist()]
-    assert len(set(places)) == 8 + 3 * 4  # each has a page of its own
+    first, *others = step.page_table[:4, 1].tolist()
+    assert step.copy_source.tolist() == 3 * [first]
+    assert step.copy_target.tolist() == others
+    assert len({first, *others}) == 4  # each has a page of its own
     s.update([1, 2, 1, 3])
     step = run(s)  # now their twins of the second page are given back
     assert len(set(step.page_table[:4, 1].tolist())) == 1
@@ -191,7 +192,7 @@ def test_samples_of_one_prompt_compute_the_last_token_each() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "of_first", "of_second", "copied"),
+    ("changes", "of_first", "of_second", "taken"),
     [
         ({}, {}, {}, 5),
         ({"prefix_cache": False}, {}, {}, 0),
@@ -203,41 +204,42 @@ def test_samples_of_one_prompt_compute_the_last_token_each() -> None:
         ({"max_step_tokens": 6}, {}, {}, 0),  # the second comes in the next step
     ],
 )
-def test_what_is_taken_over_from_a_twin(changes: dict, of_first: dict, of_second: dict, copied: int) -> None:
+def test_what_is_taken_over_from_a_twin(changes: dict, of_first: dict, of_second: dict, taken: int) -> None:
     s = scheduler(**({"page_size": 8, "max_slots": 2} | changes))
     for seq_id, special in enumerate((of_first, of_second)):
         s.add(seq_id, **({"prompt": [1, 2, 3, 4, 5, 6], "max_new_tokens": 4} | special))
     step = step_of(s)
-    assert step.copied_row.tolist() == list(range(copied))
-    page = int(step.page_table[1, 0])
-    assert step.copied_index.tolist() == [8 * page + i for i in range(copied)]
+    source, target = step.page_table[:2, 0].tolist()
+    assert step.copy_source.tolist() == [source] * (taken > 0)
+    assert step.copy_target.tolist() == [target] * (taken > 0)
     if 1 in computed(step):
-        assert step.num_tokens == 12 - copied - (5 if changes.get("page_size") == 1 else 0)
+        assert step.num_tokens == 12 - taken - (5 if changes.get("page_size") == 1 else 0)
         assert step.kv_len.tolist() == [6, 6]
 
 
-def test_a_step_copies_no_more_than_it_could_compute() -> None:
-    s = scheduler(page_size=16, max_slots=5, max_step_tokens=25)
-    for seq_id in range(5):
-        s.add(seq_id, list(range(11)), max_new_tokens=4)
+def test_a_step_copies_no_more_pages_than_there_are_slots() -> None:
+    """The first page is another's already, and the first sequence computes all of its own nevertheless, where nobody
+    finds it. The second finds that page and copies three, of which the others find two."""
+    s = scheduler(max_slots=5)
+    s.add(0, [0, 1, 2, 3, 9], max_new_tokens=1)
+    run(s)
+    for seq_id in range(1, 6):
+        s.add(seq_id, list(range(16)), max_new_tokens=4, **({"compute_from": 0} if seq_id == 1 else {}))
     step = step_of(s)
-    assert step.copied_row.tolist() == 2 * list(range(10))
-    assert computed(step) == {0: 11, 1: 1, 2: 1, 3: 11, 4: 1}  # the fourth computes its own, and the fifth begins to
+    assert computed(step) == {1: 16, 2: 1, 3: 1, 4: 1, 5: 4}
+    table = step.page_table[:5].tolist()
+    assert step.copy_source.tolist() == [*table[0][1:4], table[0][3], table[0][3]]
+    assert step.copy_target.tolist() == [*table[1][1:4], table[2][3], table[3][3]]
 
 
 def test_twins_of_a_prompt_that_two_steps_computed() -> None:
-    """What the step before computed of the page is not at hand."""
     s = scheduler(page_size=8, max_slots=3, max_step_tokens=12)
     for seq_id in range(3):
         s.add(seq_id, list(range(14)), max_new_tokens=4)
     assert computed(run(s)) == {0: 12}
     step = run(s)
-    assert computed(step) == {
-        0: 2,
-        1: 6,
-        2: 1,
-    }  # the second computes what the first did not in this step, for the third
-    assert step.copied_row.tolist() == [2, 3, 4, 5, 6]
+    assert computed(step) == {0: 2, 1: 1, 2: 1}  # what the first step computed of the page is copied with the rest
+    assert step.copy_target.tolist() == step.page_table[1:3, 1].tolist()
 
 
 def test_same_tokens_after_another_prefix_are_another_page() -> None:
@@ -266,6 +268,16 @@ def test_generated_tokens_are_found_by_a_later_turn() -> None:
         s.update([7])
     s.add(1, [1, 2, 3] + [7] * 10 + [4, 4], max_new_tokens=1)
     assert computed(run(s)) == {1: 3}
+
+
+def test_prefixes_can_be_forgotten() -> None:
+    s = scheduler()
+    for seq_id, found in enumerate((0, 8, 0)):
+        if seq_id == 2:
+            s.forget_prefixes()
+            assert s.pages_cached == 0
+        s.add(seq_id, [1] * 10, max_new_tokens=1)
+        assert computed(run(s)) == {seq_id: 10 - found}
 
 
 def test_prefix_cache_can_be_off() -> None:

@@ -133,7 +133,7 @@ def test_same_calls_same_steps(workload: tuple[dict[str, Any], list[dict[str, An
         if a is None or b is None:
             continue
         for name in ("token_ids", "positions", "kv_index", "q_start", "kv_len", "seq_slot", "sample_row", "sample_slot",
-                     "sample_count", "new_slots", "page_updates", "copied_row", "copied_index"):  # fmt: skip
+                     "sample_count", "new_slots", "page_updates", "copy_source", "copy_target"):  # fmt: skip
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name), name)
         assert a.seq_ids.tolist() == [seq_id - 1000 for seq_id in b.seq_ids.tolist()]
 

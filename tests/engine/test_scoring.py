@@ -60,6 +60,7 @@ def requests() -> list[Request]:
     ],
     ids=str,
 )
+@pytest.mark.hardware("task=score")
 def test_scores_are_those_of_the_whole_text(options: dict) -> None:
     asked = requests()
     engine = make_engine(make_decoder(), **options)

@@ -19,9 +19,10 @@ class Rows:
         assert row in self._histories, f"row {row} has no penalties, so its history must not be asked for"
         return self._histories[row]
 
-    def allow(self, row: int, mask: np.ndarray) -> None:
-        assert row in self._constrained, f"row {row} has no constraint"
-        mask[:] = row
+    def allow(self, rows: list[int], masks: np.ndarray) -> None:
+        assert rows == list(self._constrained), "no others have a constraint"
+        for row in rows:
+            masks[row] = row
 
 
 PLAIN = Rows()

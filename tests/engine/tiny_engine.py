@@ -13,6 +13,7 @@ from batchinfer import ops as op_list
 from batchinfer._engine import Scheduler
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.lengths import LengthPredictor
+from batchinfer.engine.roofline import Costs
 from batchinfer.engine.runner import HostRunner, Runner
 from batchinfer.engine.trace import Trace
 from batchinfer.models.decoder import Decoder
@@ -113,6 +114,7 @@ def make_engine(
     trace: Trace | None = None,
     pool: PoolSpec | None = None,
     adapters: int = 0,
+    costs: Costs | None = None,
     **options: Any,
 ) -> Engine:
     given = {"num_pages": 200, "page_size": 4, "max_slots": 8, "max_step_tokens": 64, "prefix_cache": True} | options
@@ -132,6 +134,7 @@ def make_engine(
         trace=trace,
         pool=pool,
         adapters=adapters,
+        costs=costs,
     )
 
 

@@ -181,6 +181,7 @@ def test_extreme_scores(gpu, scale):
     ],
 )
 @pytest.mark.feature("engine", "sliding windows in the CUDA attention kernels")
+@pytest.mark.hardware("sliding windows, soft caps")
 def test_windows(gpu, shape, dtype, window):
     lengths = [*draw_lengths(window, *sized((12, 700), (5, 200))), (1, 17), (90, 300), (1, 129)]
     assert_attention(replace(make_case(shape, dtype, lengths, 32), window=window), gpu, shape[2] ** -0.5)
@@ -208,6 +209,7 @@ def test_windows_over_splits(gpu, window):
     ],
 )
 @pytest.mark.feature("engine", "soft-capped scores in the CUDA attention kernels")
+@pytest.mark.hardware("sliding windows, soft caps")
 def test_soft_caps(gpu, shape, dtype, softcap, scale, window):
     lengths = draw_lengths(7, *sized((12, 700), (5, 150)))
     case = make_case(shape, dtype, [*lengths, (70, 200)])
@@ -264,6 +266,7 @@ def share_beginnings(case: Case, shared: list[int]) -> tuple[Case, Case]:
 @pytest.mark.parametrize("shape", [(32, 8, 128), (32, 8, 64), (9, 3, 64), (16, 8, 128), (8, 8, 64), (20, 1, 128)])
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.feature("engine", "CUDA attention reads a beginning that sequences share once for several of them")
+@pytest.mark.hardware("beginnings that sequences share are read once")
 def test_shared_beginnings(gpu, shape, page_size):
     """Groups that share all, part or nothing, prompts among them, and one that shares only some of its members."""
     pages = sized(2048, 1088 if shape == (9, 3, 64) else 576) // page_size
@@ -299,6 +302,7 @@ def test_the_promise_of_decodes_alone_changes_nothing(gpu):
     assert all(torch.equal(a, b) for a, b in zip(case.run(gpu, 0.1), want, strict=True))
 
 
+@pytest.mark.hardware("steps recorded or captured, and repeated")
 def test_graph_replay(real_gpu):
     """One captured step serves other lengths: nothing of the launch depends on the data."""
     shape, dtype, sizes = (32, 8, 128), torch.bfloat16, 13

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import recorder
 import torch
 
 TESTS = Path(__file__).parent.parent
@@ -50,6 +51,7 @@ engine.close()
 """
 
 
+@pytest.mark.hardware("kernels compiled ahead")
 def test_a_rank_with_a_bundle_calls_no_compiler(real_gpu, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     if torch.version.cuda is None:
@@ -65,3 +67,4 @@ def test_a_rank_with_a_bundle_calls_no_compiler(real_gpu, tmp_path: Path) -> Non
     program = [sys.executable, "-P", "-c", SCRIPT, str(tmp_path), str(bundle)]
     used = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert used.returncode == 0, used.stderr
+    recorder.note("triton on cuda", "run")

@@ -65,7 +65,7 @@ SPECS = {
     ),
     "narrow heads": replace(LLAMA, head_dim=32, rope=RopeSpec("default", 10000.0, width=32, trained_positions=512)),
 }
-BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest distance of the logits from those in float32, relative to their size."""
 
 
@@ -159,7 +159,7 @@ def skip_what_triton_serves(spec: ModelSpec) -> None:
         pytest.skip("Triton's kernels serve this, and want a GPU")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.feature("engine", "CUDA logits are those of the CPU in float32, to rounding")
 def test_logits(quick_gpu, name: str, dtype: torch.dtype) -> None:
@@ -178,6 +178,8 @@ CASES = {
     "stop strings": replace(PLAIN, stop=("A", "bc", "7"), min_tokens=2),
     "penalties": replace(PLAIN, repetition_penalty=1.3, presence_penalty=0.5),
     "logprobs": replace(PLAIN, logprobs=3),
+    "bad words": replace(PLAIN, bad_words=("A", "BC", "7"), n=2, temperature=0.8),
+    "form": replace(PLAIN, ignore_eos=False, regex="([A-F]{3}-[0-9]{2},)*"),
 }
 OPTIONS: list[dict[str, Any]] = [{}, {"num_pages": 30, "max_slots": 8, "max_step_tokens": 40}, {"lookup": 3}]
 
@@ -190,10 +192,13 @@ def tokens(done: dict[int, Completion]) -> dict[int, list[list[int]]]:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.feature("engine", "CUDA gives the CPU's tokens, greedy and sampled, with graphs and a step ahead")
 @pytest.mark.feature("engine", "the GPU's step loop over SYCL kernels on the CPU device gives the CPU's greedy tokens")
+@pytest.mark.hardware("continuous batching, greedy and sampled tokens")
 def test_tokens_in_float32_are_the_cpus(quick_gpu, case: str, options: dict[str, Any]) -> None:
     """Sums in another order move logits by 1e-6 of their size, which decides a token once in many thousands."""
     from batchinfer.ops.native import NativeOps
 
+    if case == "form":
+        pytest.importorskip("llguidance")
     requests = [Request(i, p, CASES[case], seed=i) for i, p in enumerate(prompts(30))]
     want = run(make_engine(make_decoder(LLAMA, NativeOps(), torch.float32), **options), requests)
     engine = make_engine(make_decoder(LLAMA, quick_gpu, torch.float32), **options)
@@ -212,7 +217,26 @@ def test_tokens_in_float32_are_the_cpus(quick_gpu, case: str, options: dict[str,
     engine.close()
 
 
+@pytest.mark.hardware("task=score")
+def test_scores_are_the_cpus(quick_gpu) -> None:
+    """Of the second half of each text, in steps that cut it, and beside texts that are continued."""
+    from batchinfer.ops.native import NativeOps
+
+    texts = [p for p in prompts(30) if len(p) > 1]
+    requests = [Request(i, p, PLAIN, scored_from=None if i % 5 == 0 else len(p) // 2) for i, p in enumerate(texts)]
+    want, got = (
+        run(make_engine(make_decoder(LLAMA, ops, torch.float32), max_step_tokens=96), requests)
+        for ops in (NativeOps(), quick_gpu)
+    )
+    for request in requests:
+        a, b = want[request.id].samples[0], got[request.id].samples[0]
+        if request.scored_from is not None:
+            assert (a.finish_reason, b.finish_reason) == ("scored", "scored")
+            np.testing.assert_allclose(a.logprobs.chosen, b.logprobs.chosen, atol=1e-3)
+
+
 @pytest.mark.parametrize("lookup", [0, 3])
+@pytest.mark.hardware("steps recorded or captured, and repeated")
 def test_a_captured_step_gives_the_tokens_of_a_launched_one(real_gpu, lookup: int) -> None:
     """Decoding steps, and those that begin prompts meanwhile or have drafts in them."""
     params = replace(PLAIN, temperature=0.9)
@@ -227,6 +251,7 @@ def test_a_captured_step_gives_the_tokens_of_a_launched_one(real_gpu, lookup: in
     assert sum(same) >= 0.95 * len(same)
 
 
+@pytest.mark.hardware("drafts by prompt lookup")
 def test_right_drafts_save_steps(real_gpu) -> None:
     """One sequence that repeats itself: its steps are its tokens, less the draft tokens that were right."""
     params = replace(PLAIN, max_tokens=60, allowed_token_ids=(3, 4))
@@ -293,7 +318,7 @@ def test_an_engine_from_a_configuration_takes_what_the_device_has(real_gpu, tmp_
     params = SamplingParams(max_tokens=300, temperature=1.0, n=4, ignore_eos=True)
     done = run(engine, [Request(i, np.arange(1 + 7 * i, dtype=np.int32), params, seed=i) for i in range(20)])
     assert all(len(s.token_ids) == 300 for c in done.values() for s in c.samples)
-    assert engine.peak_device_bytes() > 0
+    assert engine.stats().device_bytes > 0
     before = torch.cuda.mem_get_info()[0]
     engine.close()
     assert torch.cuda.mem_get_info()[0] - before > 64 * 2048 * 2 * 2 * 2 * 64 * 2  # the pool's bytes at least

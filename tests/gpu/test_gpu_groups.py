@@ -27,6 +27,7 @@ TRUTH = ReferenceOps(torch.float64)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.feature("CUDA kernels", "products with codes: int4, int8 and float8 in groups, with zeros and orders")
+@pytest.mark.hardware("weights kept as codes")
 def test_products(real_gpu, kind: str, dtype: torch.dtype) -> None:
     """Codes are exact in 16 bits; from FROM_DENSE rows on the weights are rounded to them."""
     eps = torch.finfo(dtype).eps
@@ -101,6 +102,7 @@ def decoder(spec: ModelSpec, ops: Ops, dtype: torch.dtype, kind: str) -> tuple[D
 @pytest.mark.parametrize("kind", ["int4", "int4 in another order", "int8 with zeros", "float8 in blocks"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mixture"])
 @pytest.mark.feature("engine", "quantised weights on CUDA: logits in float32 are the dequantised model's, to rounding")
+@pytest.mark.hardware("weights kept as codes")
 def test_logits(real_gpu, name: str, kind: str) -> None:
     want, _ = decoder(SPECS[name], ReferenceOps(), torch.float32, kind)
     got, _ = decoder(SPECS[name], real_gpu, torch.float32, kind)

@@ -75,6 +75,7 @@ def truth(folder: Path) -> dict[int, Completion]:
 
 @pytest.mark.parametrize(("dtype", "bound"), [("fp32", 1e-3), ("bf16", 0.1)])
 @pytest.mark.feature("engine", "CUDA: texts of 100,000 tokens, in pieces and from the prefix cache, are the CPU's")
+@pytest.mark.hardware("prompts in pieces, prefix cache")
 def test_long_texts(real_gpu, folder: Path, truth: dict[int, Completion], dtype: str, bound: float) -> None:
     """``bound``: of the mean distance of log-probabilities. Without the first half of their text they move by 1.2, and
     the CPU's in bfloat16 are 0.04 from those in float32."""

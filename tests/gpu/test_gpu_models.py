@@ -31,6 +31,7 @@ def draw_spec(architecture: str, seed: int, folder: Path) -> ModelSpec:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.feature("engine", "every architecture on CUDA: logits in float32 are the CPU's, to rounding")
+@pytest.mark.hardware("logits of every architecture")
 def test_logits_of(quick_gpu, architecture: str, seed: int, tmp_path: Path) -> None:
     """In bfloat16 so small a model says little: its rounding is 6 % of the logits, and routes tokens elsewhere."""
     spec = draw_spec(architecture, seed, tmp_path)

@@ -118,6 +118,20 @@ def test_rope_and_cache(gpu, dtype, heads, kv_heads, width, rotary, page_size, w
     assert all(torch.equal(cache.cpu(), old) for cache, old in zip(untouched, caches, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
+@pytest.mark.parametrize("page", [(3, 16, 20), (1, 16, 16), (8, 64, 128), (2, 16, 80)])
+def test_copy_pages(gpu, dtype, page):
+    """Pages outside the cache, on either side of a copy, change nothing."""
+    caches = [(100 * randn(9, *page, seed=i)).to(dtype) for i in range(2)]
+    on_device = [put(cache) for cache in caches]
+    nothing = torch.empty(0, dtype=torch.int32, device=DEVICE)
+    gpu.copy_pages(*on_device, nothing, nothing)
+    wild = torch.tensor([[8, -1, 0, 0, 9, 0, 2, 2**31 - 1], [3, 2, 7, 1, 4, 9, -1, 5]], dtype=torch.int32)
+    gpu.copy_pages(*on_device, *map(put, wild))
+    TRUTH.copy_pages(*caches, *torch.tensor([[8, 0, 0], [3, 7, 1]], dtype=torch.int32))
+    assert all(torch.equal(got.cpu(), want) for got, want in zip(on_device, caches, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "depth", "outputs"), [(1, 576, 192), (130, 1536, 576), (40, 256, 4096)])
 def test_linear(real_gpu, dtype, tokens, depth, outputs):
@@ -155,6 +169,7 @@ def test_mixtures_of_experts(real_gpu, dtype, tokens, count, shared):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.feature("engine", "CUDA: routings of GPT-OSS and DeepSeek (by Triton kernels)")
+@pytest.mark.hardware("mixtures of experts, routings of GPT-OSS and DeepSeek")
 def test_routings(real_gpu, dtype, routing):
     """Biases and the clamped gate with two of them, a shared expert with the others."""
     biased = routing in ("softmax", "sigmoid of groups")
@@ -193,6 +208,10 @@ def test_rejects_wrong_tensors(gpu):
         gpu.rms_norm(x, weight.half(), 1e-5, empty_like(x))
     with pytest.raises(ValueError, match="must be contiguous and on"):
         gpu.rms_norm(x.t().contiguous().t(), weight, 1e-5, empty_like(x))
+    page = put(torch.zeros(1, dtype=torch.int32))
+    odd = [put(torch.zeros(2, 1, 3, 2)) for _ in range(2)]
+    with pytest.raises(ValueError, match="pages of 24 bytes: a multiple of 16 is needed"):
+        gpu.copy_pages(*odd, page, page)
 
 
 @pytest.mark.skipif(SYCL, reason="its kernel reads a row twice, and takes any")

@@ -72,6 +72,7 @@ def test_odd_vocabularies(gpu):
 
 
 @pytest.mark.parametrize("vocab", [500, 20_000])
+@pytest.mark.hardware("penalties, bans, log-probabilities")
 def test_penalties_bans_and_logprobs(gpu, vocab):
     logits = logits_of("peaked", 8, vocab)
     for inputs in edits(vocab, longest=3000):

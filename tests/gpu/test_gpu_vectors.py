@@ -76,21 +76,25 @@ def check(spec: ModelSpec, gpu: Ops, dtype: torch.dtype, pooling: Pooling, adapt
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+@pytest.mark.hardware("task=embed, classify")
 def test_vectors_are_those_of_the_reference(real_gpu, pooling: Pooling, dtype: torch.dtype) -> None:
     check(HIDDEN, real_gpu, dtype, pooling)
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.hardware("task=embed, classify")
 def test_classes_are_those_of_the_reference(real_gpu, dtype: torch.dtype) -> None:
     check(CLASSES, real_gpu, dtype, "last")
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.hardware("LoRA adapters")
 def test_adapters_are_those_of_the_reference(real_gpu, pooling: Pooling, dtype: torch.dtype) -> None:
     check(HIDDEN, real_gpu, dtype, pooling, adapted=True)
 
 
+@pytest.mark.hardware("LoRA adapters")
 def test_tokens_through_adapters_in_captured_steps(real_gpu) -> None:
     """In float32: those of the CPU, whose rows go through their adapters group by group."""
     rng, params = np.random.default_rng(8), SamplingParams(max_tokens=30, ignore_eos=True)

@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import recorder
 from gpu.compile import ROOT, SOURCES, budget
 from tools import run, tool
 
 pytestmark = pytest.mark.skipif(not os.environ.get("BATCHINFER_TEST_HIP"), reason="takes a minute: make hip-check")
 
 TARGETS = ["gfx90a", "gfx942", "gfx1100"]
-IMPORT = "import json, _gpu; print(json.dumps([_gpu.compiled_for, _gpu.device_count(), _gpu.build_info]))"
+IMPORT = "import json, _gpu; print(json.dumps([_gpu.compiled_for, _gpu.device_count(), _gpu.build_info, dir(_gpu)]))"
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +64,10 @@ def test_kernels_stay_in_their_registers(build: tuple[Path, str]) -> None:
 
 @pytest.mark.feature("AMD kernels (compiled)", "the extension links, imports and finds no device")
 def test_the_extension_imports_and_finds_no_device(build: tuple[Path, str]) -> None:
-    vendor, devices, info = json.loads(run(sys.executable, "-c", IMPORT, PYTHONPATH=str(build[0])))
+    vendor, devices, info, names = json.loads(run(sys.executable, "-c", IMPORT, PYTHONPATH=str(build[0])))
     assert (vendor, devices, info["architectures"]) == ("rocm", 0, TARGETS)
+    assert set(recorder.FUNCTIONS.values()) <= set(names)
+    recorder.note("rocm", "compiled", recorder.FUNCTIONS)
 
 
 @pytest.mark.feature("AMD kernels (compiled)", "the sampler fuses no product with a sum")

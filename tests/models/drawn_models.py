@@ -1,4 +1,4 @@
-"""Random small configs of every architecture: what a config may say, drawn by a seed."""
+"""Random small configs of every architecture: what a config may say, drawn by a seed or by hypothesis."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 VOCAB, POSITIONS = 64, 96
 CONFIGS = 20
-"""Of each architecture; 360 of them take 30 s on two cores."""
+"""Of each architecture, at least, and as many of each of its rope types. All take 40 s of one core."""
 
 BOOLEANS = (True, False)
 WINDOWS = (None, 5, 17, 40, 200)
@@ -34,6 +34,10 @@ class Family:
     without: tuple[str, ...] = ()
     names: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def configs_of_a_rope_type(self) -> int:
+        return -(-CONFIGS // (len(self.ropes) or 1))
+
 
 ALL_ROPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 GEMMA = {"attention_bias": BOOLEANS}
@@ -43,7 +47,7 @@ FAMILIES = {
     "LlamaForCausalLM": Family("Llama", BIASES, ALL_ROPES),
     "MistralForCausalLM": Family("Mistral", {"sliding_window": WINDOWS}, ALL_ROPES),
     "MixtralForCausalLM": Family(
-        "Mixtral", {"sliding_window": WINDOWS, "num_local_experts": (3, 8), "num_experts_per_tok": (1, 2)}
+        "Mixtral", {"sliding_window": WINDOWS, "num_local_experts": (3, 8), "num_experts_per_tok": (1, 2)}, ALL_ROPES
     ),
     "Qwen2ForCausalLM": Family("Qwen2", LATE, ALL_ROPES),
     "Qwen2MoeForCausalLM": Family(
@@ -51,16 +55,20 @@ FAMILIES = {
         LATE
         | EXPERTS
         | {"shared_expert_intermediate_size": (16, 56), "qkv_bias": BOOLEANS, "decoder_sparse_step": (1, 2)},
+        ALL_ROPES,
     ),
     "Qwen3ForCausalLM": Family("Qwen3", LATE | {"attention_bias": BOOLEANS}, ALL_ROPES),
-    "Qwen3MoeForCausalLM": Family("Qwen3Moe", EXPERTS | {"norm_topk_prob": BOOLEANS, "mlp_only_layers": ([], [1])}),
-    "GemmaForCausalLM": Family("Gemma", GEMMA),
-    "Gemma2ForCausalLM": Family("Gemma2", GEMMA | CAPS | {"query_pre_attn_scalar": (16, 50)}),
+    "Qwen3MoeForCausalLM": Family(
+        "Qwen3Moe", EXPERTS | {"norm_topk_prob": BOOLEANS, "mlp_only_layers": ([], [1])}, ALL_ROPES
+    ),
+    "GemmaForCausalLM": Family("Gemma", GEMMA, ALL_ROPES),
+    "Gemma2ForCausalLM": Family("Gemma2", GEMMA | CAPS | {"query_pre_attn_scalar": (16, 50)}, ALL_ROPES),
     "Gemma3ForCausalLM": Family(
         "Gemma3Text",
         GEMMA
         | CAPS
         | {"attn_logit_softcapping": (None,), "query_pre_attn_scalar": (16, 50), "sliding_window_pattern": (2, 3)},
+        ALL_ROPES,
     ),
     "Phi3ForCausalLM": Family("Phi3", {"sliding_window": WINDOWS}, ("default", "longrope"), ("head_dim",)),
     "Olmo2ForCausalLM": Family("Olmo2", {"attention_bias": BOOLEANS}, ALL_ROPES, ("head_dim",)),
@@ -83,7 +91,7 @@ FAMILIES = {
         ("head_dim",),
     ),
     "Starcoder2ForCausalLM": Family(
-        "Starcoder2", {"use_bias": BOOLEANS, "sliding_window": WINDOWS}, ("default", "linear"), ("head_dim",)
+        "Starcoder2", {"use_bias": BOOLEANS, "sliding_window": WINDOWS}, ALL_ROPES, ("head_dim",)
     ),
     "GptOssForCausalLM": Family(
         "GptOss",
@@ -93,12 +101,12 @@ FAMILIES = {
             "num_local_experts": (3, 8),
             "num_experts_per_tok": (1, 3),
         },
-        ("default", "yarn"),
+        ALL_ROPES,
     ),
     "DeepseekV2ForCausalLM": Family(
         "DeepseekV2",
         LATENT | {"topk_method": ("greedy", "group_limited_greedy"), "n_group": (2,), "topk_group": (1,)},
-        ("default", "yarn"),
+        ALL_ROPES,
         SQUARE,
     ),
     "DeepseekV3ForCausalLM": Family(
@@ -106,7 +114,7 @@ FAMILIES = {
         LATENT
         | {"n_group": (1, 2), "topk_group": (1,), "norm_topk_prob": BOOLEANS, "rope_interleave": BOOLEANS}
         | {"attention_bias": BOOLEANS, "num_key_value_heads": (None,)},
-        ("default", "yarn"),
+        ALL_ROPES,
         SQUARE,
     ),
     "GPT2LMHeadModel": Family(
@@ -125,7 +133,7 @@ FAMILIES = {
     "GPTNeoXForCausalLM": Family(
         "GPTNeoX",
         {"use_parallel_residual": BOOLEANS, "attention_bias": BOOLEANS, "rotary_pct": (0.25, 0.5, 1.0)},
-        ("default",),
+        ALL_ROPES,
         SQUARE,
     ),
     "OPTForCausalLM": Family(
@@ -139,10 +147,16 @@ FAMILIES = {
 
 
 def draw_config(architecture: str, seed: int) -> Any:
-    """A transformers config of the architecture."""
+    """The ``seed``-th transformers config of the architecture."""
+    rng = Random(f"{architecture} {seed}")
+    return config_of(architecture, rng.choice(FAMILIES[architecture].ropes or ("",)), rng)
+
+
+def config_of(architecture: str, rope: str, rng: Random) -> Any:
+    """A transformers config of the architecture with this rope type, "" where positions are not rotated."""
     import transformers
 
-    family, rng = FAMILIES[architecture], Random(f"{architecture} {seed}")
+    family = FAMILIES[architecture]
     groups = rng.choice((1, 2, 3))
     heads, head_dim = groups * rng.choice((1, 2, 4)), rng.choice((8, 16, 24, 32))
     common = {
@@ -163,13 +177,27 @@ def draw_config(architecture: str, seed: int) -> Any:
     given |= {key: rng.choice(values) for key, values in family.choices.items()}
     if family.model == "OPT":
         given["word_embed_proj_dim"] = given["hidden_size"]
-    if family.ropes and family.model not in ("GPTNeoX", "Gemma3Text"):
-        given["rope_parameters"] = draw_rope(rng.choice(family.ropes), head_dim, rng)
-        if given["rope_parameters"]["rope_type"] == "yarn" and "Deepseek" in family.model:
-            given["rope_parameters"] |= {"mscale": rng.choice((0.7, 1.0)), "mscale_all_dim": rng.choice((0.0, 0.7))}
-        if given["rope_parameters"]["rope_type"] == "longrope":
-            given["original_max_position_embeddings"] = given["rope_parameters"]["original_max_position_embeddings"]
+    if rope:
+        given |= rope_of(family, rope, given, rng)
     return getattr(transformers, f"{family.model}Config")(**given)
+
+
+def rope_of(family: Family, rope: str, given: dict[str, Any], rng: Random) -> dict[str, Any]:
+    """What says so in a config whose other keys are ``given``."""
+    width = given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"]
+    if "Deepseek" in family.model:
+        width = given["qk_rope_head_dim"]
+    if family.model == "GPTNeoX":
+        share = 1.0 if rope == "dynamic" else given["rotary_pct"]  # transformers divides by the width less 2
+        return {"rope_parameters": draw_rope(rope, int(width * share), rng) | {"partial_rotary_factor": share}}
+    drawn = draw_rope(rope, width, rng)
+    if rope == "yarn" and "Deepseek" in family.model:
+        drawn |= {"mscale": rng.choice((0.7, 1.0)), "mscale_all_dim": rng.choice((0.0, 0.7))}
+    if family.model == "Gemma3Text":
+        return {"rope_parameters": {"full_attention": drawn, "sliding_attention": draw_rope("default", width, rng)}}
+    if rope == "longrope":  # Phi-3's place for it
+        return {"rope_parameters": drawn, "original_max_position_embeddings": drawn["original_max_position_embeddings"]}
+    return {"rope_parameters": drawn}
 
 
 def vary(model: Any, large: tuple[str, ...], deviation: float = 0.2) -> None:

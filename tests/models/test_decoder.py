@@ -85,6 +85,7 @@ def make(model: TinyModel, ops: Ops, dtype: torch.dtype) -> Decoder:
 
 @pytest.mark.feature("models", "each architecture gives transformers' logits in float32")
 @pytest.mark.parametrize("name", TINY)
+@pytest.mark.hardware("logits of every architecture")
 def test_float32_is_that_of_transformers(name: str, tiny: Callable[[str], TinyModel], ops: Ops) -> None:
     model = tiny(name)
     ours, theirs = run_steps(make(model, ops, torch.float32), model)

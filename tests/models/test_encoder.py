@@ -80,6 +80,7 @@ def configure(folder: Path, task: str, **embed: Any) -> Config:
     [("Model", "cpu"), ("Model", "reference"), ("ForMaskedLM", "cpu"), ("ForSequenceClassification", "cpu")],
 )
 @pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.hardware("encoders")
 def test_embeddings_are_those_of_transformers(family: str, kind: str, device: str, tmp_path: Path) -> None:
     model = build(family, kind, tmp_path)
     base, asked = getattr(model, model.base_model_prefix, model), texts()

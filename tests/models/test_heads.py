@@ -76,6 +76,7 @@ def test_embeddings_are_those_of_transformers(architecture: str, tmp_path: Path)
 
 @pytest.mark.feature("tasks", "classify: the probabilities of transformers, each architecture that has the head there")
 @pytest.mark.parametrize("architecture", CLASSIFIERS)
+@pytest.mark.hardware("task=embed, classify")
 def test_classes_are_those_of_transformers(architecture: str, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 

@@ -70,6 +70,7 @@ def test_forms_of_merged_matrices(tiny: Callable[[str], TinyModel]) -> None:
     "models", "engine.weights=keep and int8 within a bound of the float32 model, tokens in any batch alike"
 )
 @pytest.mark.parametrize(("form", "bound"), [("keep", 0.02), ("int8", 0.04)])
+@pytest.mark.hardware("weights kept as codes")
 def test_logits_are_near_those_of_the_dequantised_model(
     form: str,
     bound: float,

@@ -101,6 +101,7 @@ def prompts() -> list[np.ndarray]:
 
 @pytest.mark.feature("LoRA", "several adapters and the base model in one batch: the states of merged weights")
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.hardware("LoRA adapters")
 def test_states_are_those_of_merged_weights(tiny: Tiny, tmp_path: Path, name: str) -> None:
     model = tiny(name).folder
     adapters = {

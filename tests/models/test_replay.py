@@ -40,6 +40,7 @@ class Replaying:
 @pytest.mark.feature("CPU kernels", "steps of few tokens repeated without Python between their ops")
 @pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-neox", "mixtral"])
+@pytest.mark.hardware("steps recorded or captured, and repeated")
 def test_repeated_steps_have_the_same_bits(name: str, kv_dtype: torch.dtype, tiny: Callable[[str], TinyModel]) -> None:
     model = tiny(name)
     truth, replaying = (

@@ -150,6 +150,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 @isas
 @settings(max_examples=25)
 @given(case=cases(), threads=st.integers(1, 3))
+@pytest.mark.hardware("sliding windows, soft caps")
 def test_against_float64(isa: str, case: dict[str, Any], threads: int) -> None:
     check(native(isa, threads), make_case(**case))
 
@@ -201,6 +202,7 @@ def test_a_token_does_not_depend_on_how_its_prompt_is_chunked(isa: str, dtype: t
 
 @pytest.mark.feature("CPU kernels", "shared prefixes are read once for all their sequences")
 @dtypes
+@pytest.mark.hardware("beginnings that sequences share are read once")
 def test_a_shared_prefix_becomes_one_item(dtype: torch.dtype) -> None:
     ops = native(ISAS[0], 1)
     case = make_case([(1, 640 + i) for i in range(1, 11)], dtype=dtype, shared=40)

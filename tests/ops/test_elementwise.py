@@ -165,6 +165,23 @@ def test_gather_rows(ops: NativeOps, rows: int, width: int, seed: int) -> None:
     assert torch.equal(out, x[index.long()])
 
 
+@given(
+    ops=backends,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int8]),
+    copies=st.integers(0, 9),
+    page=st.tuples(st.integers(1, 3), st.sampled_from([1, 16]), st.sampled_from([6, 128])),
+    seed=seeds,
+)
+def test_copy_pages(ops: NativeOps, dtype: torch.dtype, copies: int, page: tuple[int, int, int], seed: int) -> None:
+    caches = [(100 * normal(seed + i, 20, *page)).to(dtype) for i in range(2)]
+    want = [cache.clone() for cache in caches]
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(seed)).int()
+    source, target = order[integers(seed, 10, copies).long()], order[10 : 10 + copies]
+    ops.copy_pages(*caches, source, target)
+    EXACT.copy_pages(*want, source, target)
+    assert all(map(torch.equal, caches, want))
+
+
 @st.composite
 def rope_cases(draw: st.DrawFn) -> dict:
     """Arguments of rope_and_cache; every cache token not written holds NaN."""

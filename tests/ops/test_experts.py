@@ -57,6 +57,7 @@ def test_against_float64(case: dict[str, Any], tokens: int, seed: int) -> None:
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("shared", ["", "whole", "weighed"])
 @pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.hardware("mixtures of experts, routings of GPT-OSS and DeepSeek")
 def test_routings_against_float64(routing: str, shared: str, biased: bool) -> None:
     g = torch.Generator().manual_seed(len(routing))
     case: dict[str, Any] = {"widths": (16,) * 12 + ((40,) if shared else ()), "top_k": 5, "shared": bool(shared)}

@@ -75,6 +75,7 @@ def test_float8_numbers_are_written_and_read_exactly(isa: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.int8, FLOAT8], ids=str)
 @settings(max_examples=15, deadline=None)
 @given(case=rope_cases())
+@pytest.mark.hardware("KV cache in 8 bits")
 def test_what_is_written_is_the_float32_cache_as_codes(isa: str, dtype: torch.dtype, case: dict) -> None:
     """The same bits, and nothing beside the step's tokens."""
     whole = case | {name: torch.zeros(case[name].shape) for name in ("k_cache", "v_cache", "q_out")}

@@ -45,6 +45,9 @@ GOOD = {
     "gelu_mul": {"gate_up": floats(3, 8), "out": floats(3, 4)},
     "activate": {"kind": "relu", "x": floats(3, 4), "out": floats(3, 4)},
     "gather_rows": {"x": floats(3, 4), "index": ints(2), "out": floats(2, 4)},
+    "copy_pages": {
+        "k_cache": floats(3, 2, 4, 6), "v_cache": floats(3, 2, 4, 6), "source": ints(1), "target": ints(1) + 2,
+    },
 }  # fmt: skip
 
 BAD = [
@@ -78,6 +81,11 @@ BAD = [
     ("silu_mul", "gate_up", floats(3, 7), r"gate_up has shape \(3, 7\): \(3, 8\) is needed"),
     ("gather_rows", "index", ints(2) + 3, r"index\[0\]=3 is not in \[0, 3\)"),
     ("gather_rows", "out", floats(3, 4), r"out has shape \(3, 4\): \(2, 4\) is needed"),
+    ("copy_pages", "v_cache", floats(2, 2, 4, 6), r"v_cache has shape \(2, 2, 4, 6\): \(3, 2, 4, 6\) is needed"),
+    ("copy_pages", "k_cache", floats(3, 2, 6, 4).mT, "k_cache must be contiguous"),
+    ("copy_pages", "source", ints(1) - 1, r"source\[0\]=-1 is not in \[0, 3\)"),
+    ("copy_pages", "target", ints(1) + 3, r"target\[0\]=3 is not in \[0, 3\)"),
+    ("copy_pages", "target", ints(2), r"target has shape \(2,\): \(1,\) is needed"),
 ]
 
 

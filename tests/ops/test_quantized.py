@@ -59,6 +59,7 @@ def sizes(x: Tensor, weight: Quantized) -> Tensor:
     with_bias=st.booleans(),
     seed=st.integers(0, 2**31),
 )
+@pytest.mark.hardware("weights kept as codes")
 def test_against_the_reference_in_float64(
     isa: str, kind: str, rows: int, outputs: int, depth: int, threads: int, with_bias: bool, seed: int
 ) -> None:

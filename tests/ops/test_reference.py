@@ -44,6 +44,14 @@ def test_embed_and_gather() -> None:
     torch.testing.assert_close(out, table.index_select(0, ids))
 
 
+def test_copy_pages() -> None:
+    caches = random(6, 2, 4, 3), random(6, 2, 4, 3)
+    want = [cache.clone() for cache in caches]
+    OPS.copy_pages(*caches, torch.tensor([5, 1, 1], dtype=torch.int32), torch.tensor([0, 4, 2], dtype=torch.int32))
+    for cache, before in zip(caches, want, strict=True):
+        assert torch.equal(cache, before[[5, 1, 1, 3, 1, 5]])
+
+
 def test_rms_norm_adds_to_the_residual_first() -> None:
     x, stream, weight, out = random(4, 6), random(6, 4).T.contiguous(), random(6), empty(4, 6)
     want = F.rms_norm(x + stream, (6,), weight, eps=1e-3)
@@ -164,3 +172,6 @@ def test_indices_out_of_range_are_named() -> None:
         OPS.embed(ids, table, empty(2, 4))
     with pytest.raises(ValueError, match=r"index\[1\]=9 is not in \[0, 9\)"):
         OPS.gather_rows(table, ids, empty(2, 4))
+    caches = random(9, 1, 1, 1), random(9, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"target\[1\]=9 is not in \[0, 9\)"):
+        OPS.copy_pages(*caches, ids[:1].expand(2), ids)

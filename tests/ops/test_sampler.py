@@ -272,6 +272,7 @@ def test_ties(ops: ReferenceOps | NativeOps) -> None:
 
 @pytest.mark.feature("sampling", "repetition, presence and frequency penalties")
 @backends
+@pytest.mark.hardware("penalties, bans, log-probabilities")
 def test_penalties_and_bans(ops: ReferenceOps | NativeOps) -> None:
     """Two rows over the same logits; the second has neutral penalties, no history and two banned tokens."""
     logits = floats(2.0, -1.0, 1.5, 0.5, 1.9).repeat(2, 1)

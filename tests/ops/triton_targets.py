@@ -93,6 +93,7 @@ def call_all(ops: CompiledOps, dtype: torch.dtype = torch.bfloat16) -> None:
     cache = torch.zeros(4, 8, 16, 128, dtype=dtype)
     norm = HeadNorm(torch.zeros(128), torch.zeros(128), 1e-6)
     ops.rope_and_cache(qkv, words, words.long(), Rope(torch.zeros(50, 128)), cache, cache, q, norm)
+    ops.copy_pages(cache, cache, words, words)
     ops.embed(words, x, torch.zeros_like(x), 2.0)
     ops.rms_norm(x, torch.zeros(4096), 1e-5, torch.zeros_like(x), torch.zeros_like(x))
     ops.layer_norm(x, torch.zeros(4096), torch.zeros(4096), 1e-5, torch.zeros_like(x), torch.zeros_like(x))

@@ -6,11 +6,12 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+
+from gpu.cuda_toolkit import install_nvcc
 
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -104,23 +105,10 @@ class LocalChannel:
         return asyncio.run(request)
 
 
-NVCC = (
-    "nvidia-cuda-nvcc==13.0.88",
-    "nvidia-cuda-crt==13.0.88",
-    "nvidia-nvvm==13.0.88",
-    "nvidia-cuda-runtime==13.0.96",
-    "nvidia-cuda-cccl==13.0.85",
-)
-"""NVIDIA's wheels that together are nvcc: 300 MB."""
-
-
 def add_nvcc(channel: LocalChannel, folder: Path) -> None:
     """What the build for CUDA 13 needs besides, with NVIDIA's wheels installed in ``folder``. For one architecture: all
     of them take eight times as long."""
-    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *NVCC)
-    subprocess.run(pip, check=True)
-    toolkit = folder / "nvidia/cu13"
-    (toolkit / "lib64").symlink_to("lib")  # where nvcc looks
+    toolkit = install_nvcc(folder)
     script = f"export CUDACXX={toolkit}/bin/nvcc CUDAARCHS=80-real\n"
     channel.add("cuda-nvcc_linux-64", "13.0.88", files={"etc/conda/activate.d/nvcc.sh": script})
     channel.add("cuda-version", "13.0", constrains=["__cuda >=13"])

@@ -97,6 +97,8 @@ def test_the_page_from_its_top_to_its_end(shell: dict[str, str]) -> None:
     run("uv", shell)
 
     assert "fit for jobs" in run("Working on the Python part", shell)
+    (wheel,) = Path(tree, "dist").glob("*.whl")
+    assert wheel.stat().st_size < 20e6, "a wheel for the CPU has 20 MB at most"
     assert installed_in(shell) == f"{tree}/batchinfer/__init__.py"
     before = linked(tree)
     assert len(before) == 3

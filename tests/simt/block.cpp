@@ -22,11 +22,12 @@ constexpr uint32_t kDynamicBase = 1024 + 128;
 constexpr uint32_t kStaticBase = 1u << 31;
 constexpr size_t kMostShared = SIMT_SHARED_KB << 10;
 
-// An mbarrier's 64 bits.
+// An mbarrier's 64 bits. `bytes` of asynchronous copies are still to come; they may come before they are expected.
 struct Phase {
-    uint16_t expected, pending;
-    uint16_t parity, mark;
+    uint64_t expected : 10, pending : 10, parity : 1, mark : 16;
+    int64_t bytes : 27;
 };
+static_assert(sizeof(Phase) == 8);
 constexpr uint16_t kMark = 0xb1a5;
 
 // Red zones are written too, which AddressSanitizer must not see.
@@ -212,15 +213,17 @@ void Block::barrier(int name, int expected, const Site& site) {
 }
 
 void Block::phase_init(uint32_t address, int arrivals) {
-    const Phase fresh{static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0, kMark};
+    Phase fresh{};
+    fresh.expected = fresh.pending = static_cast<uint64_t>(arrivals), fresh.mark = kMark;
     std::memcpy(at(address, sizeof fresh), &fresh, sizeof fresh);
 }
 
-void Block::phase_arrive(uint32_t address) {
+void Block::phase_change(uint32_t address, int arrivals, int bytes) {
     Phase phase;
     std::memcpy(&phase, at(address, sizeof phase), sizeof phase);
     if (phase.mark != kMark) fail("arrives at an mbarrier that nobody has initialised");
-    if (--phase.pending == 0) {
+    phase.pending -= static_cast<uint64_t>(arrivals), phase.bytes += bytes;
+    if (phase.pending == 0 && phase.bytes == 0) {
         phase.pending = phase.expected;
         phase.parity ^= 1;
         std::erase_if(phase_waits_, [&](const PhaseWait& waiting) {
@@ -244,10 +247,10 @@ void Block::phase_wait(uint32_t address, uint32_t parity, const Site& site) {
     }
 }
 
-void Block::phase_arrive_after_copies(uint32_t address) {
-    if (copies_early_) return phase_arrive(address);
+void Block::phase_change_after_copies(uint32_t address, int arrivals, int bytes) {
+    if (copies_early_) return phase_change(address, arrivals, bytes);
     at(address, sizeof(Phase));
-    late_.push_back({current_, thread().copies.size(), address});
+    late_.push_back({current_, thread().copies.size(), address, arrivals, bytes});
 }
 
 bool Block::finish_late_copies() {
@@ -262,7 +265,7 @@ bool Block::finish_late_copies() {
     for (LateArrival& later : late_) {
         if (later.thread == arrival.thread) later.copies -= arrival.copies;
     }
-    phase_arrive(arrival.barrier);
+    phase_change(arrival.barrier, arrival.arrivals, arrival.bytes);
     return true;
 }
 

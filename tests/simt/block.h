@@ -108,11 +108,15 @@ class Block {
     void barrier(int name, int expected, const Site& site);
     int thread_count() const { return thread_count_; }
 
-    // mbarriers: 64 bits in shared memory, which count arrivals down and then turn their phase.
+    // mbarriers: 64 bits in shared memory, which count arrivals, and bytes if told to expect some, down and then turn
+    // their phase.
     void phase_init(uint32_t address, int arrivals);
-    void phase_arrive(uint32_t address);
+    void phase_arrive(uint32_t address, int arrivals = 1, int expected_bytes = 0) {
+        phase_change(address, arrivals, expected_bytes);
+    }
     void phase_wait(uint32_t address, uint32_t parity, const Site& site);
-    void phase_arrive_after_copies(uint32_t address);
+    void phase_arrive_after_copies(uint32_t address) { phase_change_after_copies(address, 1, 0); }
+    void phase_count_after_copies(uint32_t address, int bytes) { phase_change_after_copies(address, 0, -bytes); }
 
     void copy(uint32_t to, const void* from);
     void commit_copies() { thread().copy_groups.push_back(thread().copies.size()); }
@@ -141,6 +145,7 @@ class Block {
         int thread;
         size_t copies;  // how many of the thread's must be done
         uint32_t barrier;
+        int arrivals, bytes;
     };
 
     void run_block(size_t shared_bytes);
@@ -152,6 +157,8 @@ class Block {
     void go_on();      // lets the ready thread of the highest priority run, maybe the same
     int next_ready();  // -1: none
     void make_ready(int thread);
+    void phase_change(uint32_t address, int arrivals, int bytes);
+    void phase_change_after_copies(uint32_t address, int arrivals, int bytes);
     bool finish_late_copies();
     void do_copies(Thread& thread, size_t count);
     void end_thread();

@@ -23,4 +23,4 @@ fi
 export OCL_ICD_FILENAMES=$runtime/lib/libintelocl.so OMP_NUM_THREADS=1
 BATCHINFER_GPU_EMULATOR=$PWD/$build/tests/sycl/_gpu.so .venv/bin/pytest -p no:cacheprovider tests/gpu tests/sycl "$@"
 
-$python tests/sycl/compile.py $build/tests/sycl/sycl_device_pass
+PYTHONPATH=tests $python tests/sycl/compile.py $build/tests/sycl/sycl_device_pass

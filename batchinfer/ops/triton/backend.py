@@ -160,6 +160,14 @@ class TritonOps(DeviceOps):
             num_warps=4,
         )
 
+    def _copy_pages(
+        self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor, pages: int, page_bytes: int
+    ) -> None:
+        caches = (cache.view(-1).view(torch.int32) for cache in (k_cache, v_cache))
+        words = page_bytes // 4
+        grid = (len(source), cdiv(words, block := row_block(words)))
+        self._launch(rows.copy_pages, grid, *caches, source, target, pages, words, BLOCK=block)
+
     def _plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int) -> Plan:
         _, kv_heads, page_size, width = k_cache.shape
         slots, slot_pages = inputs.page_table.shape

@@ -18,6 +18,7 @@ class CompilingOps(TritonOps):
     def __init__(self, target: Target, device: str = "meta"):
         super().__init__(device)
         driver.set_active(AbsentDevice(target.gpu))
+        self.target = target
         self.kernels: list[Any] = []
         self._rdna = target.rdna
         self._mixture = Mixture(target.shared, target.rdna)

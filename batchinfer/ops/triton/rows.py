@@ -1,4 +1,4 @@
-"""Kernels over rows that don't need one another's elements: lookup and activations.
+"""Kernels over rows that don't need one another's elements: lookup, activations and copies of pages.
 
 Grid of each: (rows, cdiv(width, BLOCK)).
 """
@@ -33,3 +33,15 @@ def gate_mul(gate_up, out, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
     if GELU:
         slope = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
     tl.store(out + row * width + column, gate / (1 + tl.exp(-slope)) * up, inside)
+
+
+@triton.jit(do_not_specialize=["pages"])
+def copy_pages(k_cache, v_cache, source, target, pages, width, BLOCK: tl.constexpr):
+    """Row target[i] of both caches [pages, width] becomes row source[i]; nothing happens where one is outside."""
+    origin = tl.load(source + tl.program_id(0)).to(tl.int64)
+    to = tl.load(target + tl.program_id(0)).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    if (origin >= 0) & (origin < pages) & (to >= 0) & (to < pages):
+        tl.store(k_cache + to * width + column, tl.load(k_cache + origin * width + column, inside), inside)
+        tl.store(v_cache + to * width + column, tl.load(v_cache + origin * width + column, inside), inside)

@@ -100,6 +100,15 @@ struct GatherRowsArgs {
     int64_t x_rows, rows, width;
 };
 
+// Page target[i] of both caches becomes a copy of page source[i]. Caches of any type: a page is so many bytes.
+struct CopyPagesArgs {
+    void* k_cache;  // [pages, page_bytes]
+    void* v_cache;
+    const int32_t* source;  // [copies]
+    const int32_t* target;  // [copies], none twice and none of the sources
+    int64_t copies, pages, page_bytes;
+};
+
 struct SampleArgs {
     float* logits;  // [rows, vocab], overwritten
     int64_t rows, vocab;

@@ -51,6 +51,7 @@ def check(ops: TritonOps, case: Case, scale: float, window: int = 0, softcap: fl
         ((4, 2, 32), torch.float16, 32, 64, 1.5),
     ],
 )
+@pytest.mark.hardware("sliding windows, soft caps")
 def test_mixed_batches(ops, shape, dtype, page_size, window, softcap):
     lengths = draw_lengths(shape[0] + shape[2], 5, 100)
     check(ops, make_case(shape, dtype, lengths, page_size), 2 * shape[2] ** -0.5, window, softcap)

@@ -66,6 +66,7 @@ def test_against_float64(ops, dtype, tokens, width, widths, top_k, renormalise, 
 @pytest.mark.feature(
     "Triton kernels (interpreted)", "mixtures of experts: groups, sigmoids, corrections, biases, the clamped gate"
 )
+@pytest.mark.hardware("mixtures of experts, routings of GPT-OSS and DeepSeek")
 def test_routings_against_float64(ops, routing, biased):
     g = torch.Generator().manual_seed(len(routing))
     options = {"top_k": 5} | options_of(routing, 12, 20, 48, biased, 3)

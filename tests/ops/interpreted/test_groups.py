@@ -25,6 +25,7 @@ def linear(ops, x, weight, bias=None, dtype=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rows", "outputs", "depth"), [(1, 40, 96), (19, 130, 352), (FROM_DENSE, 33, 160), (0, 8, 64)])
+@pytest.mark.hardware("weights kept as codes")
 def test_against_float64(ops, dtype, kind, rows, outputs, depth):
     g = torch.Generator().manual_seed(rows)
     x, weight = torch.randn(rows, depth, generator=g).to(dtype), draw(kind, outputs, depth)

@@ -115,6 +115,18 @@ def test_embed_and_gather(ops, dtype, width):
     assert torch.equal(out, table[[0, 0, 99, 99]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("page", [(3, 16, 20), (1, 16, 16), (2, 64, 80)])
+def test_copy_pages(ops, dtype, page):
+    """Pages outside the cache, on either side of a copy, change nothing."""
+    caches = [(100 * randn(9, *page, seed=i)).to(dtype) for i in range(2)]
+    want = [cache.clone() for cache in caches]
+    TRUTH.copy_pages(*want, *torch.tensor([[8, 0, 0], [3, 7, 1]], dtype=torch.int32))
+    wild = torch.tensor([[8, -1, 0, 0, 9, 0, 2, 2**31 - 1], [3, 2, 7, 1, 4, 9, -1, 5]], dtype=torch.int32)
+    ops.copy_pages(*caches, *wild)
+    assert all(map(torch.equal, caches, want))
+
+
 @dtypes
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "rotary", "page_size"),

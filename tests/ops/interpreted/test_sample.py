@@ -91,6 +91,7 @@ def test_no_rows(ops):
     assert ops.sample(torch.empty(0, 7), plain(0)).tokens.shape == (0,)
 
 
+@pytest.mark.hardware("penalties, bans, log-probabilities")
 def test_penalties_bans_and_logprobs(ops):
     logits = logits_of("holes", 8, 500)
     for inputs in edits(500, longest=1500):

@@ -6,6 +6,7 @@
 #include "sycl/attention.h"
 #include "sycl/choose.h"
 #include "sycl/logprobs.h"
+#include "sycl/pages.h"
 #include "sycl/penalties.h"
 #include "sycl/rope.h"
 #include "sycl/rows.h"
