@@ -385,8 +385,8 @@ def _shared_config(name: str, options: argparse.Namespace, world: World) -> Conf
 def _with_texts(sampling: dict[str, Any]) -> dict[str, Any]:
     """The values that name a file become its text, which is what a job is planned with."""
     texts = {}
-    for key, ending in (("json_schema", ".json"), ("grammar", ".lark")):
-        if sampling[key].endswith(ending):
+    for key, endings in (("json_schema", (".json",)), ("grammar", (".lark", ".gbnf"))):
+        if sampling[key].endswith(endings):
             try:
                 texts[key] = Path(sampling[key]).expanduser().read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from batchinfer.config import Config, EmbedConfig, EngineConfig, ModelConfig, TaskConfig
+from batchinfer.arguments import Prompt, engine_config, sampling_params, scored_ids, several, token_ids
+from batchinfer.config import Config, EmbedConfig, ModelConfig, TaskConfig
 from batchinfer.engine.loading import load_engine
 from batchinfer.engine.seeds import mix
 from batchinfer.feed import steps
 from batchinfer.models.pool_spec import pool_spec
 from batchinfer.rules import check
 from batchinfer.types import Completion, EngineStats, Request, SamplingParams
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
-"""Plain text, token ids, or chat messages with the keys role and content."""
 
 
 class LLM:
@@ -39,7 +36,7 @@ class LLM:
         adapters: Mapping[str, str] | None = None,
         **options: Any,
     ):
-        config = EngineConfig(**options)
+        config = engine_config(options)
         self._reorder = config.reorder
         self._adapters = sorted(adapters or {})
         named = ModelConfig(path=model, adapters=dict(adapters or {}))
@@ -49,46 +46,82 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingParams | None = None,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         reasoning: bool = False,
         adapter: str | None = None,
     ) -> list[Completion]:
-        """Continue every prompt; completions in the order of the prompts, a bad prompt's with its ``error`` set.
-        ``reasoning``: thoughts between the model's marks for them go to ``Sample.reasoning``. ``adapter``: the name of
-        the one that they go through; ValueError if there is none of this name."""
-        sampling, number = sampling or SamplingParams(), None if adapter is None else self._adapters.index(adapter)
+        """Continue every prompt; completions in the order of the prompts, one with ``error`` set for a prompt that the
+        engine can't take (too long, no tokens). ``sampling``: of all, or one for each. ``reasoning``: thoughts between
+        the model's marks for them go to ``Sample.reasoning``. ``adapter``: the name of the one that they go through.
+        TypeError and ValueError name the argument that is wrong."""
+        prompts, number = several(prompts), self._adapter(adapter)
+        given = [sampling or SamplingParams()] if isinstance(sampling, SamplingParams | None) else list(sampling)
+        params = [sampling_params(one) for one in given]
+        if isinstance(sampling, SamplingParams | None):
+            params *= len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(
+                f"there are {len(prompts)} prompts and {len(params)} sampling parameters: give one for all"
+            )
+        encoded = token_ids(prompts, self._engine.tokenizer)
         return self._run(
             Request(
                 index,
-                sampling.truncated(ids),
-                sampling,
-                seed=mix(mix(sampling.seed) ^ index),
+                one.truncated(ids),
+                one,
+                seed=mix(mix(one.seed) ^ index),
                 adapter=number,
                 reasoning=reasoning,
             )
-            for index, ids in enumerate(self._encode(prompts))
+            for index, (ids, one) in enumerate(zip(encoded, params, strict=True))
         )
 
-    def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[Completion]:
-        """The log-probability of each continuation after its prompt, both as token ids: of the Completion's one sample
-        ``logprobs.chosen`` is that of each token, ``logprobs.top_ids`` what greedy decoding would have chosen."""
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], continuations: str | Sequence[str] | Sequence[Sequence[int]]
+    ) -> list[Completion]:
+        """The log-probability of each continuation, a text or token ids, after its prompt: of the Completion's one
+        sample ``logprobs.chosen`` is that of each token, ``logprobs.top_ids`` what greedy decoding would have
+        chosen. A text is tokenised with its prompt's, as in a job of task=score; one of token ids comes behind any
+        prompt's tokens."""
+        before, added = several(prompts), several(continuations)
+        if len(before) != len(added):
+            raise ValueError(f"there are {len(before)} prompts and {len(added)} continuations: each prompt needs one")
+        wholes, starts = scored_ids(before, added, self._engine.tokenizer)
         return self._run(
-            Request(index, np.array([*prompt, *added], np.int32), SamplingParams(), scored_from=len(prompt))
-            for index, (prompt, added) in enumerate(zip(prompts, continuations, strict=True))
+            Request(index, whole, SamplingParams(), scored_from=start)
+            for index, (whole, start) in enumerate(zip(wholes, starts, strict=True))
         )
 
-    def vectors(self, prompts: Sequence[Prompt]) -> list[Completion]:
+    def vectors(self, prompts: Prompt | Sequence[Prompt]) -> list[Completion]:
         """What the model makes of every prompt: of the Completion's one sample ``vector`` float32 is the embedding, or
         the probabilities of the classes in the order of the model's ``id2label``. An LLM of the task embed or
         classify."""
-        return self._run(Request(index, ids, SamplingParams()) for index, ids in enumerate(self._encode(prompts)))
+        encoded = token_ids(several(prompts), self._engine.tokenizer)
+        return self._run(Request(index, ids, SamplingParams()) for index, ids in enumerate(encoded))
 
     def _run(self, requests: Iterable[Request]) -> list[Completion]:
-        done = {
-            completion.id: completion for step in steps(self._engine, requests, self._reorder) for completion in step
-        }
+        """All of them, or none: what an exception, Ctrl-C in a notebook say, leaves open is dropped."""
+        asked, done = list(requests), {}
+        try:
+            for step in steps(self._engine, asked, self._reorder):
+                done |= {completion.id: completion for completion in step}
+        except BaseException:
+            for request in asked:
+                with suppress(KeyError):
+                    self._engine.abandon(request.id)
+            with suppress(Exception):  # where the engine itself is broken, the first error tells more
+                self._engine.step()  # lets those go that were refused
+            raise
         return [done[index] for index in range(len(done))]
+
+    def _adapter(self, name: str | None) -> int | None:
+        if name is None:
+            return None
+        if name not in self._adapters:
+            known = ", ".join(self._adapters) or "none: give LLM(..., adapters={name: folder})"
+            raise ValueError(f"there is no adapter {name!r}; there are {known}")
+        return self._adapters.index(name)
 
     def stats(self) -> EngineStats:
         """Counters of the engine since it was made."""
@@ -97,15 +130,3 @@ class LLM:
     def close(self) -> None:
         """Give the weights and the KV cache back."""
         self._engine.close()
-
-    def _encode(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-        tokenizer = self._engine.tokenizer
-        encoded: list[np.ndarray] = []
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                encoded += tokenizer.encode_batch([prompt])
-            elif len(prompt) and isinstance(prompt[0], Mapping):
-                encoded += tokenizer.encode_batch([tokenizer.render_chat(list(prompt))], add_special_tokens=False)
-            else:
-                encoded.append(np.asarray(prompt, np.int32))
-        return encoded

@@ -33,8 +33,8 @@ BESIDE = ("read", "tokenise", "commit")
 class Counters:
     """The state of one rank, or of several added up. Rows and tokens count from the start of this attempt; ``running``
     (sequences), ``pages_used`` and ``pages_total`` are of this moment. ``seconds``: how long what took or waited, see
-    :func:`stages`. ``shared_prompt_tokens``: what a cache could have found among rows that were ordered together; 0
-    where none were. ``host_bytes``, ``device_bytes``: most memory in use, of several ranks the largest."""
+    :func:`stages`. ``shared_prompt_tokens``: what rows that were ordered together have in common; 0 where
+    none were. ``host_bytes``, ``device_bytes``: most memory in use, of several ranks the largest."""
 
     rows: int = 0
     failed: int = 0
@@ -246,7 +246,7 @@ def stages(attempt: Counters, seconds: float, roofline: tuple[float, float] | No
     needed = max(attempt.needed_prompt_tokens, 1)
     found = f"{attempt.cached_prompt_tokens / needed:.1%} of the prompt tokens found"
     if attempt.shared_prompt_tokens:
-        found += f" ({attempt.shared_prompt_tokens / needed:.1%} could be)"
+        found += f" ({attempt.shared_prompt_tokens / needed:.1%} shared by rows in hand together)"
     peak = attempt.pages_peak / max(attempt.pages_total, 1)
     drafts = []
     if attempt.drafted_tokens:

@@ -45,6 +45,8 @@ def check(config: Config, required: tuple[str, ...] = REQUIRED) -> None:
         raise JobError(f"sampling.{error}", ExitCode.USAGE) from None
     _check_prompt(value)
     _check_task(value)
+    if "output.path" in required:
+        _check_texts(value)
     _check_adapters(value)
     _check_engine(value)
     _check_dummy_weights(value, required)
@@ -110,6 +112,11 @@ def _check_rerank(value: dict[str, Any]) -> None:
     if all(tokens) and value["task.activation"] != "auto":
         reason = "the relevance is the probability of rerank.yes_token, against rerank.no_token"
         raise _refused("task.activation", value["task.activation"], reason)
+
+
+def _check_texts(value: dict[str, Any]) -> None:
+    if not value["sampling.detokenize"] and not value["output.token_ids"]:
+        raise _refused("sampling.detokenize", False, "nothing would be left of a row: give output.token_ids=true too")
 
 
 def _check_adapters(value: dict[str, Any]) -> None:

@@ -60,6 +60,7 @@ BEAM_FIELDS = (
     "ignore_eos",
     "include_stop",
     "skip_special_tokens",
+    "detokenize",
     "truncate_prompt_tokens",
 )
 """Fields of SamplingParams that a beam search looks at."""
@@ -77,7 +78,8 @@ class SamplingParams:
     are given, best first. ``beam_width`` above 0: the ``n`` best texts of a beam search, each sum of log-probabilities
     divided by length ** ``length_penalty``. ``prompt_logprobs`` is like ``logprobs``, for the tokens of the prompt.
     ``truncate_prompt_tokens``: a prompt is cut to its last so many tokens (0: it is not). ``include_stop``: the text
-    keeps the stop string or stop token that ended it; ``skip_special_tokens``: it leaves special tokens out.
+    keeps the stop string or stop token that ended it; ``skip_special_tokens``: it leaves special tokens out. Without
+    ``detokenize`` there is no text, only tokens.
     """
 
     max_tokens: int = 256
@@ -104,6 +106,7 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    detokenize: bool = True
     truncate_prompt_tokens: int = 0
     json_schema: str = ""
     regex: str = ""
@@ -140,6 +143,10 @@ class SamplingParams:
             raise ValueError(f"best_of={self.best_of!r} is not allowed: give 0, or a number from n={self.n} to 1024")
         if self.beam_width:
             self._check_beams()
+        if self.stop and not self.detokenize:
+            raise ValueError(
+                "stop and detokenize=false are both given, and a stop string is found in a text: remove one"
+            )
         if any(not s for s in self.stop):
             raise ValueError("stop holds an empty string, which would stop before the first token: remove it")
         if any(not word.strip() for word in self.bad_words):

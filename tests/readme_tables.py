@@ -13,8 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import hardware_matrix
-from models.drawn_models import FAMILIES
-from models.tiny_models import BF16, GGUF, TINY
+import parity
 
 from batchinfer.models.architectures import ARCHITECTURES, GGUF_ARCHITECTURES
 from batchinfer.models.rope import ROPE_TYPES
@@ -23,7 +22,6 @@ TESTS = Path(__file__).parent
 README = TESTS.parent / "README.md"
 SETTINGS = TESTS.parent / "configs"
 PACKAGE = TESTS.parent / "batchinfer"
-FAMILIES_BY_MODEL = {family.model: name for name, family in FAMILIES.items()}
 
 
 def feature_matrix() -> str:
@@ -104,25 +102,6 @@ def models() -> str:
     return "\n".join(["| architecture (config.json) | GGUF | besides Llama |", "|---|---|---|", *lines, "", footer])
 
 
-def parity() -> str:
-    """A line for each architecture, with what the tests compare it with; a test that fails stops every change."""
-    tiny: dict[str, list[str]] = defaultdict(list)
-    for name, (family, _) in TINY.items():
-        tiny[FAMILIES_BY_MODEL[family]].append(name)
-    lines = []
-    for name in ARCHITECTURES:
-        logits = len(tiny[name]) or ""
-        bf16 = "yes" if set(tiny[name]) & set(BF16) else ""
-        gguf = "yes" if set(tiny[name]) & set(GGUF) else ""
-        ropes = FAMILIES[name].ropes
-        kinds = "none" if not ropes else "all" if ropes == ROPE_TYPES else ", ".join(ropes)
-        greedy = FAMILIES[name].configs_of_a_rope_type * (len(ropes) or 1)
-        lines.append(f"| `{name}` | {logits} | {greedy} | {kinds} | {bf16} | {gguf} |")
-    checks = ["logits, reference and CPU: models", "greedy tokens, CPU: random configs", "their rope types"]
-    checks += ["bf16 logits near", "GGUF"]
-    return "\n".join([f"| architecture | {' | '.join(checks)} |", "|---|---|---|---|---|---|", *lines])
-
-
 def tree() -> str:
     """A line for each module, with the first line of its docstring."""
     lines = []
@@ -137,7 +116,7 @@ def tree() -> str:
 TABLES = {
     "configuration": configuration,
     "models": models,
-    "parity": parity,
+    "parity": parity.table,
     "feature matrix": feature_matrix,
     "hardware": hardware_matrix.table,
     "modules": tree,

@@ -1,5 +1,6 @@
 """What ran where. With BATCHINFER_RESULTS=FILE a run of pytest appends to FILE which ops its tests have called on which
-backend, which features they have shown there (``@pytest.mark.hardware(feature)``), and how the tests ended.
+backend, which features they have shown there (``@pytest.mark.hardware(feature)``), which models' answers were those of
+transformers or of another backend (``parity(check, architecture)``), and how the tests ended.
 
 FILE holds sessions one after the other, in JSON: a line that says where and when, then one for each fact. Nothing is
 told to the recorder: a backend's ops are watched while a test runs, and count if it passes. What only a compiler has
@@ -127,14 +128,16 @@ class Recorder:
 
     def pytest_runtest_setup(self, item: Any) -> None:
         self._features = {marker.args[0] for marker in item.iter_markers("hardware")}
+        self._features |= {": ".join(marker.args) for marker in item.iter_markers("parity")}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when != "call" or report.outcome == "skipped":
             return
         file = report.nodeid.split("::")[0]
-        facts = {Fact("feature", name, *where) for name in self._features for _, *where in self._called}
+        shown = {call for call in self._called if not call[0] or shows_a_kernel(*call)}
+        facts = {Fact("feature", name, *where) for name in self._features for _, *where in shown}
         if file.startswith(WITH_OPS):
-            facts |= {Fact("op", *call) for call in self._called if call[0] and shows_a_kernel(*call)}
+            facts |= {Fact("op", *call) for call in shown if call[0]}
         for fact in facts:
             self.facts[fact][report.outcome].append(file)
 

@@ -119,6 +119,8 @@ RERANK = {"task.name": "rerank", "input.query_column": "q", "input.document_colu
         ({"sampling.n": 0}, "sampling.n=0 is not allowed"),
         ({"sampling.logprobs": 65}, "sampling.logprobs=65 is not allowed"),
         ({"sampling.stop": ("",)}, "sampling.stop holds an empty string"),
+        ({"sampling.detokenize": False}, "sampling.detokenize=False is not allowed: nothing would be left of a row"),
+        ({"sampling.detokenize": False, "sampling.stop": ("a",)}, "sampling.stop and detokenize=false are both given"),
         ({"input.messages_column": "m", "input.template": "{{ x }}"}, "a prompt has one source"),
         ({"input.messages_column": "m", "input.prompt_column": "text"}, "input.prompt_column is given too"),
         ({"input.prompt_column": ""}, "input.prompt_column='' is not allowed: it is empty"),

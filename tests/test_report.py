@@ -135,8 +135,8 @@ def test_the_summary_tells_who_waited_for_whom() -> None:
         "worked     read 3.0%, tokenise 4.5%, commit 1.0%; engine: schedule 0.2%, forward 75.0%",
         "device     prefill 2 steps of 4,000.0 ms, 2,000 tok/s; decode 5 steps of 20.0 ms, 200 tok/s; 10.0% idle",
         "memory     2.5 GB of a host at most in a rank",
-        "cache      38.0% of the prompt tokens found (41.2% could be), 90% of the KV pages used at most, "
-        "3 preemptions in 7 steps",
+        "cache      38.0% of the prompt tokens found (41.2% shared by rows in hand together), "
+        "90% of the KV pages used at most, 3 preemptions in 7 steps",
     ]
     on_gpu = dataclasses.replace(counters, device_bytes=77_900_000_000)
     lines = stages(on_gpu + counters, 200.0, (0.61, 0.78))

@@ -85,6 +85,7 @@ SAMPLING_KINDS = {field.name: NUMBER for field in fields(SamplingParams)} | {
     "logit_bias": BIASES,
     "include_stop": BOOLEAN,
     "skip_special_tokens": BOOLEAN,
+    "detokenize": BOOLEAN,
 }
 
 

@@ -14,7 +14,7 @@ from batchinfer.types import ErrorCode, RowError, SamplingParams
 TEXT_FIELDS = frozenset(("json_schema", "regex", "grammar"))
 TEXTS_FIELDS = frozenset(("stop", "choice", "bad_words"))
 IDS_FIELDS = frozenset(("stop_token_ids", "allowed_token_ids"))
-FLAGS = frozenset(("ignore_eos", "include_stop", "skip_special_tokens"))
+FLAGS = frozenset(("ignore_eos", "include_stop", "skip_special_tokens", "detokenize"))
 INTEGER_FIELDS = frozenset(
     (
         "max_tokens",

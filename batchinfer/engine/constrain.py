@@ -23,6 +23,17 @@ from batchinfer.types import CONSTRAINTS, SamplingParams
 CACHED = 256
 """Grammars that are kept compiled. A copy costs microseconds; compiling up to a second where a schema is large."""
 
+BUDGET = {
+    "initial_lexer_fuel": 1_000_000,
+    "max_grammar_size": 500_000,
+    "max_lexer_states": 250_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+}
+"""What a form may cost: 20 ms for its expressions, so many symbols, 250 to 500 MB at most if a text walks through all
+states of its lexer, and for one mask 14 ms of the lexer and 2.5 ms of the parser. In units of llguidance's, and its
+defaults."""
+
 MOST_THREADS = 32
 """llguidance's own limit: more wait for one another."""
 
@@ -97,7 +108,8 @@ class Constraints:
 
     def _compile(self, kind: str, value: Any) -> Constraint:
         library = _library()
-        matcher = library.LLMatcher(self._read_vocabulary(library), _grammar(library, kind, value), log_level=0)
+        vocabulary, limits = self._read_vocabulary(library), library.LLParserLimits(**BUDGET)
+        matcher = library.LLMatcher(vocabulary, _grammar(library, kind, value), log_level=0, limits=limits)
         if matcher.is_error():
             raise _bad(kind, matcher.get_error())
         return Constraint(matcher)
@@ -117,7 +129,8 @@ def check_constraint(params: SamplingParams) -> None:
     kind = next((name for name in CONSTRAINTS if getattr(params, name)), None)
     if kind is not None:
         library = _library()
-        reason = library.LLMatcher.validate_grammar(_grammar(library, kind, getattr(params, kind)))
+        grammar, limits = _grammar(library, kind, getattr(params, kind)), library.LLParserLimits(**BUDGET)
+        reason = library.LLMatcher.validate_grammar(grammar, limits=limits)
         if reason:
             raise _bad(kind, reason)
 
@@ -138,6 +151,11 @@ def _grammar(library: ModuleType, kind: str, value: Any) -> str:
             raise _bad(kind, str(error)) from None
     if kind == "regex":
         return library.LLMatcher.grammar_from_regex(value)
+    if kind == "grammar" and "::=" in value:
+        try:
+            value = importlib.import_module("llguidance.gbnf_to_lark").gbnf_to_lark(value)
+        except Exception as error:  # its parser has no class of its own for what it can't read
+            raise _bad(kind, str(error)) from None
     lark = value if kind == "grammar" else "start: " + " | ".join(json.dumps(text) for text in value)
     return library.LLMatcher.grammar_from_lark(lark)
 

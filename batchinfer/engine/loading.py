@@ -92,7 +92,6 @@ def load_engine(
     adapted = pack_adapters(adapters, ops, dtype, Grouped if ops.device.type == "cpu" else Stacked)
     tokens = () if pool is None else pool.tokens
     weights = _packed(model, engine.weights, spec, dtype, ops, source or OwnReading(), tokens, adapted)
-    trim_heap()
     spec = spec.with_token_head(len(tokens)) if tokens else spec
     decoder = Decoder(
         spec,
@@ -127,10 +126,12 @@ def load_engine(
         prefix_cache=engine.prefix_cache,
         lookup=engine.lookup,
     )
+    tokenizer = tokenizer or load_tokenizer(model.path)
+    trim_heap()
     return Engine(
         scheduler,
         runner,
-        tokenizer or load_tokenizer(model.path),
+        tokenizer,
         LengthPredictor(engine.expected_share),
         max_seq_len=max_len,
         max_slots=engine.max_slots,

@@ -56,7 +56,7 @@ class Texts:
         return next((end for end in ends if completes_stop(tokens[:end], params.stop, decode)), None)
 
     def of(self, endings: Sequence[Ending]) -> list[Text]:
-        """One for each. Those that need no search are decoded together."""
+        """One for each, "" where none is wanted. Those that need no search are decoded together."""
         parts = [self._parts(ending) for ending in endings]
         made: list[list[str | None]] = [[None, None] for _ in endings]
         for special in (False, True):
@@ -81,6 +81,8 @@ class Texts:
     def _parts(self, ending: Ending) -> tuple[np.ndarray | None, np.ndarray]:
         """Tokens of thoughts, and of the answer."""
         request, tokens = ending.request, ending.tokens
+        if not request.sampling.detokenize:
+            return None, tokens[:0]
         ends = not request.sampling.include_stop and len(tokens) and tokens[-1] in self.stop_ids(request)
         shown = tokens[:-1] if ends and not ending.by_string else tokens
         if not request.reasoning or self._marks is None:

@@ -20,7 +20,7 @@ constexpr struct {
 } kBlockings[] = {{9, INT64_MAX, {104, 256 << 10, 4}},
                   {104, INT64_MAX, {104, 128 << 10, 4}},
                   {INT64_MAX, 3071, {104, 128 << 10, 4}},
-                  {INT64_MAX, INT64_MAX, {208, 128 << 10, 4}}};
+                  {INT64_MAX, INT64_MAX, {208, 256 << 10, 4}}};
 // The kernels take up to so many panels at once, if there are fewer than so many rows.
 constexpr int64_t kPanelsAtOnce = 4, kFewRows = 6;
 

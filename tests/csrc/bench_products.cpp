@@ -124,12 +124,22 @@ void measure(const KernelTable& kernels, const Format& format, const Shape& shap
     }
 }
 
+// On a busy machine it took half a second until the threads had a core each.
+void wait_for_cores(ThreadPool& pool) {
+    const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(1);
+    pool.run([&](int, int) {
+        while (std::chrono::steady_clock::now() < until) {
+        }
+    });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
     ThreadPool pool(argc > 1 ? std::atoi(argv[1]) : 0);
     const KernelTable& kernels = choose_kernels(argc > 2 ? argv[2] : "");
     const std::string wanted = argc > 3 ? argv[3] : "";
+    wait_for_cores(pool);
     for (const Format& format : kFormats) {
         if (!wanted.empty() && format.name != wanted) continue;
         for (const Shape& shape : kShapes)

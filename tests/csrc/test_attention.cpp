@@ -17,10 +17,45 @@ struct Shape {
     int64_t heads() const { return kv_heads * group; }
 };
 
+// Keys or values of a cache. In int8 a row is its codes, then their scale.
+class Cache {
+  public:
+    Cache(Dtype dtype, int64_t rows, int64_t width, Random& random) : dtype_(dtype), numbers_(Dtype::float32, 0) {
+        if (dtype != Dtype::int8) {
+            numbers_ = random.numbers(rows * width, 1, dtype);
+            return;
+        }
+        std::vector<float> values;
+        for (int64_t row = 0; row < rows; ++row) {
+            const float scale = std::fabs(random.values(1, 0x1p-6f)[0]);
+            for (const int32_t code : random.integers(width, -127, 127)) {
+                codes_.push_back(static_cast<int8_t>(code));
+                values.push_back(static_cast<float>(code) * scale);
+            }
+            const auto* bytes = reinterpret_cast<const int8_t*>(&scale);
+            codes_.insert(codes_.end(), bytes, bytes + sizeof(scale));
+        }
+        numbers_ = {Dtype::float32, values};
+    }
+
+    void* data() { return dtype_ == Dtype::int8 ? codes_.data() : numbers_.data(); }
+    float operator[](int64_t i) const { return numbers_[i]; }
+
+  private:
+    Dtype dtype_;
+    Numbers numbers_;
+    std::vector<int8_t> codes_;
+};
+
 class Problem {
   public:
-    Problem(const Shape& shape, const std::vector<Sequence>& sequences, int64_t shared_pages, Random& random)
-        : shape_(shape), dtype_(random.dtype()), q_(Dtype::float32, 0), k_(dtype_, 0), v_(dtype_, 0) {
+    Problem(const Shape& shape, const std::vector<Sequence>& sequences, int64_t shared_pages, Dtype dtype,
+            Random& random)
+        : shape_(shape),
+          dtype_(dtype),
+          q_(Dtype::float32, 0),
+          k_(Dtype::float32, 0, 0, random),
+          v_(Dtype::float32, 0, 0, random) {
         int64_t longest = 0;
         for (const Sequence& s : sequences) {
             start_.push_back(start_.back() + static_cast<int32_t>(s.tokens));
@@ -35,10 +70,10 @@ class Problem {
                 table_.push_back(static_cast<int32_t>(j < shared_pages ? j : j + s * slot_pages_));
         }
         pages_ = slot_pages_ * static_cast<int64_t>(sequences.size());
-        const int64_t cache = pages_ * shape.kv_heads * shape.page_size * shape.width;
+        const int64_t rows = pages_ * shape.kv_heads * shape.page_size;
         q_ = random.numbers(start_.back() * shape.heads() * shape.width);
-        k_ = random.numbers(cache, 1, dtype_);
-        v_ = random.numbers(cache, 1, dtype_);
+        k_ = Cache(dtype, rows, shape.width, random);
+        v_ = Cache(dtype, rows, shape.width, random);
     }
 
     void check(const KernelTable& kernels, int threads) {
@@ -64,7 +99,7 @@ class Problem {
                                     shape_.page_size, shape_.window, scale(),        shape_.softcap};
         plan.run(args, *kernels.attention, pool);
         CHECK(out.whole() && lse.whole());
-        const bool rounds = dtype_ == Dtype::bfloat16 && kernels.bf16_dot;
+        const bool rounds = dtype_ != Dtype::float32 && kernels.bf16_dot;
         for (size_t s = 0; s < slot_.size(); ++s) {
             for (int64_t t = start_[s]; t < start_[s + 1]; ++t) {
                 for (int64_t h = 0; h < shape_.heads(); ++h)
@@ -116,13 +151,14 @@ class Problem {
     Dtype dtype_;
     std::vector<int32_t> start_ = {0}, length_, slot_, table_;
     int64_t slot_pages_ = 0, pages_ = 0;
-    Numbers q_, k_, v_;
+    Numbers q_;
+    Cache k_, v_;
 };
 
-void random_step(const KernelTable& kernels, Random& random) {
+void random_step(const KernelTable& kernels, Dtype dtype, Random& random) {
     const Shape shape = {random.integer(1, 3),
                          random.integer(1, 4),
-                         2 * random.integer(1, 50),
+                         dtype == Dtype::int8 ? 8 * random.integer(1, 12) : 2 * random.integer(1, 50),
                          random.coin() ? 16 : 5,
                          random.coin() ? 0 : random.integer(1, 90),
                          random.coin() ? 0.0f : 5.0f};
@@ -132,7 +168,7 @@ void random_step(const KernelTable& kernels, Random& random) {
         s.length = random.integer(1, 150);
         s.tokens = random.coin() ? 1 : random.integer(1, std::min<int64_t>(s.length, 20));
     }
-    Problem(shape, sequences, shared, random).check(kernels, static_cast<int>(random.integer(1, 3)));
+    Problem(shape, sequences, shared, dtype, random).check(kernels, static_cast<int>(random.integer(1, 3)));
 }
 
 }  // namespace
@@ -140,9 +176,11 @@ void random_step(const KernelTable& kernels, Random& random) {
 int main() {
     for_every_isa([](const KernelTable& kernels) {
         Random random(4);
-        for (int i = 0; i < 25; ++i)
-            random_step(kernels, random);
-        // Splits of 1,024 positions, done apart by two threads and merged.
-        Problem({1, 2, 16, 16, 0, 0.0f}, {{1, 2500}}, 0, random).check(kernels, 2);
+        for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::int8}) {
+            for (int i = 0; i < 12; ++i)
+                random_step(kernels, dtype, random);
+            // Splits of 1,024 positions, done apart by two threads and merged.
+            Problem({1, 2, 16, 16, 0, 0.0f}, {{1, 2500}}, 0, dtype, random).check(kernels, 2);
+        }
     });
 }

@@ -81,3 +81,12 @@ def test_several_columns_and_none():
     made = row_samplings(table, {"max_tokens": "a", "top_p": "b"}, DEFAULT)
     assert made == [replace(DEFAULT, max_tokens=1, top_p=0.5), replace(DEFAULT, max_tokens=2)]
     assert row_samplings(table, {}, DEFAULT) == [DEFAULT, DEFAULT]
+
+
+def test_rows_without_a_text() -> None:
+    flags = pa.table({"c": pa.array([False, None])})
+    made = row_samplings(flags, {"detokenize": "c"}, replace(DEFAULT, stop=()))
+    assert [row.detokenize for row in made] == [False, True]
+    with_stops = row_samplings(flags, {"detokenize": "c"}, DEFAULT)
+    assert "stop and detokenize=false" in with_stops[0].message
+    assert with_stops[1] == DEFAULT

@@ -115,16 +115,43 @@ def test_an_interrupted_text_goes_on() -> None:
     assert outcome(done | run(make_engine(make_decoder()), rest)) == expected
 
 
-BAD = {
-    "regex": "(",
-    "json_schema": '{"type": "nonsense"}',
-    "grammar": "start: missing",
-}
+def test_gbnf_is_understood() -> None:
+    """The same language as in Lark."""
+    gbnf = replace(RANDOM, grammar='root ::= term ("+" term)*\nterm ::= [0-9] | "(" root ")"')
+    prompts = random_prompts(12)
+    want, got = (
+        run(make_engine(make_decoder()), [Request(i, p, params, seed=i) for i, p in enumerate(prompts)])
+        for params in (KINDS["grammar"], gbnf)
+    )
+    assert outcome(got) == outcome(want)
+    assert any(completion.samples[0].finish_reason == "stop" for completion in got.values())
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_a_bad_constraint_is_an_error_row(kind: str) -> None:
-    bad = replace(RANDOM, **{kind: BAD[kind]})
+@pytest.mark.feature("engine", "a form that would take too much to compile, or to follow, is an error row")
+@pytest.mark.parametrize("unit", ["initial_lexer_fuel", "max_grammar_size", "step_lexer_fuel"])
+def test_the_budget_of_a_form(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted, not timed. With the real budget it takes a form of megabytes, and seconds, to get there."""
+    monkeypatch.setitem(constrain.BUDGET, unit, 40)
+    rich = replace(KINDS["json_schema"], json_schema="", regex="([A-F]{3}|[0-9]{9}|(X[a-z]*Y){4}){1,30}")
+    if unit == "max_grammar_size":
+        rich = replace(rich, regex="", grammar="start: " + " ".join(f'"{i}"?' for i in range(60)))
+    done = run(make_engine(make_decoder()), [Request(100, np.array([5], np.int32), rich), *requests()[4:5]])
+    assert done[100].error is not None
+    assert done[100].error.code is ErrorCode.BAD_CONSTRAINT
+    assert done[4].error is None
+
+
+BAD = [
+    ("regex", "("),
+    ("json_schema", '{"type": "nonsense"}'),
+    ("grammar", "start: missing"),
+    ("grammar", "root ::= ["),
+]
+
+
+@pytest.mark.parametrize(("kind", "text"), BAD)
+def test_a_bad_constraint_is_an_error_row(kind: str, text: str) -> None:
+    bad = replace(RANDOM, **{kind: text})
     asked = [*requests(), *(Request(100 + i, np.array([5], np.int32), bad) for i in range(2))]
     done = run(make_engine(make_decoder()), asked)
     for i in (100, 101):

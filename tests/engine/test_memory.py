@@ -34,7 +34,7 @@ def test_a_device_is_filled_up_to_a_reserve() -> None:
     assert device_budget(GIB // 2, 80 * GIB) == 0
 
 
-def test_a_pool_that_does_not_fit_is_made_smaller_once() -> None:
+def test_a_pool_that_does_not_fit_is_made_smaller_once(capsys: pytest.CaptureFixture[str]) -> None:
     tried: list[int] = []
 
     def allocate(limit: int) -> Callable[[int], None]:
@@ -46,7 +46,11 @@ def test_a_pool_that_does_not_fit_is_made_smaller_once() -> None:
         return attempt
 
     assert allocate_or_shrink(allocate(100), 100, 2**20, MemoryError, lambda: 0) == 100
-    assert allocate_or_shrink(allocate(90), 100, 2**20, MemoryError, lambda: 0) == 85
+    assert capsys.readouterr().err == ""
+    assert allocate_or_shrink(allocate(90), 100, 2**30, MemoryError, lambda: 0) == 85
+    assert (
+        "100 pages of 1,073,741,824 bytes are 100.00 GiB, 85% of them 85.00 GiB, which fit" in capsys.readouterr().err
+    )
     assert tried == [100, 100, 85]
     with pytest.raises(
         JobError, match=r"4,096 pages of 1,048,576 bytes are 4\.00 GiB.*3\.\d\d GiB.*1\.50 GiB are free"

@@ -167,7 +167,7 @@ def test_more_alternatives_than_tokens_and_scores_beside_them(decoder: Decoder) 
     np.testing.assert_allclose(done[1].prompt_logprobs.top, truth(PROMPTS[1])[:-1].topk(64).values, atol=1e-5)
 
 
-@pytest.mark.feature("sampling", "include_stop, skip_special_tokens: what the text shows of its end")
+@pytest.mark.feature("sampling", "include_stop, skip_special_tokens, detokenize: what the text shows")
 def test_what_the_text_shows(decoder: Decoder) -> None:
     prompt = PROMPTS[0]
     free = complete(decoder, PLAIN)[0].samples[0]
@@ -187,6 +187,9 @@ def test_what_the_text_shows(decoder: Decoder) -> None:
     assert shown(**special, include_stop=True) == ""
     assert shown(**special, include_stop=True, skip_special_tokens=False) == chr(33 + EOS)
     assert shown(**special, skip_special_tokens=False) == ""
+    assert shown(detokenize=False) == ""
+    silent = complete(decoder, replace(PLAIN, detokenize=False), [prompt])[0].samples[0]
+    assert silent.token_ids.tolist() == free.token_ids.tolist()
     assert shown(logit_bias={EOS: 100.0}, skip_special_tokens=False, stop=(chr(33 + EOS) * 2,)) == ""
 
 

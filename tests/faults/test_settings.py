@@ -123,6 +123,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"output.prefix": "model_"}, "output.prefix"),
     ({"output.prefix": "x"}, "output.prefix"),
     ({"output.token_ids": True}, "output.token_ids"),
+    ({"sampling.detokenize": False, "output.token_ids": True}, "sampling.detokenize"),
     ({"output.reasoning": "auto"}, "output.reasoning"),
     ({"engine.max_model_len": 100}, "engine.max_model_len"),
     ({"engine.max_model_len": 101}, "engine.max_model_len"),

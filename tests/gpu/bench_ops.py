@@ -1,6 +1,6 @@
 """Times of the GPU ops beside the device's own ceilings.
 
-python tests/gpu/bench_ops.py [decode|prefill|rows|linear|codes|adapters|sample ...]
+python tests/gpu/bench_ops.py [decode|pages|prefill|rows|linear|codes|adapters|sample ...]
 
 Each op is captured in a graph and its replays are timed by events, the median of several; the host has no part in it.
 Bytes are the fewest that the op must move, operations the fewest it must do; shapes are those of Llama-3.1-8B (32 query
@@ -80,8 +80,9 @@ class Step:
         sharers: int = 1,
         shared: int = 0,
         kept: torch.dtype = BF16,
+        page: int = PAGE,
     ):
-        pages_of = [-(-n // PAGE) for _, n in lengths]
+        pages_of = [-(-n // page) for _, n in lengths]
         pages, tokens = sum(pages_of), sum(t for t, _ in lengths)
         order = torch.randperm(pages, dtype=torch.int32)
         table = torch.zeros(len(lengths), max(pages_of), dtype=torch.int32)
@@ -90,7 +91,7 @@ class Step:
             table[i, :count] = order[used : used + count]
             used += count
         for i in range(len(lengths)):
-            table[i, : shared // PAGE] = table[i // sharers * sharers, : shared // PAGE]
+            table[i, : shared // page] = table[i // sharers * sharers, : shared // page]
         starts = torch.tensor([0, *(t for t, _ in lengths)]).cumsum(0)
         self.inputs = AttentionInput(
             starts.int().cuda(),
@@ -98,7 +99,7 @@ class Step:
             torch.arange(len(lengths), dtype=torch.int32).cuda(),
             table.cuda(),
         )
-        caches = (torch.randn(pages, kv_heads, PAGE, width, device="cuda", dtype=BF16) for _ in range(2))
+        caches = (torch.randn(pages, kv_heads, page, width, device="cuda", dtype=BF16) for _ in range(2))
         self.k, self.v = (cache.to(kept) for cache in caches)
         self.q = torch.randn(tokens, heads, width, device="cuda", dtype=BF16)
         self.out, self.lse = torch.empty_like(self.q), torch.empty(tokens, heads, device="cuda")
@@ -134,6 +135,21 @@ def bench_decode(gpu: GpuOps, copy: float) -> None:
     line("decode 8B, 4 x 16 (launches alone)", seconds(step.attend, 50))
     step = Step(gpu, mixed, 32, 8, 128)
     line("plan_attention, 256 sequences", seconds(lambda: gpu.plan_attention(step.inputs, 32, step.k), 50))
+
+
+def bench_pages(gpu: GpuOps, copy: float) -> None:
+    """What engine.page_size costs: attention over pages of several sizes, and copies of such pages."""
+    for page in (16, 32, 64, 128, 256):
+        for context in (1024, 8192):
+            step = Step(gpu, [(1, context)] * 256, 32, 8, 128, page=page)
+            line(f"decode, 256 x {context}, pages of {page}", seconds(step.attend), bytes=step.bytes, copy=copy)
+        step = Step(gpu, [(8192, 8192)], 32, 8, 128, page=page)
+        line(f"prefill, 1 x 8192, pages of {page}", seconds(step.attend), flops=step.flops)
+        count = 15 * 64  # the first step of 16 samples for each of 64 prompts
+        k, v = (torch.randn(2 * count, 8, page, 128, device="cuda", dtype=BF16) for _ in range(2))
+        source, target = torch.randperm(2 * count, device="cuda", dtype=torch.int32).chunk(2)
+        time = seconds(lambda k=k, v=v, s=source, t=target: gpu.copy_pages(k, v, s, t))
+        line(f"copy_pages, {count} pages of {page}", time, bytes=2 * k.nbytes, copy=copy)
 
 
 def bench_prefill(gpu: GpuOps) -> None:
@@ -309,11 +325,13 @@ def bench_sample(gpu: GpuOps, copy: float, rows: int, vocab: int = 128_256) -> N
 
 def main() -> None:
     gpu = open_gpu()
-    wanted = sys.argv[1:] or ["decode", "prefill", "rows", "linear", "codes", "adapters", "sample"]
+    wanted = sys.argv[1:] or ["decode", "pages", "prefill", "rows", "linear", "codes", "adapters", "sample"]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     copy = copy_rate()
     if "decode" in wanted:
         bench_decode(gpu, copy)
+    if "pages" in wanted:
+        bench_pages(gpu, copy)
     if "prefill" in wanted:
         bench_prefill(gpu)
     if "rows" in wanted:

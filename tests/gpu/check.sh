@@ -12,7 +12,7 @@ python=${PYTHON:-python3}
 arch=${ARCH:-sm_90a}
 steps=${*:-build test bench}
 small='split_boundaries or wild or (mixed_batches and 0-shape) or other_widths or penalties or (tokens and 1000-ties)'
-small+=' or test_windows or soft_caps or rope_and_cache or (rms_norm and 8192) or gates or embed'
+small+=' or test_windows or soft_caps or rope_and_cache or copy_pages or (rms_norm and 8192) or gates or embed'
 
 build() {
   local objects=build/gpu-check

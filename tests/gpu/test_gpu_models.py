@@ -29,7 +29,7 @@ def draw_spec(architecture: str, seed: int, folder: Path) -> ModelSpec:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", [pytest.param(a, marks=pytest.mark.parity("logits", a)) for a in FAMILIES])
 @pytest.mark.feature("engine", "every architecture on CUDA: logits in float32 are the CPU's, to rounding")
 @pytest.mark.hardware("logits of every architecture")
 def test_logits_of(quick_gpu, architecture: str, seed: int, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models.tiny_models import BF16, TINY, TinyModel, assert_relative
+from models.tiny_models import BF16, TINY, TinyModel, assert_relative, parity_cases
 
 from batchinfer.models.decoder import Decoder, KVCache, StepInput
 from batchinfer.models.files import ModelError
@@ -84,7 +84,7 @@ def make(model: TinyModel, ops: Ops, dtype: torch.dtype) -> Decoder:
 
 
 @pytest.mark.feature("models", "each architecture gives transformers' logits in float32")
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", parity_cases("logits", TINY))
 @pytest.mark.hardware("logits of every architecture")
 def test_float32_is_that_of_transformers(name: str, tiny: Callable[[str], TinyModel], ops: Ops) -> None:
     model = tiny(name)
@@ -93,7 +93,7 @@ def test_float32_is_that_of_transformers(name: str, tiny: Callable[[str], TinyMo
 
 
 @pytest.mark.feature("models", "bf16 logits within 3e-2 of float32")
-@pytest.mark.parametrize("name", BF16)
+@pytest.mark.parametrize("name", parity_cases("logits in bfloat16", BF16))
 def test_bfloat16_is_near_float32(name: str, tiny: Callable[[str], TinyModel], ops: Ops) -> None:
     model = tiny(name)
     ours, theirs = run_steps(make(model, ops, torch.bfloat16), model)

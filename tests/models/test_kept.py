@@ -13,6 +13,7 @@ from models.test_decoder import ops, run_steps  # noqa: F401
 from models.test_weights import load, wide, write_gguf  # noqa: F401
 from models.tiny_models import GGUF, TinyModel
 
+from batchinfer.arguments import token_ids
 from batchinfer.config import EngineConfig, ModelConfig
 from batchinfer.engine.loading import load_engine
 from batchinfer.llm import LLM
@@ -128,7 +129,7 @@ def test_the_real_model(smollm_gguf: Path, prompts_path: Path) -> None:
     found = {}
     for form in ("auto", "keep", "int8"):
         llm = LLM(str(smollm_gguf), device="cpu", dtype="fp32", weights=form, max_slots=8, num_pages=200)
-        prompts = llm._encode(chats)
+        prompts = token_ids(chats, llm._engine.tokenizer)
         if form == "auto":
             texts = [one.samples[0].token_ids for one in llm.generate(prompts, SamplingParams(max_tokens=16))]
         scored = llm.score(prompts, texts)

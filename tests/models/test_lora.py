@@ -291,7 +291,7 @@ def test_the_notebook_names_its_adapters(tiny: Tiny, tmp_path: Path, monkeypatch
     texts = {
         name: llm.generate([prompts()[0]], greedy, adapter=name)[0].samples[0].token_ids for name in (None, "0", "1")
     }
-    with pytest.raises(ValueError, match="'2' is not in list"):
+    with pytest.raises(ValueError, match="there is no adapter '2'; there are 0, 1"):
         llm.generate([prompts()[0]], greedy, adapter="2")
     llm.close()
     assert len({tuple(tokens) for tokens in texts.values()}) == 3

@@ -49,7 +49,11 @@ def greedy(folder: Path, texts: list[np.ndarray]) -> list[list[int]]:
     return [done[i].samples[0].token_ids.tolist() for i in range(len(texts))]
 
 
-DRAWN = [(name, rope) for name, family in FAMILIES.items() for rope in family.ropes or ("",)]
+DRAWN = [
+    pytest.param(name, rope, marks=pytest.mark.parity("greedy tokens", name))
+    for name, family in FAMILIES.items()
+    for rope in family.ropes or ("",)
+]
 
 
 @pytest.mark.feature("models", "each architecture, random configs: greedy tokens of transformers in float32")

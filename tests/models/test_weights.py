@@ -11,8 +11,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import recorder
 import torch
-from models.tiny_models import GGUF, TinyModel, assert_relative, edit_json
+from models.tiny_models import GGUF, TinyModel, assert_relative, edit_json, parity_cases
 from safetensors.torch import load_file, save_file
 
 from batchinfer.models import weights as module
@@ -313,7 +314,7 @@ def wide(tiny: Callable[[str], TinyModel], tmp_path: Path) -> Callable[[str], Pa
 
 
 @pytest.mark.feature("models", "GGUF, dequantised")
-@pytest.mark.parametrize("name", GGUF)
+@pytest.mark.parametrize("name", parity_cases("weights from GGUF", GGUF))
 def test_gguf_is_the_same_model(name: str, wide: Callable[[str], Path], tmp_path: Path) -> None:
     folder = wide(name)
     path = write_gguf(folder, tmp_path / "x.gguf", "F32")
@@ -326,6 +327,7 @@ def test_gguf_is_the_same_model(name: str, wide: Callable[[str], Path], tmp_path
     assert {name: getattr(ours, name) for name in rounded} == rounded
     assert replace(ours, norm_offset=theirs.norm_offset, **{name: getattr(theirs, name) for name in rounded}) == theirs
     assert same(load(path), load(folder))
+    recorder.note(f"cpu {recorder.machine_kind()}", "run")
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("F16", 1e-3), ("BF16", 4e-3), ("Q8_0", 1e-2), ("Q4_0", 0.15)])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from models.drawn_models import vary
+from models.drawn_models import FAMILIES, vary
 
 COMMON = {
     "vocab_size": 97,
@@ -161,6 +163,14 @@ BF16 += ["gpt2", "gpt-neox", "opt", "smollm3"]
 GGUF = ["llama", "llama-biased-tied", "qwen2", "qwen3-biased", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "granite"]
 GGUF += ["starcoder2"]
 """Those also written as GGUF."""
+
+
+FAMILIES_BY_MODEL = {family.model: name for name, family in FAMILIES.items()}
+
+
+def parity_cases(check: str, names: Iterable[str]) -> list[Any]:
+    """Parameters of a test, each marked with the architecture that it holds to the ``check``."""
+    return [pytest.param(name, marks=pytest.mark.parity(check, FAMILIES_BY_MODEL[TINY[name][0]])) for name in names]
 
 
 @dataclass(frozen=True)

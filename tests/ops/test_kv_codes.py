@@ -13,6 +13,7 @@ from ops.float8_cases import codes, hard_numbers, one_key_each, same
 from ops.test_attention import ISAS, attend, make_case, native
 from ops.test_elementwise import rope_cases
 
+from batchinfer.arguments import token_ids
 from batchinfer.config import EngineConfig
 from batchinfer.engine.kv_dtype import check_kv_dtype
 from batchinfer.llm import LLM
@@ -131,9 +132,8 @@ def test_a_real_model_with_a_cache_of_8_bits(smollm_gguf: Path) -> None:
     for kept in ("fp32", "int8", "fp8"):
         llm = LLM(str(smollm_gguf), device="cpu", dtype="fp32", kv_dtype=kept, threads=2, num_pages=64, max_slots=8)
         if not found:
-            prompts = llm._encode(
-                ["The capital of France is", "Water boils at", "Once upon a time", "def fibonacci(n):"]
-            )
+            prompts = ["The capital of France is", "Water boils at", "Once upon a time", "def fibonacci(n):"]
+            prompts = token_ids(prompts, llm._engine.tokenizer)
             added = [c.samples[0].token_ids for c in llm.generate(prompts, SamplingParams(max_tokens=24))]
         found[kept] = np.concatenate([c.samples[0].logprobs.chosen for c in llm.score(prompts, added)])
         llm.close()

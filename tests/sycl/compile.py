@@ -20,7 +20,9 @@ from pathlib import Path
 import recorder
 
 ROOT = Path(__file__).parent.parent.parent
-SOURCES = ("attention.cpp", "rope.cpp", "rows.cpp", "sample.cpp")
+SOURCES = sorted(path.name for path in (ROOT / "csrc/sycl").glob("*.cpp") if path.name != "devices.cpp")
+"""Those with kernels."""
+
 EXACT = "sample.cpp"
 """Whose kernels say to the driver's compiler, too, that a product and a sum are rounded one by one."""
 
