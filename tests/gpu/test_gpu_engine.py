@@ -262,9 +262,9 @@ def test_right_drafts_save_steps(real_gpu) -> None:
     assert stats.decode.steps + stats.prefill.steps == 60 - stats.accepted_tokens
 
 
-def test_greedy_in_bfloat16_stays_near_float32(real_gpu) -> None:
-    """Given the tokens so far, the token chosen in bfloat16 is within rounding of the best one in float32."""
-    decoder = make_decoder(LLAMA, real_gpu, torch.bfloat16)
+def distance_of_greedy(decoder: Decoder) -> tuple[float, float]:
+    """Of the engine's greedy tokens, given the tokens so far, from the best ones in float32: the largest gap of their
+    logits, in standard deviations, and the share that is the same."""
     done = run(make_engine(decoder), [Request(i, p, PLAIN) for i, p in enumerate(prompts(16))])
     truth, worst, agreed, count = make_decoder(LLAMA, ReferenceOps(), torch.float32), 0.0, 0, 0
     for i, prompt in enumerate(prompts(16)):
@@ -282,9 +282,15 @@ def test_greedy_in_bfloat16_stays_near_float32(real_gpu) -> None:
         worst = max(worst, float((gap / logits.std(dim=1)).max()))
         agreed += int((best.indices.numpy() == chosen).sum())
         count += len(chosen)
-    print(f"bfloat16 greedy: {agreed} of {count} tokens are float32's, worst gap {worst:.4f} standard deviations")
+    print(f"greedy: {agreed} of {count} tokens are float32's, worst gap {worst:.4f} standard deviations")
+    return worst, agreed / count
+
+
+def test_greedy_in_bfloat16_stays_near_float32(real_gpu) -> None:
+    """To rounding."""
+    worst, same = distance_of_greedy(make_decoder(LLAMA, real_gpu, torch.bfloat16))
     assert worst < 0.15
-    assert agreed > 0.93 * count
+    assert same > 0.93
 
 
 def config_folder(tmp_path: Path) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gpu.backend import DEVICE, put, sized
 from gpu.test_gpu_attention import TRUTH, Case, assert_attention, draw_lengths, make_case, share_beginnings
-from gpu.test_gpu_engine import LLAMA, SPECS, make_decoder, skip_what_triton_serves, step_logits
+from gpu.test_gpu_engine import LLAMA, SPECS, distance_of_greedy, make_decoder, skip_what_triton_serves, step_logits
 from ops.float8_cases import codes, hard_numbers, one_key_each, same
 
 from batchinfer.models.decoder import KVCache
@@ -107,6 +107,13 @@ def test_logits(quick_gpu, name):
     assert 0 < error <= 0.08
     same = step_logits(make_decoder(spec, ReferenceOps(), torch.float32, FLOAT8))
     assert (got - same).norm() <= 0.05 * want.norm()
+
+
+def test_greedy_stays_near_float32(real_gpu):
+    """Whole requests, with the prefix cache, steps of prompts and decodes, and graphs."""
+    worst, same = distance_of_greedy(make_decoder(LLAMA, real_gpu, BF16, FLOAT8))
+    assert worst < 0.4
+    assert same > 0.85
 
 
 def test_memory():
