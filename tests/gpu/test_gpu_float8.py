@@ -96,6 +96,7 @@ def test_rotated_and_normalised_keys(gpu, width):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "narrow heads"])
 @pytest.mark.feature("engine", "CUDA: engine.kv_dtype=fp8 within a bound of the float32 model, in half the memory")
+@pytest.mark.hardware("KV cache in 8 bits")
 def test_logits(quick_gpu, name):
     """Of a random model, whose logits its rounding moves by more than a trained one's: bf16 gives 1 to 2 %."""
     spec = SPECS[name]
@@ -109,6 +110,7 @@ def test_logits(quick_gpu, name):
     assert (got - same).norm() <= 0.05 * want.norm()
 
 
+@pytest.mark.hardware("KV cache in 8 bits")
 def test_greedy_stays_near_float32(real_gpu):
     """Whole requests, with the prefix cache, steps of prompts and decodes, and graphs."""
     worst, same = distance_of_greedy(make_decoder(LLAMA, real_gpu, BF16, FLOAT8))
