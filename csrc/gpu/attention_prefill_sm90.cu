@@ -139,7 +139,8 @@ __device__ void copy_tiles(const AttentionArgs& a, const CacheBoxes& boxes, Barr
                 barrier_wait(shared_address(empty + stage), (tile / kStages & 1) ^ 1);
                 __syncwarp();
                 if (whole) {
-                    if (threadIdx.x == 0) barrier_arrive_expecting(barrier, kCopyThreads, kTileBytes<E>);
+                    // Each warp for itself, or one that is late could find the phase it waits for two phases ago.
+                    if (lane == 0) barrier_arrive_expecting(barrier, kWarp, threadIdx.x == 0 ? kTileBytes<E> : 0);
                     if (has_box) copy_box(buffer + box_place, map, found, box_column, barrier);
                     return;
                 }
