@@ -139,9 +139,11 @@ def test_attention_of_nobody(gpu, dtype):
     nothing = torch.zeros(0, dtype=torch.int32, device=DEVICE)
     table = torch.zeros(3, 2, dtype=torch.int32, device=DEVICE)
     cache = torch.zeros(2, 2, 16, 64, dtype=dtype, device=DEVICE)
-    q, lse = torch.zeros(0, 4, 64, dtype=dtype, device=DEVICE), torch.zeros(0, 4, device=DEVICE)
+    out, lse = torch.ones(3, 4, 64, dtype=dtype, device=DEVICE), torch.ones(3, 4, device=DEVICE)
     inputs = AttentionInput(torch.zeros(1, dtype=torch.int32, device=DEVICE), nothing, nothing, table)
-    gpu.attention(q, cache, cache, gpu.plan_attention(inputs, 4, cache), 0.1, torch.empty_like(q), lse)
+    gpu.attention(torch.zeros_like(out[:0]), cache, cache, gpu.plan_attention(inputs, 4, cache), 0.1, out[:0], lse[:0])
+    assert (out == 1).all()
+    assert (lse == 1).all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
