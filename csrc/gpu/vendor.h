@@ -14,6 +14,7 @@
 namespace batchinfer::gpu {
 
 using gpuError_t = BATCHINFER_RUNTIME(Error_t);
+using gpuEvent_t = BATCHINFER_RUNTIME(Event_t);
 
 inline constexpr gpuError_t gpuSuccess = BATCHINFER_RUNTIME(Success);
 
@@ -35,6 +36,22 @@ inline gpuError_t gpuAllowSharedMemory(const void* kernel, int bytes) {
 }
 inline gpuError_t gpuBlocksPerMultiprocessor(int* blocks, const void* kernel, int threads, int shared_bytes) {
     return BATCHINFER_RUNTIME(OccupancyMaxActiveBlocksPerMultiprocessor)(blocks, kernel, threads, shared_bytes);
+}
+// Waits for no other stream, and its blocks are placed before those of others.
+inline gpuError_t gpuStreamCreateUrgent(gpuStream_t* stream) {
+    int least = 0, greatest = 0;
+    const gpuError_t error = BATCHINFER_RUNTIME(DeviceGetStreamPriorityRange)(&least, &greatest);
+    if (error != gpuSuccess) return error;
+    return BATCHINFER_RUNTIME(StreamCreateWithPriority)(stream, BATCHINFER_RUNTIME(StreamNonBlocking), greatest);
+}
+inline gpuError_t gpuEventCreateUntimed(gpuEvent_t* event) {
+    return BATCHINFER_RUNTIME(EventCreateWithFlags)(event, BATCHINFER_RUNTIME(EventDisableTiming));
+}
+inline gpuError_t gpuEventRecord(gpuEvent_t event, gpuStream_t stream) {
+    return BATCHINFER_RUNTIME(EventRecord)(event, stream);
+}
+inline gpuError_t gpuStreamWaitEvent(gpuStream_t stream, gpuEvent_t event) {
+    return BATCHINFER_RUNTIME(StreamWaitEvent)(stream, event, 0);
 }
 
 }  // namespace batchinfer::gpu

@@ -19,7 +19,7 @@ def test_sizes_of_decoding_are_few_and_close(limit: int) -> None:
     assert all(count <= size <= limit for count, size in enumerate(sizes, 1))
     assert sizes == sorted(sizes)
     assert len(set(sizes)) <= 5 + limit // 64 + 16
-    assert all(size - count < max(16, count / 4 + 1) for count, size in enumerate(sizes, 1))
+    assert all(size - count < max(16, count / 3 + 1) for count, size in enumerate(sizes, 1))
 
 
 @pytest.mark.parametrize("limit", [1, 6, 100, 1024, 4096])
@@ -38,6 +38,7 @@ def test_sizes_of_mixed_steps_are_fewer(limit: int) -> None:
         ((98, 98, 98), StepShape(100, 100, decode_only=True, repeats=True)),  # no more than there are slots
         ((90, 90, 30), StepShape(96, 96, repeats=True)),  # drafts, or prompts of one token
         ((600, 90, 90), StepShape(640, 96, repeats=True)),
+        ((400, 90, 90), StepShape(512, 96, repeats=True)),  # 448 would take longer
         ((900, 0, 0), StepShape(1000, 0, repeats=True)),  # the middle of a prompt
         ((290, 290, 60), StepShape(320, 300, repeats=True)),
         ((1001, 90, 90), StepShape(1001, 90)),

@@ -1,10 +1,12 @@
 // The runtime calls that csrc/gpu/vendor.h uses, with the names of the vendor whose SIMT_RUNTIME(name) says. One
-// device; streams are in order anyway: a launch returns when the kernel is done, or throws.
+// device; streams and their events are in order anyway: a launch returns when the kernel is done, or throws.
 #pragma once
 
 #include <cstdlib>
 
 using SIMT_RUNTIME(Stream_t) = void*;
+using SIMT_RUNTIME(Event_t) = void*;
+enum : unsigned { SIMT_RUNTIME(StreamNonBlocking), SIMT_RUNTIME(EventDisableTiming) };
 enum SIMT_RUNTIME(Error_t) { SIMT_RUNTIME(Success) };
 enum SIMT_RUNTIME(FuncAttribute) { SIMT_RUNTIME(FuncAttributeMaxDynamicSharedMemorySize) };
 
@@ -28,6 +30,23 @@ inline SIMT_RUNTIME(Error_t) SIMT_RUNTIME(FuncSetAttribute)(const void*, SIMT_RU
 inline SIMT_RUNTIME(Error_t)
     SIMT_RUNTIME(OccupancyMaxActiveBlocksPerMultiprocessor)(int* blocks, const void*, int, size_t) {
     *blocks = 1;
+    return SIMT_RUNTIME(Success);
+}
+inline SIMT_RUNTIME(Error_t) SIMT_RUNTIME(DeviceGetStreamPriorityRange)(int*, int*) {
+    return SIMT_RUNTIME(Success);
+}
+inline SIMT_RUNTIME(Error_t) SIMT_RUNTIME(StreamCreateWithPriority)(SIMT_RUNTIME(Stream_t) * stream, unsigned, int) {
+    *stream = nullptr;
+    return SIMT_RUNTIME(Success);
+}
+inline SIMT_RUNTIME(Error_t) SIMT_RUNTIME(EventCreateWithFlags)(SIMT_RUNTIME(Event_t) * event, unsigned) {
+    *event = nullptr;
+    return SIMT_RUNTIME(Success);
+}
+inline SIMT_RUNTIME(Error_t) SIMT_RUNTIME(EventRecord)(SIMT_RUNTIME(Event_t), SIMT_RUNTIME(Stream_t)) {
+    return SIMT_RUNTIME(Success);
+}
+inline SIMT_RUNTIME(Error_t) SIMT_RUNTIME(StreamWaitEvent)(SIMT_RUNTIME(Stream_t), SIMT_RUNTIME(Event_t), unsigned) {
     return SIMT_RUNTIME(Success);
 }
 
