@@ -25,6 +25,7 @@ T = TypeVar("T")
 EMULATOR = os.environ.get("BATCHINFER_GPU_EMULATOR", "")
 SIMT = bool(EMULATOR) and hasattr(ctypes.CDLL(EMULATOR), "simt_seed")
 SYCL = bool(EMULATOR) and not SIMT
+TRITON = os.environ.get("BATCHINFER_GPU_OPS") == "triton"
 DEVICE = torch.device("cpu" if EMULATOR else "xpu" if torch.xpu.is_available() else "cuda")
 
 
@@ -91,7 +92,7 @@ class HostAccelerator(Accelerator):
 
 def open_ops() -> DeviceOps:
     """Raises RuntimeError where there is neither."""
-    if os.environ.get("BATCHINFER_GPU_OPS") == "triton":
+    if TRITON:
         from batchinfer.ops.triton.backend import TritonOps
 
         return TritonOps(DEVICE.type)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from gpu.backend import DEVICE, put, sized
+from gpu.backend import DEVICE, TRITON, put, sized
 
 from batchinfer.ops import AttentionInput
 from batchinfer.ops.gpu import GpuOps
@@ -96,9 +96,9 @@ def assert_attention(case: Case, gpu, scale: float) -> None:
     out, lse = case.run(gpu, scale)
     want, want_lse = case.truth(scale)
     # The weights are rounded to the dtype (values are of size 1 to 4), then the result; before that the scores, in
-    # float32, where a cap is given because they reach it.
+    # float32, where a cap is given because they reach it: half of 2**-22, what a GPU's exponential is off.
     error = ((out.double() - want).abs() / (2 + 2 * want.abs())).max().item()
-    assert error <= ROUNDOFF[out.dtype] + case.softcap * 2.0**-24, error  # false for NaN
+    assert error <= ROUNDOFF[out.dtype] + case.softcap * 2.0**-23, error  # false for NaN
     lse_error = (lse.double() - want_lse).abs().max().item()
     assert lse_error <= 1e-4, lse_error
 
@@ -352,9 +352,10 @@ def test_wild_metadata_stays_inside(gpu):
 
 def test_rejects_unusable_shapes(gpu):
     case = make_case((8, 2, 64), torch.bfloat16, [(1, 40)])
-    k = torch.zeros(4, 2, 24, 64, dtype=torch.bfloat16, device=DEVICE)
-    with pytest.raises(ValueError, match="pages of 24 tokens"):
-        gpu.plan_attention(case.on_device(), 8, k)
+    if not TRITON:  # whose kernels take pages of any size
+        k = torch.zeros(4, 2, 24, 64, dtype=torch.bfloat16, device=DEVICE)
+        with pytest.raises(ValueError, match="pages of 24 tokens"):
+            gpu.plan_attention(case.on_device(), 8, k)
     with pytest.raises(ValueError, match="num_heads=7"):
         gpu.plan_attention(case.on_device(), 7, put(case.k))
     with pytest.raises(ValueError, match="window=-1"):

@@ -43,6 +43,7 @@ def check(ops: TritonOps, case: Case, scale: float, window: int = 0, softcap: fl
     [
         ((6, 2, 64), torch.float16, 16, 0, 0.0),
         ((2, 2, 32), torch.float32, 32, 0, 0.0),
+        ((4, 2, 32), torch.float16, 24, 0, 0.0),  # pages of no power of two
         ((20, 1, 16), torch.float16, 16, 0, 0.0),  # more rows than a tile for each token
         ((3, 1, 80), torch.float32, 64, 0, 0.0),  # a width that is no power of two
         ((6, 2, 32), torch.float16, 16, 1, 0.0),
