@@ -1,6 +1,6 @@
 """What the kernel tests run on: a GPU, or what BATCHINFER_GPU_EMULATOR names: the extension of the emulator
 (tests/simt), or that of tests/sycl, whose kernels run on a CPU. On a GPU, BATCHINFER_GPU_OPS=triton takes
-Triton's kernels instead of the extension's.
+Triton's kernels instead of the extension's; BATCHINFER_PLAIN_PRODUCTS=1 has products done in float32.
 
 The emulator takes a million times as long, so tests ask :func:`sized` for what each can do.
 """
@@ -16,6 +16,7 @@ import time
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from batchinfer.ops.accelerator import Accelerator
 from batchinfer.ops.device import DeviceOps
@@ -90,8 +91,17 @@ class HostAccelerator(Accelerator):
         pass
 
 
+def plain_linear(ops: DeviceOps, x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None) -> None:
+    """For compute-sanitizer's racecheck (2025.3), in which cuBLAS's bfloat16 kernels for compute capability 9.0 end
+    with an illegal memory access and "failed to handle a hardware exception", torch.mm by itself too."""
+    product = torch.mm(x.float(), weight.float().t())
+    out.copy_(product if bias is None else product + bias)
+
+
 def open_ops() -> DeviceOps:
     """Raises RuntimeError where there is neither."""
+    if os.environ.get("BATCHINFER_PLAIN_PRODUCTS"):
+        DeviceOps._dense_linear = plain_linear  # type: ignore[method-assign]
     if TRITON:
         from batchinfer.ops.triton.backend import TritonOps
 
