@@ -77,7 +77,7 @@ def decode_size(count: int, limit: int) -> int:
     if count <= 16:
         return min(limit, 1 << max(0, count - 1).bit_length())
     step = 16 if count <= 128 else 32 if count <= 256 else 64
-    return min(limit, _fast(-(-count // step) * step))
+    return _multiple(count, step, limit)
 
 
 def mixed_size(count: int, limit: int) -> int:
@@ -88,8 +88,9 @@ def mixed_size(count: int, limit: int) -> int:
         return 0
     power = 1 << max(4, (count - 1).bit_length())
     step = power if power <= 16 else power // 4 if power <= 256 else power // 8
-    return min(limit, _fast(-(-count // step) * step))
+    return _multiple(count, step, limit)
 
 
-def _fast(size: int) -> int:
-    return NOT_SLOWER if size == SLOW else size
+def _multiple(count: int, step: int, limit: int) -> int:
+    size = -(-count // step) * step
+    return min(limit, NOT_SLOWER if size == SLOW else size)

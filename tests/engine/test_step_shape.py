@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from engine.tiny_engine import SPEC
 
-from batchinfer.engine.step_shape import Limits, StepShape, decode_size, mixed_size
+from batchinfer.engine.step_shape import NOT_SLOWER, SLOW, Limits, StepShape, decode_size, mixed_size
 from batchinfer.models.model_spec import ExpertSpec
 
 LIMITS = Limits(slots=100, tokens=8192, samples=300, filled=1000)
@@ -19,7 +19,8 @@ def test_sizes_of_decoding_are_few_and_close(limit: int) -> None:
     assert all(count <= size <= limit for count, size in enumerate(sizes, 1))
     assert sizes == sorted(sizes)
     assert len(set(sizes)) <= 5 + limit // 64 + 16
-    assert all(size - count < max(16, count / 3 + 1) for count, size in enumerate(sizes, 1))
+    assert all(size - count < max(16, count / 4 + 1) or size == NOT_SLOWER for count, size in enumerate(sizes, 1))
+    assert SLOW not in sizes
 
 
 @pytest.mark.parametrize("limit", [1, 6, 100, 1024, 4096])
@@ -29,6 +30,7 @@ def test_sizes_of_mixed_steps_are_fewer(limit: int) -> None:
     assert sizes == sorted(sizes)
     assert len(set(sizes)) <= 2 + 2 * max(1, limit.bit_length() - 4) + 2 * max(0, limit.bit_length() - 9)
     assert all(size <= max(16, 1.5 * count) for count, size in enumerate(sizes))
+    assert SLOW not in sizes
 
 
 @pytest.mark.parametrize(
