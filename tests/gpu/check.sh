@@ -33,22 +33,25 @@ build() {
     -o "batchinfer/_gpu$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')"
 }
 
-# Addresses and races.
+# memcheck (addresses) or racecheck over tests.
 sanitize() {
-  for tool in memcheck racecheck; do
-    PYTHONPATH=. compute-sanitizer --tool "$tool" --error-exitcode 9 ${SANITIZER_ARGS:-} \
-      "$python" -m pytest -q -x "$@" || exit 9
-  done
+  local tool=$1
+  shift
+  PYTHONPATH=. compute-sanitizer --tool "$tool" --error-exitcode 9 ${SANITIZER_ARGS:-} \
+    "$python" -m pytest -q -x "$@" || exit 9
 }
 
 for step in $steps; do
   case $step in
     build) build ;;
     test) PYTHONPATH=. "$python" -m pytest -q tests/gpu ${PYTEST_ARGS:-} ;;
-    sanitize) sanitize tests/gpu -k "$small" ;; # long contexts and large vocabularies would take hours
-    # Launched and captured, in float32 and bfloat16. Our kernels alone, as racecheck does not get through cuBLAS's.
-    sanitize-engine) SANITIZER_ARGS="--kernel-name kns=batchinfer ${SANITIZER_ARGS:-}" BATCHINFER_PLAIN_PRODUCTS=1 \
-      sanitize tests/gpu/test_gpu_engine.py -k greedy ;;
+    sanitize) # long contexts and large vocabularies would take hours
+      sanitize memcheck tests/gpu -k "$small"
+      sanitize racecheck tests/gpu -k "$small" ;;
+    sanitize-engine) # launched and captured, in float32 and bfloat16
+      sanitize memcheck tests/gpu/test_gpu_engine.py -k greedy
+      SANITIZER_ARGS="--kernel-name kns=batchinfer ${SANITIZER_ARGS:-}" BATCHINFER_PLAIN_PRODUCTS=1 \
+        sanitize racecheck tests/gpu/test_gpu_engine.py -k greedy ;; # it does not get through cuBLAS's kernels
     bench) PYTHONPATH=. "$python" tests/gpu/bench_ops.py ${BENCH_ARGS:-} ;;
     *) echo "unknown step $step: build, test, sanitize, sanitize-engine, bench"; exit 64 ;;
   esac

@@ -96,9 +96,10 @@ def assert_attention(case: Case, gpu, scale: float) -> None:
     out, lse = case.run(gpu, scale)
     want, want_lse = case.truth(scale)
     # The weights are rounded to the dtype (values are of size 1 to 4), then the result; before that the scores, in
-    # float32, where a cap is given because they reach it: half of 2**-22, what a GPU's exponential is off.
+    # float32, where a cap is given because they reach it: in Triton's kernels by half of 2**-22, what a GPU's
+    # exponential is off.
     error = ((out.double() - want).abs() / (2 + 2 * want.abs())).max().item()
-    assert error <= ROUNDOFF[out.dtype] + case.softcap * 2.0**-23, error  # false for NaN
+    assert error <= ROUNDOFF[out.dtype] + case.softcap * (2.0**-23 if TRITON else 2.0**-24), error  # false for NaN
     lse_error = (lse.double() - want_lse).abs().max().item()
     assert lse_error <= 1e-4, lse_error
 
