@@ -190,7 +190,7 @@ def _against_roofline(work: StepWork, ceilings: Ceilings) -> dict[str, float]:
 
 
 def _idle_share(before: EngineStats, after: EngineStats) -> float:
-    """Of the time from the first step to the last, that in which the device computed none."""
+    """Of the time from the first request in the engine to the last step, that in which the device computed none."""
     idle = after.device_idle - before.device_idle
     busy = sum(getattr(after, kind).seconds - getattr(before, kind).seconds for kind in ("prefill", "decode"))
     return round(idle / max(idle + busy, 1e-9), 4)

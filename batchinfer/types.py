@@ -373,7 +373,7 @@ class EngineStats:
     prefill: StepWork = field(
         default_factory=StepWork
     )  # steps with tokens of prompts, and all that decodes beside them
-    device_idle: float = 0.0  # seconds between steps; waits for the host within a step are part of it
+    device_idle: float = 0.0  # seconds between steps, and before the first, that had open requests
     device_bytes: int = 0  # most memory of a GPU that was in use; 0 where the host's is
     step_seconds: dict[str, float] = field(default_factory=dict)  # schedule, forward, sample, output
 

@@ -146,6 +146,8 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Take a request. One that can't run comes back from the next :meth:`step` as a Completion with an error."""
+        if not self._open:
+            self._clock.resume()
         self._open += not self._beams.is_beam(request.id)
         if self._pool or request.scored_from is not None:
             request = replace(request, prompt=trimmed(request.prompt, self._pool), sampling=SCORING)

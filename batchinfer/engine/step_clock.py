@@ -21,7 +21,11 @@ class StepClock:
         self._stats = stats
         self._trace = trace
         self._costs = costs
-        self._device_end = 0.0  # of the last step; 0: none yet
+        self._device_end = 0.0  # since then the device has been idle, though a request was open
+
+    def resume(self) -> None:
+        """A request has come, and none was open: until now the device had nothing to do."""
+        self._device_end = time.perf_counter()
 
     def phase(self, name: str, begin: float) -> float:
         """The host has done something since ``begin`` (time.perf_counter); now."""
@@ -57,9 +61,8 @@ class StepClock:
             flops, read = self._costs.step(step.num_tokens, samples, context, pairs)
             work.least_flops += flops
             work.least_bytes += read
-        if self._device_end:
-            self._stats.device_idle += out.begin - self._device_end
-        self._device_end = out.end
+        self._stats.device_idle += max(0.0, out.begin - self._device_end)
+        self._device_end = max(self._device_end, out.end)
         if self._trace:
             name = "decode" if decode_only else "prefill"
             counts = {"tokens": step.num_tokens, "sequences": step.num_seqs, "decoding": step.num_decode}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -95,7 +96,13 @@ def test_an_engine_counts_what_its_steps_compute() -> None:
     assert (prefill + decode) - prefill == decode
     assert engine.stats().needed_prompt_tokens == engine.stats().prompt_tokens == 13
     assert prefill.seconds > 0 < decode.seconds
-    assert engine.stats().device_idle > 0
+    idle = engine.stats().device_idle
+    assert idle > 0
+    begin = time.perf_counter()
+    time.sleep(0.2)
+    run(engine, [Request(9, prompts[0], params)])
+    later = engine.stats()
+    assert later.device_idle - idle < time.perf_counter() - begin - 0.2  # nothing was open then
     assert engine.stats().pages_peak == 4 + 2  # pages of 4 tokens, of 14 and 7 positions
 
 

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=.venv/bin/python
-cmake=$(command -v .venv/bin/cmake cmake | head -1)
+cmake=$(command -v .venv/bin/cmake || command -v cmake)
 build=build/emulated
 
 "$cmake" -S . -B $build -DCMAKE_BUILD_TYPE=RelWithDebInfo -DBATCHINFER_DEVICE=cpu -DBATCHINFER_GPU_EMULATION=ON \

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=.venv/bin/python
-cmake=$(command -v .venv/bin/cmake cmake | head -1)
+cmake=$(command -v .venv/bin/cmake || command -v cmake)
 build=build/sycl
 runtime=$PWD/$build/runtime
 
