@@ -34,6 +34,9 @@ VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
 DECODE_ROWS = 16
 """Query heads of one kv head that a decode work item takes (csrc/gpu/attention.cuh)."""
 
+DECODE_PART = 8
+"""Numbers of a DecodePart (csrc/gpu/ops.h)."""
+
 SPLIT = 1024
 """KV positions of a decode work item. 256 sequences of 1,000 tokens and 8 kv heads make 2,048 items, eight times what
 an H100 works on at once; partial results are 1 % of the bytes moved (width 128, 4 query heads a kv head)."""
@@ -172,9 +175,12 @@ class GpuOps(DeviceOps):
         key = (slots, slot_pages, num_heads, kv_heads, page_size, width)
         if key not in self._workspaces:
             self._workspaces[key] = self._workspace(slots, slot_pages * page_size, num_heads, kv_heads, width)
-        if (key, window) not in self._lists:
-            self._lists[key, window] = tuple(self._empty(torch.int32, slots + 1) for _ in range(4))
         split, workspace = self._workspaces[key]
+        if (key, window) not in self._lists:
+            sums = tuple(self._empty(torch.int32, slots + 1) for _ in range(4))
+            sizes = slots * parts(slot_pages * page_size, split), slots
+            listed = (self._empty(torch.int32, size, DECODE_PART) for size in sizes)
+            self._lists[key, window] = *sums, *listed, self._empty(torch.int32, 2)
         workspace = self._lists[key, window] + workspace
         lists = (inputs.q_start, inputs.kv_len, inputs.slot, inputs.page_table)
         handle = self._gpu.AttentionPlan(

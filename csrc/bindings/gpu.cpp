@@ -78,8 +78,9 @@ void bind_attention(py::module_& m) {
         .def(py::init([](uintptr_t q_start, uintptr_t kv_len, uintptr_t slot, uintptr_t page_table, int sequences,
                          int slots, int slot_pages, int heads, int kv_heads, int head_width, int pages, int page_size,
                          int split, bool decode_only, int window, uintptr_t decode_start, uintptr_t prefill_start,
-                         uintptr_t partial_start, uintptr_t shared, uintptr_t queues, uintptr_t arrivals,
-                         uintptr_t partial_out, uintptr_t partial_lse) {
+                         uintptr_t partial_start, uintptr_t shared, uintptr_t parts, uintptr_t short_parts,
+                         uintptr_t part_counts, uintptr_t queues, uintptr_t arrivals, uintptr_t partial_out,
+                         uintptr_t partial_lse) {
             return gpu::AttentionPlan{at<int32_t>(q_start),
                                       at<int32_t>(kv_len),
                                       at<int32_t>(slot),
@@ -99,6 +100,9 @@ void bind_attention(py::module_& m) {
                                       at<int32_t>(prefill_start),
                                       at<int32_t>(partial_start),
                                       at<int32_t>(shared),
+                                      at<gpu::DecodePart>(parts),
+                                      at<gpu::DecodePart>(short_parts),
+                                      at<int32_t>(part_counts),
                                       at<int32_t>(queues),
                                       at<int32_t>(arrivals),
                                       at<float>(partial_out),

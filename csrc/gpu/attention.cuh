@@ -1,18 +1,22 @@
 // What the attention kernels share: how a step becomes work items, and how an item finds its sequence and its pages.
 //
-// Three kernels. Sequences with one token in the step go to attention_decode.cu, cut into (split of the KV range, kv
+// Three kernels. Sequences with one token in the step go to attention_decode.cu, cut into (part of the KV range, kv
 // head) items; the others to attention_prefill.cu, cut into (tile of query rows, kv head) items. A row is one query
 // head of one token, and the heads of a kv head stand together, token by token, so that they share its keys. Other
 // dtypes, head widths and GPUs without matrix units that mma.cuh knows take attention_generic.cu.
 //
-// Both lists are running sums over the sequences, made by one small kernel a step and read by a persistent grid that
-// draws item numbers from a counter. So the launch never depends on the data, and a captured step can be replayed with
-// other lengths. The split is fixed: a sequence's sums depend on no neighbour but those that it shares pages with.
+// Both lists are made by one small kernel a step and read by a persistent grid that draws item numbers from a counter.
+// So the launch never depends on the data, and a captured step can be replayed with other lengths. Of prompts the list
+// is a running sum over the sequences; of decoding, whose items take 10 to 30 us, it has all that a block must know of
+// a part in one place. The split is fixed: a sequence's sums depend on no neighbour but those that it shares pages
+// with.
 //
 // Shared beginnings (Hydragen, Juravsky et al. 2024, arXiv:2402.05099, gives the idea). A tile of 16 rows has room for
-// the query heads of several sequences. Decoding sequences are taken in fixed groups of so many as fit; what all of a
-// group have in common at their beginning, by the page table, is read once for the group: as items of its own, whose
-// results are parts of each sequence like those of any split. With 4 heads on a kv head that is a quarter of the reads.
+// the query heads of several sequences, and a block for several tiles. What decoding sequences that stand side by side
+// have in common at their beginning, by the page table, is read once for so many as fit: as parts of their own, whose
+// results each sequence adds up with those of its other parts. With 4 heads on a kv head that is a sixteenth of the
+// reads: of DRAM the L2 cache would save as many, but 1,000 sequences that share 2,048 positions keep it busy three
+// times as long as their own positions keep DRAM.
 //
 // Windows and soft caps (Gemma 2, arXiv:2408.00118) are for kernels with kExtended; the others are compiled as if there
 // were none, and took no instruction more. With a window nothing is shared, and work items start where it starts.
@@ -31,12 +35,16 @@ namespace batchinfer::gpu {
 template <class C>
 inline constexpr bool kCodes = std::is_same_v<C, e4m3>;
 
-inline constexpr int kDecodeRows = 16;    // rows of a decode item: one matrix-unit tile
-inline constexpr int kPrefillRows = 128;  // rows of a prefill item
+inline constexpr int kDecodeRows = 16;            // rows of a tile of a decode item
+inline constexpr int kDecodeTiles = 128 / kWarp;  // tiles of an item that many sequences share: a warp has one
+inline constexpr int kPrefillRows = 128;          // rows of a prefill item
 
-// Positions; a shorter shared beginning is left to the L2 cache: with 288 positions shared by 16 the additional parts
-// made a step of 1,024 sequences 2 % slower, with 2,048 shared by all a step takes a third less.
-inline constexpr int kLeastShared = 512;
+// Positions of a part for which a warp is enough. A block has four of them under way then, and nothing to add up.
+inline constexpr int kShortPart = 256;
+
+// Positions; a shorter beginning is left to the L2 cache, as additional parts cost time. By as many as fit a tile, and
+// by more.
+inline constexpr int kLeastShared = 512, kLeastSharedByMany = 128;
 
 // Sequences of a shared tile: a power of two, so that the groups of 1,024 sequences do not straddle.
 __host__ __device__ __forceinline__ int sequences_per_tile(int group) {

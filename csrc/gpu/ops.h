@@ -63,8 +63,17 @@ struct RopeAndCacheArgs {
     float norm_eps;
 };
 
-// The work list of a step, compressed: running sums over the sequences. Item i belongs to the sequence s with
-// start[s] <= i < start[s + 1]. Made by plan_attention, read by attention; see attention.cuh.
+// A part of a decoding sequence's keys, or of what a tile of sequences reads together.
+struct alignas(16) DecodePart {
+    int32_t sequence, members;  // the first, and how many share the part
+    int32_t number;             // among each member's partial results; -1: there is no other part
+    int32_t begin, end;         // positions
+    int32_t token, slot;        // of the first sequence: its row in the step, and in the page table
+    int32_t length;             // of its keys
+};
+
+// The work lists of a step. Running sums over the sequences: item i belongs to the sequence s with start[s] <= i <
+// start[s + 1]. Made by plan_attention, read by attention; see attention.cuh.
 struct AttentionPlan {
     const int32_t* q_start;     // [sequences + 1]
     const int32_t* kv_len;      // [sequences]
@@ -77,15 +86,18 @@ struct AttentionPlan {
     bool decode_only;  // no sequence has more than one token: no launch looks for others
     int32_t window;    // a token sees so many positions, its own included; 0: all
 
-    int32_t* decode_start;   // [sequences + 1]
-    int32_t* prefill_start;  // [sequences + 1]
-    int32_t* partial_start;  // [sequences + 1], in parts; a sequence has none if one item covers it
-    int32_t* shared;         // [sequences]; leading positions that its tile's sequences read together (attention.cuh);
-                             // with a window those that nobody reads
-    int32_t* queues;         // [4]: next item and finished blocks, for decode and for prefill; zero between launches
-    int32_t* arrivals;       // [sequences, kv_heads * row_tiles]: finished parts; zero between launches
-    float* partial_out;      // [partial rows, head_width], partial rows = sequences * (splits + 1) * heads
-    float* partial_lse;      // [partial rows], base 2
+    int32_t* decode_start;    // [sequences + 1]; of csrc/sycl alone
+    int32_t* prefill_start;   // [sequences + 1]
+    int32_t* partial_start;   // [sequences + 1], in parts; a sequence has none if one item covers it
+    int32_t* shared;          // [sequences]; leading positions that its tile's sequences read together (attention.cuh);
+                              // with a window those that nobody reads
+    DecodePart* parts;        // [sequences * (splits + 1)]; csrc/sycl does without
+    DecodePart* short_parts;  // [sequences]; the last ones of sequences, where a warp is enough
+    int32_t* part_counts;     // [2]: parts, and short parts
+    int32_t* queues;          // [4]: next item and finished blocks, for decode and for prefill; zero between launches
+    int32_t* arrivals;        // [sequences, kv_heads * row_tiles]: finished parts; zero between launches
+    float* partial_out;       // [partial rows, head_width], partial rows = sequences * (splits + 1) * heads
+    float* partial_lse;       // [partial rows], base 2
 };
 
 struct AttentionArgs {

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from gpu.backend import DEVICE, TRITON, put, sized
+from gpu.backend import DEVICE, SYCL, TRITON, put, sized
 
 from batchinfer.ops import AttentionInput
 from batchinfer.ops.gpu import GpuOps
@@ -286,14 +286,38 @@ def test_shared_beginnings(gpu, shape, page_size):
 
 @pytest.mark.feature("engine", "SYCL attention reads a beginning that sequences share once for several of them")
 def test_a_group_reads_together_what_all_of_it_share(gpu):
-    """Groups of four, by 3 heads on a kv head: all share 36 pages, all but one do, and the rest share 33."""
+    """With 3 heads on a kv head a tile has four sequences. SYCL takes them by fours: all share 36 pages, all but one do,
+    and the rest share 33. The others take up to 16, and end a group where neighbours share less than half."""
     if not isinstance(gpu, GpuOps):
         pytest.skip("looks into the lists of the compiled kernels")
     case = make_case((9, 3, 64), torch.bfloat16, [(1, 600 + i) for i in range(10)])
     together, _ = share_beginnings(case, [36] * 4 + [36, 36, 36, 10] + [33] * 2)
     plan = gpu.plan_attention(together.on_device(), 9, put(together.k))
-    assert plan.tensors[7][:10].tolist() == [36 * 16] * 4 + [0] * 4 + [33 * 16] * 2
+    sycl = SYCL or DEVICE.type == "xpu"
+    shared = [36] * 4 + [0] * 4 + [33] * 2 if sycl else [36] * 7 + [0] + [33] * 2
+    assert plan.tensors[7][:10].tolist() == [16 * pages for pages in shared]
     assert_attention(together, gpu, 0.1)
+
+
+@pytest.mark.parametrize("shape", [(32, 8, 128), (8, 8, 64), (16, 2, 64)])
+@pytest.mark.feature("engine", "CUDA attention reads what dozens of sequences share once for as many as fit a block")
+def test_many_share_a_beginning(gpu, shape):
+    """More than a block takes at once, of two splits or of less than a tile is worth reading together; two such groups
+    beside one another that have their beginnings in common; and a group whose last block is short."""
+    many = sized(70, 20)
+    lengths = [(1, 1200 + 5 * i) for i in range(many)] + [(1, 200 + i) for i in range(many)]
+    case = make_case(shape, torch.bfloat16, lengths)
+    inner, outer, short = 1100 // 16, 140 // 16, 160 // 16
+    first = many // 2
+    together, _ = share_beginnings(case, [inner] * first + [outer] * (many - first) + [short] * many)
+    table, slot = together.inputs.page_table, case.inputs.slot.tolist()
+    for i in range(first, many):  # the second group's own, behind what both have
+        table[slot[i], outer:inner] = table[slot[first], outer:inner]
+    assert_attention(together, gpu, shape[2] ** -0.5)
+    once, lse = together.run(gpu, 0.1)
+    again, lse_again = together.run(gpu, 0.1)  # whoever adds up last, in the same order
+    assert torch.equal(once, again)
+    assert torch.equal(lse, lse_again)
 
 
 def test_the_promise_of_decodes_alone_changes_nothing(gpu):
