@@ -104,6 +104,28 @@ def test_samples_of_a_request_and_several_windows() -> None:
     assert run.prompt_tokens >= 8 * 64 + 64 * 4
 
 
+@pytest.mark.parametrize(("tokens", "portions"), [(128, [256, 256, 512, 1024]), (4, [2400, 0, 0, 0])])
+def test_requests_go_in_by_portions(tokens: int, portions: list[int]) -> None:
+    """An idle engine begins with the first of many, and the next portion is as large as what it has; but of short
+    prompts all that it takes are hardly more than a step."""
+    went_in = []
+
+    def feed(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
+        left, done = iter(requests), []
+        while engine.num_open or not went_in:
+            went_in.append(0)
+            while engine.wants_more and (request := next(left, None)) is not None:
+                engine.add(request)
+                went_in[-1] += 1
+            done += engine.step()
+        return done
+
+    requests = prefix_groups(1, 2400, shared=0, own=tokens)
+    pool = replace(ROOMY, max_slots=2000, max_step_tokens=8192)
+    simulate(requests, np.full(len(requests), 9), pool, feed)
+    assert went_in[:4] == portions
+
+
 def test_a_request_that_cannot_run_is_no_result() -> None:
     requests = prefix_groups(1, 2, shared=64, own=4)
     with pytest.raises(ValueError, match="2 requests went in, and not all"):

@@ -286,8 +286,8 @@ def test_shared_beginnings(gpu, shape, page_size):
 
 @pytest.mark.feature("engine", "SYCL attention reads a beginning that sequences share once for several of them")
 def test_a_group_reads_together_what_all_of_it_share(gpu):
-    """With 3 heads on a kv head a tile has four sequences. SYCL takes them by fours: all share 36 pages, all but one do,
-    and the rest share 33. The others take up to 16, and end a group where neighbours share less than half."""
+    """With 3 heads on a kv head a tile has four sequences. SYCL takes them by fours: all share 36 pages, all but one
+    do, and the rest share 33. The others take up to 16, and end a group where neighbours share less than half."""
     if not isinstance(gpu, GpuOps):
         pytest.skip("looks into the lists of the compiled kernels")
     case = make_case((9, 3, 64), torch.bfloat16, [(1, 600 + i) for i in range(10)])
