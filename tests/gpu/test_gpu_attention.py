@@ -299,6 +299,45 @@ def test_a_group_reads_together_what_all_of_it_share(gpu):
     assert_attention(together, gpu, 0.1)
 
 
+def parts_of(plan) -> list[list[int]]:
+    """Sequence, members, number, begin, end, token, slot, length of each part of the plan: first those of a block."""
+    parts, short_parts, counts = (t.cpu() for t in plan.tensors[8:11])
+    return parts[: counts[0]].tolist() + short_parts[: counts[1]].tolist()
+
+
+@pytest.mark.parametrize("window", [0, 700])
+@pytest.mark.parametrize("seed", range(3))
+def test_parts_are_all_that_a_sequence_has_and_nothing_twice(gpu, seed, window):
+    if not isinstance(gpu, GpuOps) or SYCL or DEVICE.type == "xpu":
+        pytest.skip("looks into the lists of the CUDA kernels")
+    random = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(1, 2600, (50,), generator=random).tolist()
+    lengths = [(1 if i % 9 else 3, 700 + n) for i, n in enumerate(drawn)]
+    lengths[20:25] = [(1, n) for n in (1, 256, 257, 1024, 1025)]
+    case = make_case((32, 8, 64), torch.bfloat16, lengths)
+    common = torch.randint(41, 44, (50,), generator=random).tolist()
+    pages = [min((n - 1) // 16, most) for (_, n), most in zip(lengths, common, strict=True)]
+    together, _ = share_beginnings(case, pages)
+    plan = gpu.plan_attention(together.on_device(), 32, put(together.k), window)
+    table, slots = together.inputs.page_table, together.inputs.slot.tolist()
+    seen: dict[int, list[tuple[int, int, int]]] = {}
+    for first, members, number, begin, end, token, slot, length in parts_of(plan):
+        assert (token, slot, length) == (together.inputs.q_start[first], slots[first], lengths[first][1])
+        for s in range(first, first + members):
+            assert lengths[s][0] == 1
+            seen.setdefault(s, []).append((number, begin, end))
+            covered = slice(begin // 16, -(-end // 16))
+            assert torch.equal(table[slots[s], covered], table[slot, covered])  # what they share is the same
+    assert sorted(seen) == [s for s, (tokens, _) in enumerate(lengths) if tokens == 1]
+    for s, parts in seen.items():
+        numbers, begins, ends = zip(*sorted(parts), strict=True)
+        assert numbers == ((-1,) if len(parts) == 1 else tuple(range(len(parts))))
+        assert begins[0] == (max(lengths[s][1] - window, 0) // 16 * 16 if window else 0)
+        assert begins[1:] == ends[:-1]
+        assert ends[-1] == lengths[s][1]
+    assert any(members > 4 for _, members, *_ in parts_of(plan)) == (window == 0)
+
+
 @pytest.mark.parametrize("shape", [(32, 8, 128), (8, 8, 64), (16, 2, 64)])
 @pytest.mark.feature("engine", "CUDA attention reads what dozens of sequences share once for as many as fit a block")
 def test_many_share_a_beginning(gpu, shape):
