@@ -162,8 +162,8 @@ __global__ void BATCHINFER_LAUNCH_BOUNDS(kDecodeThreads, kBlocks<E>) decode_kern
     const AttentionPlan& p = a.plan;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int each = sequences_per_tile(p.heads / p.kv_heads), all_heads = p.kv_heads * Heads::row_tiles(p);
-    const int long_items = p.part_counts[0] * all_heads,
-              short_tasks = p.part_counts[1] * all_heads;  // of a block; of a warp
+    const int long_items = p.part_counts[0] * all_heads;   // of a block
+    const int short_tasks = p.part_counts[1] * all_heads;  // of a warp
 
     Queue queue(p.queues, long_items + (short_tasks + kWarps - 1) / kWarps, &mailbox);
     for (int index = queue.next(); index >= 0; index = queue.next()) {

@@ -27,9 +27,10 @@ __device__ __forceinline__ int common_length(const AttentionPlan& p, const Seque
     return same * p.page_size;
 }
 
-// Whether a group of sequences ends before number t of a round, where `common` is what each has in common with the one
-// before it: at every `most` of them, and where the neighbours have little in common, or half of what those beside them
-// have; with both, a long beginning would be cut short to what others share of it.
+// Whether sequence t of a round is the first of a group that reads together. `common`: what each has in common with the
+// one before it. A group has `most` sequences at most, and ends where neighbours have little in common, or less than
+// half of what those beside them have: who shares 3,000 positions with the next is in no group with one who shares 600
+// of them.
 __device__ __forceinline__ bool starts_group(const int* common, int t, int most) {
     const int beside = max(common[t - 1], common[t + 1]);
     return t % most == 0 || common[t] < max(kLeastSharedByMany, beside / 2);
@@ -46,8 +47,8 @@ __device__ __forceinline__ int write_parts(const AttentionPlan& p, DecodePart* t
     return like.number;
 }
 
-// x becomes the running sum over the threads, for each list; returns the sum of all. Also a barrier. `scratch` may be
-// used again after the next one.
+// Of each list x becomes the running sum over the threads, and `all` the sum. Also a barrier; `scratch` may be used
+// again after the next one.
 template <int kLists>
 __device__ __forceinline__ void running_sums(int (&x)[kLists], int (&all)[kLists],
                                              int (&scratch)[kLists][kThreads / kWarp]) {
@@ -113,12 +114,13 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionPlan p) {
             }
         }
         __syncthreads();
-        int mine[lists] = {}, shared = 0, skipped = 0, end = q.length;
+        int mine[lists] = {}, shared = 0, together = 0, skipped = 0, end = q.length;
         if (q.tokens == 1) {
             shared = shared_of[first];
             // With a window nobody reads what is before it. Chunks of 16 positions never cross pages.
             skipped = p.window ? window_start(p, q.length - 1) & ~15 : shared;
-            const int together = (shared + p.split - 1) / p.split, own = (q.length - skipped + p.split - 1) / p.split;
+            together = (shared + p.split - 1) / p.split;
+            const int own = (q.length - skipped + p.split - 1) / p.split;
             const int last = skipped + (own - 1) * p.split;
             mine[short_part] = q.length - last <= kShortPart;
             if (mine[short_part]) end = last;
@@ -142,7 +144,6 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionPlan p) {
             DecodePart* to = p.parts + before[part] + sum[part] - mine[part];
             DecodePart like = {s, members, 0, 0, 0, q.token, 0, q.length};
             like.slot = clamp_index(p.slot[s], p.slots);
-            const int together = (shared + p.split - 1) / p.split;
             if (first == t) to += write_parts(p, to, like, 0, shared);
             like.members = 1;
             like.number = mine[partial] ? together : -1;

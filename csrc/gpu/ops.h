@@ -72,8 +72,8 @@ struct alignas(16) DecodePart {
     int32_t length;             // of its keys
 };
 
-// The work lists of a step. Running sums over the sequences: item i belongs to the sequence s with start[s] <= i <
-// start[s + 1]. Made by plan_attention, read by attention; see attention.cuh.
+// The work lists of a step, made by plan_attention and read by attention; see attention.cuh. In running sums over the
+// sequences item i belongs to the sequence s with start[s] <= i < start[s + 1].
 struct AttentionPlan {
     const int32_t* q_start;     // [sequences + 1]
     const int32_t* kv_len;      // [sequences]
