@@ -35,9 +35,10 @@ namespace batchinfer::gpu {
 template <class C>
 inline constexpr bool kCodes = std::is_same_v<C, e4m3>;
 
-inline constexpr int kDecodeRows = 16;            // rows of a tile of a decode item
-inline constexpr int kDecodeTiles = 128 / kWarp;  // tiles of an item that many sequences share: a warp has one
-inline constexpr int kPrefillRows = 128;          // rows of a prefill item
+inline constexpr int kDecodeRows = 16;      // rows of a tile of a decode item
+inline constexpr int kDecodeThreads = 128;  // of a block
+inline constexpr int kDecodeWarps = kDecodeThreads / kWarp;
+inline constexpr int kPrefillRows = 128;  // rows of a prefill item
 
 // Positions of a part for which a warp is enough. A block has four of them under way then, and nothing to add up. Half
 // as many: 8B, 64 prompts of 16 samples, 9.2 s instead of 9.0; twice as many: 9.0, but 64 sequences of 200 to 1,500

@@ -99,8 +99,8 @@ __device__ __forceinline__ void store_rows(const AttentionArgs& a, const DecodeP
 template <class T, class C, int E>
 __device__ __forceinline__ void store_sum(const AttentionArgs& a, const DecodePart& part, const Heads& heads,
                                           const RowState<T, E>& state, unsigned char* shared) {
-    __shared__ float warp_lse[kWarps][kDecodeRows];
-    float* const warp_out = reinterpret_cast<float*>(shared);  // [kWarps][kDecodeRows][E]
+    __shared__ float warp_lse[kDecodeWarps][kDecodeRows];
+    float* const warp_out = reinterpret_cast<float*>(shared);  // [kDecodeWarps][kDecodeRows][E]
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, rows = heads.count * part.members;
     const WarpRows<T, E> mine(state);
     __syncthreads();  // all warps have left their chunks
@@ -114,7 +114,8 @@ __device__ __forceinline__ void store_sum(const AttentionArgs& a, const DecodePa
     for (int i = 4 * threadIdx.x; i < rows * E; i += 4 * kDecodeThreads) {
         const int row = i / E, member = row / heads.count, head = heads.first + row % heads.count;
         float total;
-        const float4 value = merge_row(warp_out + i, kDecodeRows * E, &warp_lse[0][row], kDecodeRows, kWarps, total);
+        const float4 value =
+            merge_row(warp_out + i, kDecodeRows * E, &warp_lse[0][row], kDecodeRows, kDecodeWarps, total);
         if (part.number < 0) {
             const int64_t to = first_row(a, part) + int64_t{member} * a.plan.heads + head;
             store4(static_cast<T*>(a.out) + to * E + i % E, value);
@@ -158,17 +159,17 @@ template <class T, class C, int E, bool kExtended>
 __global__ void BATCHINFER_LAUNCH_BOUNDS(kDecodeThreads, kBlocks<E>) decode_kernel(AttentionArgs a) {
     BATCHINFER_DYNAMIC_SHARED(shared, 128);
     __shared__ int mailbox;
-    __shared__ bool last[kDecodeTiles * kDecodeRows];
+    __shared__ bool last[kDecodeWarps * kDecodeRows];
     const AttentionPlan& p = a.plan;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int each = sequences_per_tile(p.heads / p.kv_heads), all_heads = p.kv_heads * Heads::row_tiles(p);
     const int long_items = p.part_counts[0] * all_heads;   // of a block
     const int short_tasks = p.part_counts[1] * all_heads;  // of a warp
 
-    Queue queue(p.queues, long_items + (short_tasks + kWarps - 1) / kWarps, &mailbox);
+    Queue queue(p.queues, long_items + (short_tasks + kDecodeWarps - 1) / kDecodeWarps, &mailbox);
     for (int index = queue.next(); index >= 0; index = queue.next()) {
         if (index >= long_items) {
-            const int task = (index - long_items) * kWarps + warp;
+            const int task = (index - long_items) * kDecodeWarps + warp;
             if (task < short_tasks) {
                 const DecodePart part = p.short_parts[task / all_heads];
                 const Heads heads(p, task % all_heads);

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionPlan p) {
     __shared__ int shared_of[kThreads];
     int* const common = common_and_edges + 1;
     int before[lists] = {};  // of this round
-    const int group = p.heads / p.kv_heads, each = sequences_per_tile(group), most = each * kDecodeTiles;
+    const int group = p.heads / p.kv_heads, each = sequences_per_tile(group), most = each * kDecodeWarps;
     const int t = threadIdx.x;
     if (t == 0) {
         common[-1] = common[kThreads] = 0;

@@ -11,7 +11,6 @@
 
 namespace batchinfer::gpu {
 
-inline constexpr int kDecodeThreads = 128;
 inline constexpr int kChunk = 16;  // positions; pages hold a whole number of them
 
 // What is kept of a warp's chunks in shared memory: kStages as they lie in the cache, and of codes one as bf16.
@@ -30,11 +29,8 @@ constexpr int kSharedBytes = kDecodeThreads / 32 * kWarpBytes<C, E>;  // of targ
 
 #if BATCHINFER_MMA
 
-inline constexpr int kWarps = kDecodeThreads / kWarp;
-static_assert(kWarps == kDecodeTiles);
-
 // Chunks whose scores a warp has in registers, of those that all warps compute. AMD's have no room for several.
-inline constexpr int kChunksAtOnce = kAsyncCopies ? kWarps : 1;
+inline constexpr int kChunksAtOnce = kAsyncCopies ? kDecodeWarps : 1;
 
 // Where row `row` of a tile stands in [tokens, heads], from its first: the heads of a kv head, member by member.
 // Members have one token each, one after the other.
@@ -212,7 +208,7 @@ template <bool kExtended, Share kShare, class T, class C, int E>
 __device__ __forceinline__ RowState<T, E> attend(const AttentionArgs& a, const DecodePart& part, const Heads& heads,
                                                  int first, int rows, unsigned char* shared) {
     constexpr int kWidened = kStages<C, E> * kStageBytes<C, E>;
-    constexpr int kStride = kShare == Share::nothing ? 1 : kWarps;  // chunks of a round
+    constexpr int kStride = kShare == Share::nothing ? 1 : kDecodeWarps;  // chunks of a round
     const AttentionPlan& p = a.plan;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const Pages pages(p, p.page_table + int64_t{part.slot} * p.slot_pages, heads.kv_head);
@@ -263,7 +259,7 @@ __device__ __forceinline__ RowState<T, E> attend(const AttentionArgs& a, const D
             sync();
             stage = kWidened;
         }
-        constexpr int kComputed = kShare == Share::rows ? kWarps : 1;
+        constexpr int kComputed = kShare == Share::rows ? kDecodeWarps : 1;
         constexpr int kAtOnce = kShare == Share::rows ? kChunksAtOnce : 1;
         unsigned char* const from = (kShare == Share::rows ? shared : own) + stage;
         const int position = part.begin + (i * kStride + computed) * kChunk;
