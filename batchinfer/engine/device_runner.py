@@ -241,23 +241,23 @@ class DeviceRunner:
     def _sample_rows(self, started: _Started, extras: Extras) -> None:
         """Sample the step's logits by what only the host knows."""
         samples = started.step.num_samples
-        on_device = {name: self._to_device(name, value) for name, value in extras.items()}
+        on_device = {name: self._option(name, value) for name, value in extras.items()}
         out = self._sample(started.logits, samples, on_device)
         started.out = replace(started.out, sample=self._to_host(out, samples))
 
-    def _to_device(self, name: str, value: Extra) -> Extra:
-        """An optional field of SampleInput, by way of pinned memory: the host does not wait for the layers.
-        num_logprobs stays: it decides the shape of the output."""
+    def _option(self, name: str, value: Extra) -> Extra:
+        """An optional field of SampleInput, on the device. num_logprobs stays: it decides the shape of the output."""
         if isinstance(value, tuple):
-            return tuple(self._to_device(name, part) for part in value)
-        if name == "num_logprobs":
-            return value
-        pinned = self._gpu.pinned(tuple(value.shape), value.dtype).copy_(value)
-        return pinned.to(self._device, non_blocking=True)
+            return tuple(self._option(name, part) for part in value)
+        return value if name == "num_logprobs" else self._to_device(value)
 
     def _score_input(self, scored: ScoredRows) -> ScoreInput:
-        row, token = (torch.from_numpy(array).to(self._device) for array in scored[:2])
+        row, token = (self._to_device(torch.from_numpy(array)) for array in scored[:2])
         return ScoreInput(row, token, scored[2])
+
+    def _to_device(self, t: Tensor) -> Tensor:
+        """By way of pinned memory: from any other a copy waits for all that was launched before it."""
+        return self._gpu.pinned(tuple(t.shape), t.dtype).copy_(t).to(self._device, non_blocking=True)
 
     def _captured(self, shape: StepShape) -> bool:
         """Whether there is a graph for steps of this shape; makes it at the second time of asking."""

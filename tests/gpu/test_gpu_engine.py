@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,34 @@ def test_scores_are_the_cpus(quick_gpu) -> None:
         if request.scored_from is not None:
             assert (a.finish_reason, b.finish_reason) == ("scored", "scored")
             np.testing.assert_allclose(a.logprobs.chosen, b.logprobs.chosen, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", [*CASES, "scores"])
+def test_no_step_waits_for_the_device(real_gpu, case: str) -> None:
+    """Neither to start nor to sample: torch raises where the host would wait for what is launched."""
+    if real_gpu.device.type != "cuda":
+        pytest.skip("torch.xpu does not tell when it waits")
+    if case == "form":
+        pytest.importorskip("llguidance")
+    params = CASES.get(case, PLAIN)
+    scored_from = 0 if case == "scores" else None
+    requests = [Request(i, p, params, seed=i, scored_from=scored_from) for i, p in enumerate(prompts(30))]
+    engine = make_engine(make_decoder(LLAMA, real_gpu, torch.bfloat16), max_step_tokens=96)
+    runner = engine._runner
+
+    def watched(call: Callable[..., None]) -> Callable[..., None]:
+        def watch(*args: Any) -> None:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                call(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return watch
+
+    for name in ("start", "sample"):
+        setattr(runner, name, watched(getattr(runner, name)))
+    assert len(run(engine, requests)) == len(requests)
 
 
 @pytest.mark.parametrize("lookup", [0, 3])
