@@ -1,11 +1,12 @@
 """Steps on a GPU, one ahead of the host: step N + 1 is started while N runs, and takes N's tokens on the device.
 
-What lives on the device: the last token of every slot, the page table, the step's arrays, the weights and the cache.
-A step sends one pinned buffer and the page table's changes, and brings back its tokens; no call here waits for the
-device but :meth:`DeviceRunner.finish`. Steps that only decode, and small ones of small models (step_shape.py), are
-replays of a graph, captured when a shape comes for the second time: to start a step of 16 layers takes the host 0.16 ms
-so, and 2 to 4 when it launches each kernel. The sampler is part of the graph, unless rows have penalties, masks and the
-like. What those need of the tokens so far the host puts together while the device is at the layers of the step.
+What lives on the device: the last token of every slot, the page table, the step's arrays, the weights and the cache. A
+step sends one pinned buffer and the page table's changes, and brings back its tokens; no call here waits for the device
+but :meth:`DeviceRunner.finish`, and products of a number of rows for which the vendor's library has to load a kernel
+first. Steps that only decode, and small ones of small models (step_shape.py), are replays of a graph, captured when a
+shape comes for the second time: to start a step of 16 layers takes the host 0.16 ms so, and 2 to 4 when it launches
+each kernel. The sampler is part of the graph, unless rows have penalties, masks and the like. What those need of the
+tokens so far the host puts together while the device is at the layers of the step.
 """
 
 from __future__ import annotations
