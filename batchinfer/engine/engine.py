@@ -43,7 +43,8 @@ LENGTHS_EVERY = 32
 
 PORTION, PORTION_TOKENS = 256, 32768
 """Requests that go in between two steps, and tokens of their prompts, before those that are missing wait for the next
-step: a request takes the host 25 us, and 1,500 at once would let a device wait for 40 ms."""
+step: a request of 2,144 tokens takes the host 50 us, and a step on 256 of them 13 ms or more. 1,500 at once would let a
+device wait for 75 ms."""
 
 SCORING = SamplingParams(max_tokens=1, ignore_eos=True)
 """Of a request of which nothing is wanted but scores: it leaves with the step that ends its prompt."""
@@ -120,9 +121,9 @@ class Engine:
 
     @property
     def wants_more(self) -> bool:
-        """Whether another request would help to keep the batch full: half a batch waits beside the running one. Into an
-        engine that has few they go step by step: enough for the next, and as many as are open."""
-        if self._fresh >= max(PORTION, self._open - self._fresh) and self._fresh_tokens >= PORTION_TOKENS:
+        """Whether another request would help to keep the batch full: half a batch waits beside the running one. They go
+        in step by step, a portion at a time."""
+        if self._fresh >= PORTION and self._fresh_tokens >= PORTION_TOKENS:
             return False
         return self._scheduler.num_open < self.max_slots + self.max_slots // 2 + 1
 

@@ -4,7 +4,8 @@ builds for ROCm call theirs cuda, too."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -12,6 +13,18 @@ from torch import Tensor
 
 XPU_TORCH = (2, 6)
 """The first torch whose events on Intel GPUs tell times, and that knows how much of their memory is free."""
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Within it no garbage is collected."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Event(Protocol):
@@ -81,10 +94,12 @@ class Accelerator:
         """What ``compute`` launches on the current stream, which is not run, and the tensor that it gives: filled by
         each replay."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device while this one captures (thread_local).
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        out = compute()
-        graph.capture_end()
+        # Other threads may use the device while this one captures (thread_local). A graph that the collector finds
+        # meanwhile, of an engine that nobody has closed, would be destroyed, which ends the capture.
+        with _uncollected():
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            out = compute()
+            graph.capture_end()
         return graph, out
 
     def graph_pool(self) -> object:

@@ -10,7 +10,8 @@ As ``batchinfer.ops`` promises, with these differences:
   (kv_index -1: padding) is dropped. ``SampleInput.num_logprobs`` alone stays on the host: it decides the output's
   shape.
 - No launch depends on what a tensor holds, so a step can be captured in a graph and replayed with other contents.
-- Products are the vendor's, by torch: a row's last bits may depend on the number of rows. Attention's depend on no
+- Products are the vendor's, by torch, but for some of ``gated_linear``, whose sums are not rounded before the gate: a
+  row's last bits may depend on the number of rows. Attention's depend on no
   other sequences but those whose pages it shares.
 """
 
@@ -99,8 +100,18 @@ class DeviceOps(TextAttention, ABC):
             torch.addmm(self._bias(bias, weight.dtype), x, weight.t(), out=out)
 
     def gated_linear(self, x: Tensor, weight: Any, out: Tensor, sums: Tensor, bias: Tensor | None = None) -> None:
+        if bias is None and isinstance(weight, Tensor):
+            self._check("x", x, weight.dtype, (len(out), weight.shape[1]))
+            self._check("sums", sums, x.dtype, (len(out), weight.shape[0]))
+            self._check_gate(sums, out)
+            if self._gated_linear(x, weight, out):
+                return
         self.linear(x, weight, sums, bias)
         self.silu_mul(sums, out)
+
+    def _gated_linear(self, x: Tensor, weight: Tensor, out: Tensor) -> bool:
+        """In one launch, without the sums; False, and nothing is done, where there is no kernel for these tensors."""
+        return False
 
     def embed(self, ids: Tensor, table: Tensor, out: Tensor, scale: float = 1.0) -> None:
         self._check_lookup("ids", ids, "table", table, out)

@@ -111,6 +111,10 @@ class GpuOps(DeviceOps):
             self._stream(),
         )
 
+    def _gated_linear(self, x: Tensor, weight: Tensor, out: Tensor) -> bool:
+        addresses = (t.data_ptr() for t in (x, weight, out))
+        return self._gpu.gated_linear(*addresses, NUMBERS[out.dtype], *out.shape, x.shape[1], self._stream())
+
     def _silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         self._gate(self._gpu.silu_mul, gate_up, out)
 

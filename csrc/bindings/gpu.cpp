@@ -37,6 +37,12 @@ void bind_rows(py::module_& m) {
     m.def("gelu_mul", [](uintptr_t gate_up, uintptr_t out, int dtype, int64_t tokens, int64_t width, uintptr_t stream) {
         gpu::gelu_mul({at<void>(gate_up), at<void>(out), gpu::GpuDtype(dtype), tokens, width}, stream_at(stream));
     });
+    m.def("gated_linear", [](uintptr_t x, uintptr_t weight, uintptr_t out, int dtype, int64_t rows, int64_t width,
+                             int64_t depth, uintptr_t stream) {
+        return gpu::gated_linear(
+            {at<void>(x), at<void>(weight), at<void>(out), gpu::GpuDtype(dtype), rows, width, depth},
+            stream_at(stream));
+    });
     m.def("rope_and_cache",
           [](uintptr_t qkv, uintptr_t positions, uintptr_t kv_index, uintptr_t cos_sin, uintptr_t q_norm,
              uintptr_t k_norm, uintptr_t k_cache, uintptr_t v_cache, uintptr_t q_out, int dtype, int cache_dtype,

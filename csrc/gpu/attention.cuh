@@ -164,17 +164,4 @@ void with_width_of_codes(const AttentionArgs& a, F&& f) {
     a.plan.head_width == 128 ? f(std::integral_constant<int, 128>()) : f(std::integral_constant<int, 64>());
 }
 
-// Blocks of a persistent grid: as many as the device can hold at once.
-template <class Kernel>
-int persistent_blocks(Kernel kernel, int threads, int shared_bytes) {
-    int device = 0, multiprocessors = 0, per_multiprocessor = 0;
-    check(gpuGetDevice(&device), "attention");
-    check(gpuMultiprocessors(&multiprocessors, device), "attention");
-    const auto* handle = reinterpret_cast<const void*>(kernel);
-    check(gpuAllowSharedMemory(handle, shared_bytes), "attention");
-    check(gpuBlocksPerMultiprocessor(&per_multiprocessor, handle, threads, shared_bytes), "attention");
-    if (per_multiprocessor == 0) throw std::runtime_error("attention: the kernel does not fit on this device");
-    return multiprocessors * per_multiprocessor;
-}
-
 }  // namespace batchinfer::gpu

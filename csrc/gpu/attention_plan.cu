@@ -166,17 +166,6 @@ constexpr bool kWithSm90a = true;
 constexpr bool kWithSm90a = false;
 #endif
 
-MatrixUnit matrix_unit() {
-    static const MatrixUnit found = [] {
-        int device = 0;
-        MatrixUnit unit = MatrixUnit::none;
-        check(gpuGetDevice(&device), "attention");
-        check(gpuMatrixUnit(&unit, device), "attention");
-        return unit;
-    }();
-    return found;
-}
-
 void attention_of_prompts(const AttentionArgs& a, Stream stream) {
     if constexpr (kWithSm90a) {
         const bool codes = a.cache_dtype == GpuDtype::e4m3;

@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "gpu/attention.cuh"
+#include "gpu/panels.cuh"
 #include "gpu/tma.cuh"
 
 namespace batchinfer::gpu {
@@ -38,20 +39,8 @@ struct CacheBoxes {
 
 constexpr int kCopyThreads = 128;
 constexpr int kGroupRows = 64;
-constexpr int kPanel = 128;  // bytes of a panel's row: 64 elements
 constexpr int kItemsAhead = 2;
 constexpr float kSlack = 8;  // see attention_prefill.cu
-
-// Place of 16-byte piece `piece` of row `row` in an operand of `rows` rows.
-__device__ __forceinline__ uint32_t place(int row, int piece, int rows) {
-    return piece / 8 * rows * kPanel + row * kPanel + (piece % 8 ^ row % 8) * 16;
-}
-
-// Descriptor of an operand with the 128-byte swizzle. `panel_stride`: bytes between panels, for operands whose panels
-// lie along the product's columns (values); the other operands ignore it.
-__device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t panel_stride) {
-    return uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{panel_stride / 16} << 16 | (address & 0x3ffff) / 16;
-}
 
 struct Barriers {
     uint64_t keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];

@@ -143,4 +143,36 @@ inline void check_launch(const char* op) {
     check(gpuGetLastError(), op);
 }
 
+// Of the current device when first asked: a process uses one.
+inline MatrixUnit matrix_unit() {
+    static const MatrixUnit found = [] {
+        int device = 0;
+        MatrixUnit unit = MatrixUnit::none;
+        check(gpuGetDevice(&device), "matrix unit");
+        check(gpuMatrixUnit(&unit, device), "matrix unit");
+        return unit;
+    }();
+    return found;
+}
+inline int multiprocessors() {
+    static const int found = [] {
+        int device = 0, count = 0;
+        check(gpuGetDevice(&device), "multiprocessors");
+        check(gpuMultiprocessors(&count, device), "multiprocessors");
+        return count;
+    }();
+    return found;
+}
+
+// Blocks of a persistent grid: as many as the device can hold at once.
+template <class Kernel>
+int persistent_blocks(Kernel kernel, int threads, int shared_bytes) {
+    int per_multiprocessor = 0;
+    const auto* handle = reinterpret_cast<const void*>(kernel);
+    check(gpuAllowSharedMemory(handle, shared_bytes), "persistent grid");
+    check(gpuBlocksPerMultiprocessor(&per_multiprocessor, handle, threads, shared_bytes), "persistent grid");
+    if (per_multiprocessor == 0) throw std::runtime_error("persistent grid: the kernel does not fit on this device");
+    return multiprocessors() * per_multiprocessor;
+}
+
 }  // namespace batchinfer::gpu

@@ -46,6 +46,15 @@ struct GateArgs {
     int64_t tokens, width;
 };
 
+// out [rows, width] = SiLU(x gate^T) * (x up^T).
+struct GatedLinearArgs {
+    const void* x;       // [rows, depth]
+    const void* weight;  // [2 * width, depth], the gate's rows first
+    void* out;           // [rows, width]
+    GpuDtype dtype;
+    int64_t rows, width, depth;
+};
+
 struct RopeAndCacheArgs {
     const void* qkv;           // [tokens, heads + 2 * kv_heads, head_width]
     const int32_t* positions;  // [tokens]
@@ -118,6 +127,7 @@ void lookup(const LookupArgs&, Stream);
 void rms_norm(const RmsNormArgs&, Stream);
 void silu_mul(const GateArgs&, Stream);
 void gelu_mul(const GateArgs&, Stream);
+bool gated_linear(const GatedLinearArgs&, Stream);  // false: there is no kernel for these, and nothing was done
 void rope_and_cache(const RopeAndCacheArgs&, Stream);
 void copy_pages(const CopyPagesArgs&, Stream);  // pages of a multiple of 16 bytes
 void plan_attention(const AttentionPlan&, Stream);

@@ -5,7 +5,7 @@
 // Rows whose width or address does not allow 16-byte accesses take the same kernels with one element an access.
 #include <algorithm>
 
-#include "gpu/device.cuh"
+#include "gpu/activations.cuh"
 
 namespace batchinfer::gpu {
 namespace {
@@ -69,17 +69,6 @@ __global__ void __launch_bounds__(1024) rms_norm_kernel(RmsNormArgs a) {
         store<N>(static_cast<T*>(a.out) + row + i, value[p]);
     }
 }
-
-struct Silu {
-    __device__ __forceinline__ float operator()(float x) const { return x / (1 + __expf(-x)); }
-};
-
-// Its tanh form: x / 2 (1 + tanh u) = x / (1 + e**-2u).
-struct Gelu {
-    __device__ __forceinline__ float operator()(float x) const {
-        return x / (1 + __expf(-1.5957691216f * (x + 0.044715f * x * x * x)));
-    }
-};
 
 template <class T, int N, class Activation>
 __global__ void gate_kernel(GateArgs a) {

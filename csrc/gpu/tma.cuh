@@ -1,6 +1,6 @@
 // The tensor memory accelerator (TMA) of compute capability 9.0: one thread's instruction brings a box of a matrix in
 // global memory to shared memory, permuted as the matrix unit wants it, and counts its bytes at a barrier. For
-// attention_prefill_sm90.cu alone; needs CUDA 12.
+// the sources named *_sm90.cu; needs CUDA 12. What lies outside the matrix is zero.
 #pragma once
 
 #include <cuda.h>
@@ -27,8 +27,8 @@ inline BoxMap box_map(const void* matrix, int64_t rows, int columns, int box_row
 #else
         const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
 #endif
-        check(error, "attention (prefill, 9.0)");
-        if (!found) throw std::runtime_error("attention: the driver has no cuTensorMapEncodeTiled; CUDA 12's has");
+        check(error, "tensor map");
+        if (!found) throw std::runtime_error("tensor map: the driver has no cuTensorMapEncodeTiled; CUDA 12's has");
         return reinterpret_cast<Encode>(found);
     }();
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
@@ -39,7 +39,7 @@ inline BoxMap box_map(const void* matrix, int64_t rows, int columns, int box_row
                                    box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                    CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {
-        throw std::runtime_error("attention: cuTensorMapEncodeTiled ended with " + std::to_string(result));
+        throw std::runtime_error("tensor map: cuTensorMapEncodeTiled ended with " + std::to_string(result));
     }
     return map;
 }

@@ -81,28 +81,30 @@ __device__ __forceinline__ void pin(float (&x)[N]) {
     }
 }
 
-#define BATCHINFER_REGISTERS_64                                                        \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"           \
-    " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31," \
-    " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47," \
-    " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
-#define BATCHINFER_REGISTERS_32                                              \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15," \
-    " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
-#define BATCHINFER_OUTPUTS_64                                                                                   \
-    "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), \
-        "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]),  \
-        "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), \
-        "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]), "+f"(c[32]), \
-        "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]), "+f"(c[40]), \
-        "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]), "+f"(c[48]), \
-        "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]), "+f"(c[56]), \
-        "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
-#define BATCHINFER_OUTPUTS_32                                                                                   \
-    "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), \
-        "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]),  \
-        "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), \
-        "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
+// The operand lists of the sums: registers %0 to %127 in sixteens, and the numbers that they stand for.
+#define BATCHINFER_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define BATCHINFER_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define BATCHINFER_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define BATCHINFER_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define BATCHINFER_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define BATCHINFER_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define BATCHINFER_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define BATCHINFER_112 \
+    ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define BATCHINFER_LIST_32 "{" BATCHINFER_0 BATCHINFER_16 "}"
+#define BATCHINFER_LIST_64 "{" BATCHINFER_0 BATCHINFER_16 BATCHINFER_32 BATCHINFER_48 "}"
+#define BATCHINFER_LIST_112 \
+    "{" BATCHINFER_0 BATCHINFER_16 BATCHINFER_32 BATCHINFER_48 BATCHINFER_64 BATCHINFER_80 BATCHINFER_96 "}"
+#define BATCHINFER_LIST_128                                                                \
+    "{" BATCHINFER_0 BATCHINFER_16 BATCHINFER_32 BATCHINFER_48 BATCHINFER_64 BATCHINFER_80 \
+        BATCHINFER_96 BATCHINFER_112 "}"
+#define BATCHINFER_SUMS_4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define BATCHINFER_SUMS_16(i) \
+    BATCHINFER_SUMS_4(i), BATCHINFER_SUMS_4(i + 4), BATCHINFER_SUMS_4(i + 8), BATCHINFER_SUMS_4(i + 12)
+#define BATCHINFER_SUMS_32 BATCHINFER_SUMS_16(0), BATCHINFER_SUMS_16(16)
+#define BATCHINFER_SUMS_64 BATCHINFER_SUMS_32, BATCHINFER_SUMS_16(32), BATCHINFER_SUMS_16(48)
+#define BATCHINFER_SUMS_112 BATCHINFER_SUMS_64, BATCHINFER_SUMS_16(64), BATCHINFER_SUMS_16(80), BATCHINFER_SUMS_16(96)
+#define BATCHINFER_SUMS_128 BATCHINFER_SUMS_112, BATCHINFER_SUMS_16(112)
 
 // c (64 x N, N / 2 numbers a thread) from products of depth 16. scores: a and b in shared memory, elements of the depth
 // side by side in both; c is overwritten unless `add`. values: a in registers, b in shared memory with its columns side
@@ -110,82 +112,64 @@ __device__ __forceinline__ void pin(float (&x)[N]) {
 template <class T, int Count>
 struct Products;
 
-template <>
-struct Products<bf16, 64> {
-    __device__ __forceinline__ static void scores(float (&c)[64], uint64_t a, uint64_t b, int add) {
-        asm volatile(
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " BATCHINFER_REGISTERS_64
-            ", %64, %65, add, 1, 1, 0, 0;\n}"
-            : BATCHINFER_OUTPUTS_64
-            : "l"(a), "l"(b), "r"(add));
+// `columns`: of the instruction, twice `count`; `a`, `b`, `add`: the operands that follow the sums.
+#define BATCHINFER_SCORES(type, name, count, columns, a_, b_, add_)                                                  \
+    __device__ __forceinline__ static void scores(float (&c)[count], uint64_t a, uint64_t b, int add) {              \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" add_ ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns \
+                     "k16.f32." name "." name " " BATCHINFER_LIST_##count ", %" a_ ", %" b_ ", add, 1, 1, 0, 0;\n}"  \
+                     : BATCHINFER_SUMS_##count                                                                       \
+                     : "l"(a), "l"(b), "r"(add));                                                                    \
     }
-    __device__ __forceinline__ static void values(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " BATCHINFER_REGISTERS_64
-                     ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-                     : BATCHINFER_OUTPUTS_64
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#define BATCHINFER_VALUES(type, name, count, columns, a0, a1, a2, a3, b_)                                             \
+    __device__ __forceinline__ static void values(float (&c)[count], const uint32_t (&a)[4], uint64_t b) {            \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." name "." name " " BATCHINFER_LIST_##count \
+                     ", {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b_ ", 1, 1, 1, 1;"                                   \
+                     : BATCHINFER_SUMS_##count                                                                        \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                           \
     }
-};
+#define BATCHINFER_PRODUCTS(type, name)                                        \
+    template <>                                                                \
+    struct Products<type, 32> {                                                \
+        BATCHINFER_SCORES(type, name, 32, "64", "32", "33", "34")              \
+        BATCHINFER_VALUES(type, name, 32, "64", "32", "33", "34", "35", "36")  \
+    };                                                                         \
+    template <>                                                                \
+    struct Products<type, 64> {                                                \
+        BATCHINFER_SCORES(type, name, 64, "128", "64", "65", "66")             \
+        BATCHINFER_VALUES(type, name, 64, "128", "64", "65", "66", "67", "68") \
+    };                                                                         \
+    template <>                                                                \
+    struct Products<type, 112> {                                               \
+        BATCHINFER_SCORES(type, name, 112, "224", "112", "113", "114")         \
+    };                                                                         \
+    template <>                                                                \
+    struct Products<type, 128> {                                               \
+        BATCHINFER_SCORES(type, name, 128, "256", "128", "129", "130")         \
+    };
+BATCHINFER_PRODUCTS(bf16, "bf16")
+BATCHINFER_PRODUCTS(f16, "f16")
 
-template <>
-struct Products<bf16, 32> {
-    __device__ __forceinline__ static void scores(float (&c)[32], uint64_t a, uint64_t b, int add) {
-        asm volatile(
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " BATCHINFER_REGISTERS_32
-            ", %32, %33, add, 1, 1, 0, 0;\n}"
-            : BATCHINFER_OUTPUTS_32
-            : "l"(a), "l"(b), "r"(add));
-    }
-    __device__ __forceinline__ static void values(float (&c)[32], const uint32_t (&a)[4], uint64_t b) {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " BATCHINFER_REGISTERS_32
-                     ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-                     : BATCHINFER_OUTPUTS_32
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    }
-};
-
-template <>
-struct Products<f16, 64> {
-    __device__ __forceinline__ static void scores(float (&c)[64], uint64_t a, uint64_t b, int add) {
-        asm volatile(
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " BATCHINFER_REGISTERS_64
-            ", %64, %65, add, 1, 1, 0, 0;\n}"
-            : BATCHINFER_OUTPUTS_64
-            : "l"(a), "l"(b), "r"(add));
-    }
-    __device__ __forceinline__ static void values(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " BATCHINFER_REGISTERS_64
-                     ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-                     : BATCHINFER_OUTPUTS_64
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    }
-};
-
-template <>
-struct Products<f16, 32> {
-    __device__ __forceinline__ static void scores(float (&c)[32], uint64_t a, uint64_t b, int add) {
-        asm volatile(
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " BATCHINFER_REGISTERS_32
-            ", %32, %33, add, 1, 1, 0, 0;\n}"
-            : BATCHINFER_OUTPUTS_32
-            : "l"(a), "l"(b), "r"(add));
-    }
-    __device__ __forceinline__ static void values(float (&c)[32], const uint32_t (&a)[4], uint64_t b) {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " BATCHINFER_REGISTERS_32
-                     ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-                     : BATCHINFER_OUTPUTS_32
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    }
-};
-
-#undef BATCHINFER_REGISTERS_64
-#undef BATCHINFER_REGISTERS_32
-#undef BATCHINFER_OUTPUTS_64
-#undef BATCHINFER_OUTPUTS_32
+#undef BATCHINFER_0
+#undef BATCHINFER_16
+#undef BATCHINFER_32
+#undef BATCHINFER_48
+#undef BATCHINFER_64
+#undef BATCHINFER_80
+#undef BATCHINFER_96
+#undef BATCHINFER_112
+#undef BATCHINFER_LIST_32
+#undef BATCHINFER_LIST_64
+#undef BATCHINFER_LIST_112
+#undef BATCHINFER_LIST_128
+#undef BATCHINFER_SUMS_4
+#undef BATCHINFER_SUMS_16
+#undef BATCHINFER_SUMS_32
+#undef BATCHINFER_SUMS_64
+#undef BATCHINFER_SUMS_112
+#undef BATCHINFER_SUMS_128
+#undef BATCHINFER_SCORES
+#undef BATCHINFER_VALUES
+#undef BATCHINFER_PRODUCTS
 
 }  // namespace batchinfer::gpu
 

@@ -38,4 +38,8 @@ void gelu_mul(const GateArgs& a, Stream stream) {
     gate<Gelu>(a, stream);
 }
 
+bool gated_linear(const GatedLinearArgs&, Stream) {
+    return false;
+}
+
 }  // namespace batchinfer::gpu

@@ -43,7 +43,9 @@ def test_sizes_of_mixed_steps_are_fewer(limit: int) -> None:
         ((400, 90, 90), StepShape(512, 96, repeats=True)),  # 448 would take longer
         ((900, 0, 0), StepShape(1000, 0, repeats=True)),  # the middle of a prompt
         ((290, 290, 60), StepShape(320, 300, repeats=True)),
-        ((1001, 90, 90), StepShape(1001, 90)),
+        ((1001, 90, 80), StepShape(1001, 96)),  # few rows in the last layer: of usual sizes too
+        ((1001, 0, 0), StepShape(1001, 0)),
+        ((8192, 290, 60), StepShape(8192, 300)),
     ],
 )
 def test_a_step_is_filled_up_where_the_launch_takes_longer(counts: tuple[int, int, int], shape: StepShape) -> None:

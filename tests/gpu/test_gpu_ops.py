@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu.backend import DEVICE, SYCL, put
+from gpu.backend import DEVICE, SYCL, put, sized
 from ops.expert_cases import ROUTINGS, options_of
 
 from batchinfer.ops import Experts, HeadNorm, Rope
@@ -145,6 +145,32 @@ def test_linear(real_gpu, dtype, tokens, depth, outputs):
             out = empty_like(want, out_dtype)
             real_gpu.linear(put(x), packed, out, None if added is None else put(added))
             assert_close(out, want, 1e-5 if out_dtype is torch.float32 else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "depth", "width"),
+    [
+        *((3, 64, 96), (150, 70, 90)),  # few rows, and odd sizes: the vendor's product
+        *((129, 72, 136), (200, 64, 112), (200, 128, 232)),  # tiles of 64, 112 and 128 columns on two multiprocessors
+        *sized(((333, 264, 7000), (512, 256, 14336), (512, 512, 8192)), ()),  # the same on an H100
+    ],
+)
+def test_gated_linear(gpu, dtype, tokens, depth, width):
+    x, weight = randn(tokens, depth, dtype=dtype), randn(2 * width, depth, dtype=dtype, seed=1) * 3 / depth**0.5
+    for bias in (None, randn(2 * width, dtype=dtype, seed=2).float()):
+        want, sums = (
+            torch.empty(tokens, width, dtype=torch.float64),
+            torch.empty(tokens, 2 * width, dtype=torch.float64),
+        )
+        added = None if bias is None else bias.double()
+        TRUTH.gated_linear(x, TRUTH.pack_weight(weight.double(), gated=True), want, sums, added)
+        around = empty_like(torch.empty(tokens + 1, width), dtype)
+        given = None if bias is None else put(bias)
+        packed = gpu.pack_weight(weight, gated=True)
+        gpu.gated_linear(put(x), packed, around[:tokens], empty_like(sums, dtype), given)
+        assert_close(around[:tokens], want)
+        assert around[tokens].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
