@@ -255,26 +255,6 @@ def test_counters(decoder: Decoder) -> None:
     assert set(stats.step_seconds) == {"schedule", "forward", "sample", "output"}
 
 
-def test_requests_go_in_by_portions(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many between two steps, or as many as have so many tokens, if that are more."""
-    monkeypatch.setattr("batchinfer.engine.engine.PORTION", 3)
-    monkeypatch.setattr("batchinfer.engine.engine.PORTION_TOKENS", 40)
-    engine = make_engine(decoder, max_slots=16)
-
-    def portion(length: int) -> int:
-        count = 0
-        while engine.wants_more:
-            engine.add(Request(count, np.full(length, 5, np.int32), PLAIN))
-            count += 1
-        return count
-
-    assert portion(20) == 3
-    engine.step()
-    assert portion(10) == 4
-    engine.step()
-    assert portion(1) == 25 - 7  # half a batch waits
-
-
 @pytest.mark.feature("engine", "rows in hand are ordered by common beginning, and longest first at the end of a job")
 def test_the_order_of_requests_changes_no_token(decoder: Decoder) -> None:
     rng = np.random.default_rng(3)

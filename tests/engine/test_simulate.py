@@ -104,10 +104,10 @@ def test_samples_of_a_request_and_several_windows() -> None:
     assert run.prompt_tokens >= 8 * 64 + 64 * 4
 
 
-@pytest.mark.parametrize(("tokens", "portions"), [(128, [256, 256, 512, 1024]), (4, [2400, 0, 0, 0])])
+@pytest.mark.parametrize(("tokens", "portions"), [(128, [256, 256, 256, 256]), (16, [2048, 352, 0, 0])])
 def test_requests_go_in_by_portions(tokens: int, portions: list[int]) -> None:
-    """An idle engine begins with the first of many, and the next portion is as large as what it has; but of short
-    prompts all that it takes are hardly more than a step."""
+    """An idle engine begins with the first of many, and more come step by step; but of short prompts what a few steps
+    take is many requests."""
     went_in = []
 
     def feed(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
