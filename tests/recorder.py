@@ -46,13 +46,13 @@ FUNCTIONS |= {"embed": "lookup", "gather_rows": "lookup"}
 
 _EASY = dict.fromkeys(("add", "softcap", "activate", "attend_texts", "copy", "sink"), "torch")
 _GPU = _EASY | {"pack_weight": "torch", "linear": "torch", "layer_norm": "torch", "mix_experts": "Triton"}
-_GPU |= {"gated_linear": "other ops"}
+_ELSEWHERE = _GPU | {"gated_linear": "other ops"}
 NO_KERNEL = {
     "cpu": {
         **{"attend_texts": "torch", "copy": "numpy", "sink": "numpy"},
         **{"copy_pages": "memcpy", "mix_experts": "other ops"},
     },
-    **{"cuda": _GPU, "rocm": _GPU, "xpu": _GPU},
+    **{"cuda": _GPU, "rocm": _ELSEWHERE, "xpu": _ELSEWHERE},
     "triton": _EASY | {"gated_linear": "other ops"},  # products with codes are Triton's
 }
 """Ops for which a backend has no kernel of its own, and what serves them: there is nothing of ours to emulate, to

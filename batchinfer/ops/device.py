@@ -11,8 +11,8 @@ As ``batchinfer.ops`` promises, with these differences:
   shape.
 - No launch depends on what a tensor holds, so a step can be captured in a graph and replayed with other contents.
 - Products are the vendor's, by torch, but for some of ``gated_linear``, whose sums are not rounded before the gate: a
-  row's last bits may depend on the number of rows. Attention's depend on no
-  other sequences but those whose pages it shares.
+  row's last bits may depend on the number of rows. Attention's depend on no other sequences but those whose pages it
+  shares.
 """
 
 from __future__ import annotations

@@ -113,38 +113,38 @@ template <class T, int Count>
 struct Products;
 
 // `columns`: of the instruction, twice `count`; `a`, `b`, `add`: the operands that follow the sums.
-#define BATCHINFER_SCORES(type, name, count, columns, a_, b_, add_)                                                  \
+#define BATCHINFER_SCORES(name, count, columns, a_, b_, add_)                                                        \
     __device__ __forceinline__ static void scores(float (&c)[count], uint64_t a, uint64_t b, int add) {              \
         asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" add_ ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns \
                      "k16.f32." name "." name " " BATCHINFER_LIST_##count ", %" a_ ", %" b_ ", add, 1, 1, 0, 0;\n}"  \
                      : BATCHINFER_SUMS_##count                                                                       \
                      : "l"(a), "l"(b), "r"(add));                                                                    \
     }
-#define BATCHINFER_VALUES(type, name, count, columns, a0, a1, a2, a3, b_)                                             \
+#define BATCHINFER_VALUES(name, count, columns, a0, a1, a2, a3, b_)                                                   \
     __device__ __forceinline__ static void values(float (&c)[count], const uint32_t (&a)[4], uint64_t b) {            \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." name "." name " " BATCHINFER_LIST_##count \
                      ", {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b_ ", 1, 1, 1, 1;"                                   \
                      : BATCHINFER_SUMS_##count                                                                        \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                           \
     }
-#define BATCHINFER_PRODUCTS(type, name)                                        \
-    template <>                                                                \
-    struct Products<type, 32> {                                                \
-        BATCHINFER_SCORES(type, name, 32, "64", "32", "33", "34")              \
-        BATCHINFER_VALUES(type, name, 32, "64", "32", "33", "34", "35", "36")  \
-    };                                                                         \
-    template <>                                                                \
-    struct Products<type, 64> {                                                \
-        BATCHINFER_SCORES(type, name, 64, "128", "64", "65", "66")             \
-        BATCHINFER_VALUES(type, name, 64, "128", "64", "65", "66", "67", "68") \
-    };                                                                         \
-    template <>                                                                \
-    struct Products<type, 112> {                                               \
-        BATCHINFER_SCORES(type, name, 112, "224", "112", "113", "114")         \
-    };                                                                         \
-    template <>                                                                \
-    struct Products<type, 128> {                                               \
-        BATCHINFER_SCORES(type, name, 128, "256", "128", "129", "130")         \
+#define BATCHINFER_PRODUCTS(type, name)                                  \
+    template <>                                                          \
+    struct Products<type, 32> {                                          \
+        BATCHINFER_SCORES(name, 32, "64", "32", "33", "34")              \
+        BATCHINFER_VALUES(name, 32, "64", "32", "33", "34", "35", "36")  \
+    };                                                                   \
+    template <>                                                          \
+    struct Products<type, 64> {                                          \
+        BATCHINFER_SCORES(name, 64, "128", "64", "65", "66")             \
+        BATCHINFER_VALUES(name, 64, "128", "64", "65", "66", "67", "68") \
+    };                                                                   \
+    template <>                                                          \
+    struct Products<type, 112> {                                         \
+        BATCHINFER_SCORES(name, 112, "224", "112", "113", "114")         \
+    };                                                                   \
+    template <>                                                          \
+    struct Products<type, 128> {                                         \
+        BATCHINFER_SCORES(name, 128, "256", "128", "129", "130")         \
     };
 BATCHINFER_PRODUCTS(bf16, "bf16")
 BATCHINFER_PRODUCTS(f16, "f16")

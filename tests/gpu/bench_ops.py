@@ -1,6 +1,6 @@
 """Times of the GPU ops beside the device's own ceilings.
 
-python tests/gpu/bench_ops.py [decode|pages|prefill|rows|linear|codes|adapters|sample ...]
+python tests/gpu/bench_ops.py [decode|pages|prefill|rows|linear|gated|codes|adapters|sample ...]
 
 Each op is captured in a graph and its replays are timed by events, the median of several; the host has no part in it.
 Bytes are the fewest that the op must move, operations the fewest it must do; shapes are those of Llama-3.1-8B (32 query
@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from batchinfer.models.lora import Factors, Grouped, Stacked
@@ -252,6 +253,34 @@ def bench_linear(gpu: GpuOps, copy: float) -> None:
             line(f"linear {tokens} x {depth} -> {outputs}, {flops:.0f} TFLOP/s", time, bytes=bytes, copy=copy)
 
 
+def bench_gated(gpu: GpuOps) -> None:
+    """An MLP's first half: the vendor's product and silu_mul, and both in one. Weights come from memory: there are more
+    of them than the L2 cache holds. The two take turns, three times."""
+    shapes = (("Llama-3.1-8B", 4096, 14336), ("Llama-3.2-1B", 2048, 8192), ("Qwen3-0.6B", 1024, 3072))
+    for name, depth, width in shapes:
+        copies = range(-(-(400 << 20) // (4 * depth * width)))
+        weights = [torch.randn(2 * width, depth, device="cuda", dtype=BF16) / depth**0.5 for _ in copies]
+        for rows in (192, 256, 320, 384, 512, 640, 768, 1024, 2048, 8192):
+            x = torch.randn(rows, depth, device="cuda", dtype=BF16)
+            sums, out = x.new_empty(rows, 2 * width), x.new_empty(rows, width)
+
+            def apart(x: Tensor = x, sums: Tensor = sums, out: Tensor = out, weights: list[Tensor] = weights) -> None:
+                for weight in weights:
+                    gpu.linear(x, weight, sums)
+                    gpu.silu_mul(sums, out)
+
+            def together(
+                x: Tensor = x, sums: Tensor = sums, out: Tensor = out, weights: list[Tensor] = weights
+            ) -> None:
+                for weight in weights:
+                    gpu.gated_linear(x, weight, out, sums)
+
+            calls, flops = max(1, 4096 // rows), 4 * rows * depth * width
+            taken = [[seconds(op, calls, 3) / len(weights) for op in (apart, together)] for _ in range(3)]
+            for kind, times in zip(("apart", "together"), zip(*taken, strict=True), strict=True):
+                line(f"gated_linear, {name}, {rows} rows, {kind}", statistics.median(times), flops=flops)
+
+
 def bench_codes(gpu: GpuOps, copy: float) -> None:
     """The widest product of a layer with weights that stay codes; the bytes are those of the codes. From 200 tokens
     on they are dequantised first (ops/triton/grouped.py)."""
@@ -325,7 +354,7 @@ def bench_sample(gpu: GpuOps, copy: float, rows: int, vocab: int = 128_256) -> N
 
 def main() -> None:
     gpu = open_gpu()
-    wanted = sys.argv[1:] or ["decode", "pages", "prefill", "rows", "linear", "codes", "adapters", "sample"]
+    wanted = sys.argv[1:] or ["decode", "pages", "prefill", "rows", "linear", "gated", "codes", "adapters", "sample"]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     copy = copy_rate()
     if "decode" in wanted:
@@ -338,6 +367,8 @@ def main() -> None:
         bench_rows(gpu, copy)
     if "linear" in wanted:
         bench_linear(gpu, copy)
+    if "gated" in wanted:
+        bench_gated(gpu)
     if "codes" in wanted:
         bench_codes(gpu, copy)
     if "adapters" in wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ from batchinfer.models.model_spec import ExpertSpec, ModelSpec
 from batchinfer.models.packing import pack
 from batchinfer.models.rope import RopeSpec
 from batchinfer.ops import AttentionInput, Ops
+from batchinfer.ops.accelerator import Accelerator
 from batchinfer.ops.reference import ReferenceOps
 from batchinfer.types import Completion, JobError, PoolSpec, Request, SamplingParams
 
@@ -280,6 +282,37 @@ def test_a_captured_step_gives_the_tokens_of_a_launched_one(real_gpu, lookup: in
     assert {shape.decode_only for shape in graphs} >= ({False} if lookup else {False, True})
     same = [a == b for a, b in zip(tokens(want).values(), tokens(got).values(), strict=True)]
     assert sum(same) >= 0.95 * len(same)
+
+
+def test_nothing_is_collected_while_a_step_is_captured(real_gpu) -> None:
+    """A graph that dies meanwhile, of an engine that nobody has closed, would end the capture."""
+    gpu = Accelerator(real_gpu.device)
+    if not gpu.graphs:
+        pytest.skip("this backend captures nothing")
+    x, pool = torch.zeros(8, device=real_gpu.device), gpu.graph_pool()
+    graphs: list[Any] = []
+
+    def compute() -> torch.Tensor:
+        if graphs:
+            garbage: list[Any] = [graphs.pop()]
+            garbage.append(garbage)
+            del garbage
+            assert len([[] for _ in range(1000)]) == 1000  # enough new objects for a collection
+        return x + 1
+
+    compute()
+    gpu.synchronize()
+    thresholds = gc.get_threshold()
+    with gpu.on(gpu.stream()):
+        graphs.append(gpu.capture(compute, pool)[0])
+        try:
+            gc.set_threshold(10, 1, 1)
+            graph, out = gpu.capture(compute, pool)
+        finally:
+            gc.set_threshold(*thresholds)
+        graph.replay()
+        gpu.synchronize()
+    assert out.tolist() == [1.0] * 8
 
 
 @pytest.mark.hardware("drafts by prompt lookup")
