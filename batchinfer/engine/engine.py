@@ -43,8 +43,8 @@ LENGTHS_EVERY = 32
 
 PORTION, PORTION_TOKENS = 256, 32768
 """Requests that go in between two steps, and tokens of their prompts, before those that are missing wait for the next
-step: a request of 2,144 tokens takes the host 50 us, and a step on 256 of them 13 ms or more. 1,500 at once would let a
-device wait for 75 ms."""
+step: a request of 2,144 tokens takes the host 50 us, so that a portion is ready before a step of such tokens ends (30
+ms), and 1,500 at once would let a device wait for 75 ms."""
 
 SCORING = SamplingParams(max_tokens=1, ignore_eos=True)
 """Of a request of which nothing is wanted but scores: it leaves with the step that ends its prompt."""

@@ -202,7 +202,7 @@ def _mlp(ops: Ops, spec: ModelSpec, mlp: Mlp, x: Tensor, w: Workspace, rows: Row
         ops.gated_linear(x, mlp.gate_up.weight, w.gated, w.gate_up, mlp.gate_up.bias)
     else:
         mlp.gate_up(ops, x, w.gate_up, rows)
-        if spec.fused_gate:  # the same bits as in one op
+        if spec.fused_gate:  # on a CPU the same bits as in one op
             ops.silu_mul(w.gate_up, w.gated)
         elif spec.gated:
             ops.gelu_mul(w.gate_up, w.gated)

@@ -156,6 +156,7 @@ def test_linear(real_gpu, dtype, tokens, depth, outputs):
         *sized(((333, 264, 7000), (512, 256, 14336), (512, 512, 8192)), ()),  # the same on an H100
     ],
 )
+@pytest.mark.feature("CUDA kernels", "gate and up products with SiLU in one pass, for compute capability 9.0")
 def test_gated_linear(gpu, dtype, tokens, depth, width):
     x, weight = randn(tokens, depth, dtype=dtype), randn(2 * width, depth, dtype=dtype, seed=1) * 3 / depth**0.5
     for bias in (None, randn(2 * width, dtype=dtype, seed=2).float()):
