@@ -152,8 +152,8 @@ def test_linear(real_gpu, dtype, tokens, depth, outputs):
     ("tokens", "depth", "width"),
     [
         *((3, 64, 96), (150, 70, 90)),  # few rows, and odd sizes: the vendor's product
-        *((129, 72, 136), (200, 40, 112), (200, 128, 232)),  # tiles of 64, 112 and 128 columns on two multiprocessors
-        *sized(((333, 264, 7000), (512, 256, 14336), (512, 512, 8192)), ()),  # the same on an H100
+        *((161, 72, 136), (200, 40, 112), (200, 128, 232)),  # tiles of 64, 112 and 128 columns on two multiprocessors
+        *sized(((1024, 264, 3072), (512, 256, 14336), (4000, 72, 2000)), ()),  # the same on an H100
     ],
 )
 @pytest.mark.feature("CUDA kernels", "gate and up products with SiLU in one pass, for compute capability 9.0")
