@@ -2,7 +2,7 @@
 #
 # Architectures: -DCMAKE_CUDA_ARCHITECTURES, else what this nvcc knows of 7.0 to 10.0. CUDA 13 no longer compiles for 7.0;
 # the newest also travels as PTX, for GPUs that come later. 9.0 is always built as 90a, which has the warpgroup products of
-# attention_prefill_sm90.cu and runs on every GPU of 9.0 (from CUDA 12 on).
+# the sources named *_sm90.cu and runs on every GPU of 9.0 (from CUDA 12 on).
 function(batchinfer_cuda_architectures out)
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known ERROR_QUIET)
   set(chosen "")

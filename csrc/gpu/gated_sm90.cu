@@ -1,6 +1,7 @@
 // out = SiLU(x gate^T) * (x up^T) in one kernel, for compute capability 9.0: the products of an MLP's first half and
-// the gate between them, so that sums are neither written nor read. On an H100 this takes 4 to 17 % less time than the
-// vendor's product and silu_mul (rows.cu), 8 % for 8,192 rows of Llama-3.1-8B (tests/gpu/RESULTS.md).
+// the gate between them, so that sums are neither written nor read. On an H100 this takes 3 to 22 % less time than the
+// vendor's product and silu_mul (rows.cu), 8 % for 8,192 rows of Llama-3.1-8B; where it was seen to take more, they are
+// taken (gated_tiles.h), but for 576 rows of Llama-3.2-1B (tests/gpu/RESULTS.md).
 //
 // A block of three warpgroups takes 128 rows against as many rows of the gate as of up, 64 elements deep at a time. One
 // thread of the first group only copies, boxes by the tensor memory accelerator, as many stages ahead as shared memory
@@ -19,7 +20,7 @@ namespace batchinfer::gpu {
 namespace {
 
 constexpr int kThreads = 384;
-constexpr int kDepth = 64;  // elements of a stage: a panel
+constexpr int kDepth = kBoxColumns;  // elements of a stage: a panel
 constexpr int kGroupRows = 64;
 
 template <int C>

@@ -1,10 +1,8 @@
 // The warpgroup products of compute capability 9.0 (wgmma) and what their pipelines need: barriers in shared memory,
 // proxy fences, register hand-over. Needs the target sm_90a; other targets see BATCHINFER_WGMMA 0.
 //
-// Operands in shared memory are panels of 64 elements (128 bytes) a row with the 128-byte swizzle: 16-byte piece p of
-// row r stands at piece p ^ r % 8, and 8 rows are 1,024 bytes, to which panels are aligned. An accumulator of 64 x N
-// holds, in warp w of the group, rows 16 w + lane / 4 and + 8, column 8 n + lane % 4 * 2 in elements 4 n ...; as in
-// mma.cuh.
+// Operands in shared memory are panels: panels.cuh. An accumulator of 64 x N holds, in warp w of the group, rows 16 w +
+// lane / 4 and + 8, column 8 n + lane % 4 * 2 in elements 4 n ...; as in mma.cuh.
 #pragma once
 
 #include "gpu/mma.cuh"

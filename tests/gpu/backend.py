@@ -13,6 +13,7 @@ import importlib.machinery
 import importlib.util
 import os
 import time
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -107,6 +108,13 @@ def open_ops() -> DeviceOps:
 
         return TritonOps(DEVICE.type)
     return EmulatedOps() if EMULATOR else open_gpu(DEVICE.type)
+
+
+def warpgroup_kernels() -> bool:
+    """Whether the extension's kernels for compute capability 9.0 run here (it was not built by ``ARCH=sm_90``)."""
+    if SIMT:
+        return Path(EMULATOR).stem == "_gpu" and os.environ.get("BATCHINFER_EMULATED_CAPABILITY", "9") == "9"
+    return not (SYCL or TRITON) and torch.version.cuda is not None and torch.cuda.get_device_capability()[0] == 9
 
 
 def put(t: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu.backend import DEVICE, SYCL, put, sized
+from gpu.backend import DEVICE, SYCL, put, sized, warpgroup_kernels
 from ops.expert_cases import ROUTINGS, options_of
 
 from batchinfer.ops import Experts, HeadNorm, Rope
@@ -158,6 +158,7 @@ def test_linear(real_gpu, dtype, tokens, depth, outputs):
 )
 @pytest.mark.feature("CUDA kernels", "gate and up products with SiLU in one pass, for compute capability 9.0")
 def test_gated_linear(gpu, dtype, tokens, depth, width):
+    """The one kernel where there is one, which leaves the sums alone; the vendor's product and silu_mul elsewhere."""
     x, weight = randn(tokens, depth, dtype=dtype), randn(2 * width, depth, dtype=dtype, seed=1) * 3 / depth**0.5
     for bias in (None, randn(2 * width, dtype=dtype, seed=2).float()):
         want, sums = (
@@ -169,9 +170,12 @@ def test_gated_linear(gpu, dtype, tokens, depth, width):
         around = empty_like(torch.empty(tokens + 1, width), dtype)
         given = None if bias is None else put(bias)
         packed = gpu.pack_weight(weight, gated=True)
-        gpu.gated_linear(put(x), packed, around[:tokens], empty_like(sums, dtype), given)
+        written = empty_like(sums, dtype)
+        gpu.gated_linear(put(x), packed, around[:tokens], written, given)
         assert_close(around[:tokens], want)
         assert around[tokens].isnan().all()
+        in_one = warpgroup_kernels() and dtype is not torch.float32 and bias is None and tokens > 160
+        assert written.isnan().all() if in_one else not written.isnan().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
