@@ -39,7 +39,7 @@ BACKENDS = (
 NO_OPS = frozenset({"activations", "linear_inputs", "zeros"})
 """What the op list has besides: answers, and memory."""
 
-_OF_THEIR_NAME = "rms_norm silu_mul gelu_mul rope_and_cache copy_pages plan_attention attention sample"
+_OF_THEIR_NAME = "rms_norm silu_mul gelu_mul rope_and_cache copy_pages feed_back plan_attention attention sample"
 FUNCTIONS = {op: op for op in _OF_THEIR_NAME.split()}
 FUNCTIONS |= {"embed": "lookup", "gather_rows": "lookup"}
 """Ops with kernels in csrc/gpu and csrc/sycl, and the extension's functions."""
@@ -50,10 +50,10 @@ _ELSEWHERE = _GPU | {"gated_linear": "other ops"}
 NO_KERNEL = {
     "cpu": {
         **{"attend_texts": "torch", "copy": "numpy", "sink": "numpy"},
-        **{"copy_pages": "memcpy", "mix_experts": "other ops"},
+        **{"copy_pages": "memcpy", "mix_experts": "other ops", "feed_back": "not needed"},
     },
     **{"cuda": _GPU, "rocm": _ELSEWHERE, "xpu": _ELSEWHERE},
-    "triton": _EASY | {"gated_linear": "other ops"},  # products with codes are Triton's
+    "triton": _EASY | {"gated_linear": "other ops", "feed_back": "torch"},  # products with codes are Triton's
 }
 """Ops for which a backend has no kernel of its own, and what serves them: there is nothing of ours to emulate, to
 interpret or to compile."""

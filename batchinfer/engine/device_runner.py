@@ -218,10 +218,8 @@ class DeviceRunner:
     def _compute(self, shape: StepShape, score: ScoreInput | None = None) -> tuple[Tensor, Scores | None]:
         """The step in the device's buffer: its tokens, which the slots remember; logits, which the next step
         overwrites, where it is not ``shape.sampled``; or pooled states."""
-        arrays, tokens, samples = self._buffer.arrays, shape.tokens, shape.samples
-        ids, slot = arrays["token_ids"][:tokens], arrays["slot"][:tokens]
-        ids = ids[: len(slot)]  # decodes come first, one token a sequence where some are not known yet
-        torch.where(ids < 0, self._last_token.index_select(0, slot), ids, out=ids)
+        samples = shape.samples
+        self._buffer.feed_back(shape, self._ops, self._last_token)
         step = replace(self._buffer.step_input(shape, self._page_table), score=score)
         if self._decoder.pooling:
             return self._decoder.pool(step, self._cache), None

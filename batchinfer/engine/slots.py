@@ -23,6 +23,9 @@ _FIELDS = {
     "min_tokens": np.int32,
 }
 
+STOPS = 4
+"""Stop tokens of a sequence that a device is told of. It stops no later where there are more: the host finds them."""
+
 ScoredRows = tuple[np.ndarray, np.ndarray, int]
 """The fields of ScoreInput (models/decoder.py), on the host."""
 
@@ -73,6 +76,7 @@ class SlotTable:
         self._worded = np.zeros(max_slots, bool)
         self._mask_words = -(-vocab_size // 32)
         self._stop_ids: list[np.ndarray] = [_NONE] * max_slots
+        self._stops = np.full((max_slots, STOPS), -1, np.int32)
         self._masks: dict[int, np.ndarray] = {}
         self._biases: dict[int, dict[int, float]] = {}
         self._bad_words: dict[int, BadWords] = {}
@@ -89,6 +93,9 @@ class SlotTable:
         self._penalised[slot] = params.penalised
         self._constrained[slot] = params.constrained
         self._stop_ids[slot] = stop_ids
+        told = stop_ids[:STOPS]
+        self._stops[slot] = -1
+        self._stops[slot, : len(told)] = told
         self._masked[slot] = bool(params.allowed_token_ids)
         if params.allowed_token_ids:
             self._masks[slot] = _mask(params.allowed_token_ids, self._mask_words)
@@ -102,6 +109,12 @@ class SlotTable:
         [N]."""
         columns = {name: self._columns[name][slots] for name in ("temperature", "top_k", "top_p", "min_p")}
         return columns | {"seed": self._seed[slots], "position": counts}
+
+    def stops(self, slots: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """The first STOPS of the tokens that end the sequences in ``slots`` behind ``counts`` others, int32 [N]: int32
+        [N, STOPS], -1 for none."""
+        too_short = counts < self._columns["min_tokens"][slots]
+        return np.where(too_short[:, None], np.int32(-1), self._stops[slots])
 
     def need_tokens(self, slots: np.ndarray) -> bool:
         """Whether :meth:`extras` asks for the tokens that one of these, int32 [N], has so far."""

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchinfer.engine.slots import SlotTable
+from batchinfer.engine.slots import STOPS, SlotTable
 from batchinfer.engine.step_shape import StepShape
 from batchinfer.models.decoder import StepInput
 from batchinfer.models.layers import Copies
 from batchinfer.models.lora import NO_ADAPTERS, AdapterRows
-from batchinfer.ops import AttentionInput, SampleInput
+from batchinfer.ops import AttentionInput, Ops, SampleInput
 from batchinfer.ops.fields import SAMPLE_FIELDS
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ class StepBuffer:
 
     ``max_tokens`` T, ``max_slots`` S, ``max_samples`` N: no step has more tokens, sequences or samples. ``arrays`` maps
     names to views: token_ids, positions, adapter int32 [T]; kv_index int64 [T]; q_start [S + 1], kv_len, slot,
-    copy_source, copy_target int32 [S]; sample_row, sample_adapter, position, top_k int32 [N]; sample_slot, seed int64
-    [N]; temperature, top_p, min_p float32 [N].
+    copy_source, copy_target int32 [S]; stop_ids int32 [S * STOPS]; sample_row, sample_adapter, position, top_k int32
+    [N]; sample_slot, seed int64 [N]; temperature, top_p, min_p float32 [N].
     """
 
     def __init__(self, max_tokens: int, max_slots: int, max_samples: int, empty: Callable[[int], Tensor]):
@@ -48,6 +48,7 @@ class StepBuffer:
             "q_start": (torch.int32, max_slots + 1),
             "kv_len": (torch.int32, max_slots),
             "slot": (torch.int32, max_slots),
+            "stop_ids": (torch.int32, max_slots * STOPS),
             "copy_source": (torch.int32, max_slots),
             "copy_target": (torch.int32, max_slots),
             "sample_row": (torch.int32, max_samples),
@@ -92,6 +93,21 @@ class StepBuffer:
             target = self.arrays[name].numpy()
             target[: len(array)] = array
             target[len(array) : length] = filler
+        self._fill_stops(step, slots)
+
+    def _fill_stops(self, step: Step, slots: SlotTable) -> None:
+        """Of the sequences whose token only the device knows: what it ends them with. Those come first, so that rows,
+        tokens and sequences are the same there; others' stop ids nobody reads."""
+        stops = self.arrays["stop_ids"].numpy().reshape(-1, STOPS)
+        stops[: step.num_decode] = -1
+        unknown = step.token_ids[step.sample_row] < 0
+        stops[step.sample_row[unknown]] = slots.stops(step.sample_slot[unknown], step.sample_count[unknown] - 1)
+
+    def feed_back(self, shape: StepShape, ops: Ops, last_token: Tensor) -> None:
+        """To the sequences whose token only the device knows; by ``ops.feed_back``, where the buffer lies."""
+        a, rows = self.arrays, min(shape.tokens, self.max_slots)
+        stops = a["stop_ids"].view(-1, STOPS)[:rows]
+        ops.feed_back(a["token_ids"][:rows], a["kv_len"][:rows], a["slot"][:rows], last_token, stops)
 
     def step_input(self, shape: StepShape, page_table: Tensor) -> StepInput:
         """Views of the first tokens and samples; always max_slots sequences."""

@@ -126,7 +126,9 @@ class AttentionInput:
     ``q_start`` [S+1]: tokens q_start[i]..q_start[i+1] of the step belong to sequence i, and are its last ones.
     ``kv_len`` [S]: length of sequence i, this step's tokens included. ``slot`` [S]: its row of ``page_table``
     [slots, pages per slot], where entry j is the page of positions j*B..(j+1)*B-1. ``decode_only`` promises that no
-    sequence has more than one token in the step, so that a backend need not look for others.
+    sequence has more than one token in the step, so that a backend need not look for others. After ``feed_back`` a
+    kv_len -n is of a sequence of n positions, one of them of the step, that has ended: what its token attends to is
+    wanted by nobody, and becomes some finite numbers.
     """
 
     q_start: Tensor
@@ -254,6 +256,11 @@ class Ops(Protocol):
     def copy_pages(self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None:
         """Page target[i] of both caches [P, G, B, E], of any dtype, becomes a copy of page source[i]; int32 [C]. No
         page is a target twice, or source and target."""
+
+    def feed_back(self, ids: Tensor, kv_len: Tensor, slot: Tensor, last_token: Tensor, stop_ids: Tensor) -> None:
+        """What the step before sampled, to those who go on with it; on devices alone whose steps run ahead of the host.
+        All int32: an id -1 of ids [R], R leading sequences of one token, becomes last_token[slot[i]], slot [R]. Where
+        that is among stop_ids[i] [R, K], -1 for none, the sequence has ended, and kv_len[i] [R] becomes negative."""
 
     def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0) -> Any:
         """Host work of the step's attention (work list), done once and used by every layer with this ``window``: a

@@ -226,6 +226,23 @@ class DeviceOps(TextAttention, ABC):
             raise ValueError(f"k_cache has pages of {page_bytes} bytes: a multiple of 16 is needed")
         self._copy_pages(k_cache, v_cache, source, target, pages, page_bytes)
 
+    def feed_back(self, ids: Tensor, kv_len: Tensor, slot: Tensor, last_token: Tensor, stop_ids: Tensor) -> None:
+        (rows,) = shape_of("ids", ids, 1)
+        stops = shape_of("stop_ids", stop_ids, 2)[1]
+        self._check("ids", ids, torch.int32, (rows,))
+        self._check("kv_len", kv_len, torch.int32, (rows,))
+        self._check("slot", slot, torch.int32, (rows,))
+        self._check("last_token", last_token, torch.int32, shape_of("last_token", last_token, 1))
+        self._check("stop_ids", stop_ids, torch.int32, (rows, stops))
+        self._feed_back(ids, kv_len, slot, last_token, stop_ids)
+
+    def _feed_back(self, ids: Tensor, kv_len: Tensor, slot: Tensor, last_token: Tensor, stop_ids: Tensor) -> None:
+        """By torch, where a backend has no kernel of its own."""
+        unknown = ids < 0
+        torch.where(unknown, last_token.index_select(0, slot.clamp(0, len(last_token) - 1)), ids, out=ids)
+        ended = unknown & (stop_ids == ids.unsqueeze(1)).any(dim=1)
+        torch.where(ended, -kv_len, kv_len, out=kv_len)
+
     def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0) -> Any:
         kv_heads = shape_of("k_cache", k_cache, 4)[1]
         slots, slot_pages = shape_of("page_table", inputs.page_table, 2)

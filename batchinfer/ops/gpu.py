@@ -173,6 +173,10 @@ class GpuOps(DeviceOps):
         places = (t.data_ptr() for t in (k_cache, v_cache, source, target))
         self._gpu.copy_pages(*places, len(source), pages, page_bytes, self._stream())
 
+    def _feed_back(self, ids: Tensor, kv_len: Tensor, slot: Tensor, last_token: Tensor, stop_ids: Tensor) -> None:
+        addresses = (t.data_ptr() for t in (ids, kv_len, slot, last_token, stop_ids))
+        self._gpu.feed_back(*addresses, len(ids), len(last_token), stop_ids.shape[1], self._stream())
+
     def _plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int) -> Plan:
         pages, kv_heads, page_size, width = k_cache.shape
         slots, slot_pages = inputs.page_table.shape

@@ -122,6 +122,12 @@ class ReferenceOps:
         for cache in (k_cache, v_cache):
             cache[target.long()] = cache[source.long()]
 
+    def feed_back(self, ids: Tensor, kv_len: Tensor, slot: Tensor, last_token: Tensor, stop_ids: Tensor) -> None:
+        unknown = ids < 0
+        ids[unknown] = last_token[slot[unknown].long()]
+        ended = unknown & (stop_ids == ids.unsqueeze(1)).any(dim=1)
+        kv_len[ended] = -kv_len[ended]
+
     def plan_attention(
         self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0
     ) -> tuple[AttentionInput, int]:

@@ -78,6 +78,15 @@ void bind_rows(py::module_& m) {
     });
 }
 
+void bind_steps(py::module_& m) {
+    m.def("feed_back", [](uintptr_t ids, uintptr_t kv_len, uintptr_t slot, uintptr_t last_token, uintptr_t stop_ids,
+                          int64_t rows, int64_t slots, int64_t stops, uintptr_t stream) {
+        gpu::feed_back({at<int32_t>(ids), at<int32_t>(kv_len), at<int32_t>(slot), at<int32_t>(last_token),
+                        at<int32_t>(stop_ids), rows, slots, stops},
+                       stream_at(stream));
+    });
+}
+
 void bind_attention(py::module_& m) {
     py::class_<gpu::AttentionPlan>(m, "AttentionPlan",
                                    "Addresses of a step's work lists; the tensors are the caller's.")
@@ -170,6 +179,7 @@ PYBIND11_MODULE(_gpu, m) {
     m.attr("build_info") = build_info();
     m.def("device_count", &gpu::device_count, "Devices that the driver shows; 0 without a driver.");
     bind_rows(m);
+    bind_steps(m);
     bind_attention(m);
     bind_sample(m);
 }

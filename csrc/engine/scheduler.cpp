@@ -414,6 +414,8 @@ std::vector<Finished> Scheduler::update(std::span<const int32_t> tokens) {
             settle_draft(sequence);
         }
         if (!stops && sequence.generated() < sequence.max_new_tokens) continue;
+        // A step ahead that knows the stop token computes nothing behind it: its K/V are not for others to find.
+        if (stops) sequence.computed = std::min(sequence.computed, sequence.known() - 1);
         finished.push_back({
             .seq_id = sequence.id,
             .reason = stops ? FinishReason::kStop : FinishReason::kLength,

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) generic_kernel(AttentionArgs a) {
     const int s = find_sequence(p.q_start, p.sequences, token);
     const Sequence q = sequence_of(p, s, a.tokens);
     if (token < q.token || token >= q.token + q.tokens) return;
-    const int length = q.length - q.tokens + (token - q.token) + 1;
+    const int length = keys_end(q, 0) - q.tokens + (token - q.token) + 1;
     const Pages pages(p, q.page_row, head / (p.heads / p.kv_heads));
     const int group = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, pairs = p.head_width / (2 * kLanes);
     const float scale = a.scale * kLog2e;

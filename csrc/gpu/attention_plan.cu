@@ -114,11 +114,13 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(AttentionPlan p) {
             }
         }
         __syncthreads();
-        int mine[lists] = {}, shared = 0, together = 0, skipped = 0, end = q.length;
+        int mine[lists] = {}, shared = 0, together = 0, skipped = 0, end = 0;
         if (q.tokens == 1) {
             shared = shared_of[first];
             // With a window nobody reads what is before it. Chunks of 16 positions never cross pages.
             skipped = p.window ? window_start(p, q.length - 1) & ~15 : shared;
+            // Only here: a group stays together around one of it that has ended.
+            end = q.length = keys_end(q, skipped);
             together = (shared + p.split - 1) / p.split;
             const int own = (q.length - skipped + p.split - 1) / p.split;
             const int last = skipped + (own - 1) * p.split;

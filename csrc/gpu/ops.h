@@ -122,6 +122,16 @@ struct AttentionArgs {
     float softcap;  // scores are softcap * tanh(scale * q.k / softcap); 0: scale * q.k
 };
 
+// See Ops.feed_back.
+struct FeedBackArgs {
+    int32_t* ids;               // [rows]
+    int32_t* kv_len;            // [rows]
+    const int32_t* slot;        // [rows]
+    const int32_t* last_token;  // [slots]
+    const int32_t* stop_ids;    // [rows, stops]
+    int64_t rows, slots, stops;
+};
+
 // Each throws std::invalid_argument for a shape it cannot do and std::runtime_error if the launch fails.
 void lookup(const LookupArgs&, Stream);
 void rms_norm(const RmsNormArgs&, Stream);
@@ -130,6 +140,7 @@ void gelu_mul(const GateArgs&, Stream);
 bool gated_linear(const GatedLinearArgs&, Stream);  // false: there is no kernel for these, and nothing was done
 void rope_and_cache(const RopeAndCacheArgs&, Stream);
 void copy_pages(const CopyPagesArgs&, Stream);  // pages of a multiple of 16 bytes
+void feed_back(const FeedBackArgs&, Stream);
 void plan_attention(const AttentionPlan&, Stream);
 void attention(const AttentionArgs&, Stream);
 void attention_decode(const AttentionArgs&, Stream);

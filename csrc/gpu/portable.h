@@ -50,6 +50,7 @@ struct Sequence {
     int token;   // first row in the step
     int tokens;  // rows
     int length;  // keys, this step's included
+    bool ended;  // nobody wants what its token attends to
     const int32_t* page_row;
 };
 
@@ -57,10 +58,31 @@ BATCHINFER_ON_DEVICE Sequence sequence_of(const AttentionPlan& p, int s, int ste
     Sequence q;
     q.token = smaller_of(larger_of(p.q_start[s], 0), step_tokens);
     q.tokens = smaller_of(larger_of(p.q_start[s + 1], q.token), step_tokens) - q.token;
+    const int32_t length = p.kv_len[s];
+    q.ended = length < 0 && q.tokens == 1;
     // Keys up to the first query's own are always there: a shorter kv_len would leave rows without any key.
-    q.length = smaller_of(larger_of(p.kv_len[s], q.tokens), p.slot_pages * p.page_size);
+    q.length =
+        smaller_of(larger_of(q.ended ? -larger_of(length, -INT32_MAX) : length, q.tokens), p.slot_pages * p.page_size);
     q.page_row = p.page_table + clamp_index(p.slot[s], p.slots) * int64_t{p.slot_pages};
     return q;
+}
+
+// Where the keys end that a sequence reads, of those from `begin` on: one that has ended reads a single one, so that
+// its row has some number.
+BATCHINFER_ON_DEVICE int keys_end(const Sequence& q, int begin) {
+    return q.ended ? begin + 1 : q.length;
+}
+
+// A row of feed_back.
+BATCHINFER_ON_DEVICE void feed_back_row(const FeedBackArgs& a, int64_t row) {
+    if (a.ids[row] >= 0) return;
+    const int32_t token = a.last_token[clamp_index(a.slot[row], a.slots)];
+    a.ids[row] = token;
+    bool ended = false;
+    for (int64_t i = row * a.stops; i < (row + 1) * a.stops; ++i) {
+        ended |= a.stop_ids[i] == token;
+    }
+    if (ended) a.kv_len[row] = -a.kv_len[row];
 }
 
 // The first position that a token at `position` sees.

@@ -52,7 +52,7 @@ inline Cut cut_of(const AttentionPlan& p, const Sequence& q, int shared) {
     if (q.tokens == 1) {
         cut.first = shared ? shared : window_start(p, q.length - 1) / kBlockKeys * kBlockKeys;
         cut.together = (shared + p.split - 1) / p.split;
-        cut.alone = (q.length - cut.first + p.split - 1) / p.split;
+        cut.alone = (keys_end(q, cut.first) - cut.first + p.split - 1) / p.split;
     }
     return cut;
 }
@@ -187,6 +187,7 @@ inline Task task_of(const AttentionPlan& p, int number, int step_tokens) {
     t.part = cut.together + own;
     t.begin =
         shared ? shared + own * p.split : window_start(p, t.last_key(0)) / kBlockKeys * kBlockKeys + own * p.split;
+    t.q.length = keys_end(t.q, t.begin);
     t.end = t.last_key(t.rows - 1) + 1;
     if (t.parts > 1) t.end = smaller_of(t.end, t.begin + p.split);
     return t;

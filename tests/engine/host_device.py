@@ -18,8 +18,10 @@ from batchinfer.ops.reference import ReferenceOps
 
 
 class FilledOps(ReferenceOps):
-    """Tokens with kv_index -1 have no place in the cache, page -1 is copied nowhere, and sequences without tokens
-    attend to nothing."""
+    """Tokens with kv_index -1 have no place in the cache, page -1 is copied nowhere, sequences without tokens attend to
+    nothing, and those that have ended to their first position. ``ended``: how many of these there were."""
+
+    ended = 0
 
     def copy_pages(self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None:
         kept = source >= 0
@@ -42,9 +44,11 @@ class FilledOps(ReferenceOps):
         q_out[kept] = q
 
     def plan_attention(self, inputs: AttentionInput, num_heads: int, k_cache: Tensor, window: int = 0) -> Any:
-        used = inputs.kv_len > 0
+        used, ended = inputs.kv_len != 0, inputs.kv_len < 0
+        self.ended += int(ended.sum())
         starts = torch.cat([inputs.q_start[:-1][used], inputs.q_start[-1:]])
-        inputs = replace(inputs, q_start=starts, kv_len=inputs.kv_len[used], slot=inputs.slot[used])
+        kv_len = torch.where(ended, 1, inputs.kv_len)[used]
+        inputs = replace(inputs, q_start=starts, kv_len=kv_len, slot=inputs.slot[used])
         assert not inputs.decode_only or (starts.diff() == 1).all()
         return super().plan_attention(inputs, num_heads, k_cache, window)
 

@@ -149,6 +149,7 @@ class Harness:
         histories: list[tuple[int, ...]] = []
         for i in range(step.num_seqs):
             slot = int(step.seq_slot[i])
+            spared = self.has_ended(int(step.seq_ids[i]))
             self.copy_pages(step, self.table[slot].tolist())
             for t in range(int(step.q_start[i]), int(step.q_start[i + 1])):
                 position, token = int(step.positions[t]), int(step.token_ids[t])
@@ -159,12 +160,18 @@ class Harness:
                 assert before is not None
                 histories.append((*before, token))
                 assert step.kv_index[t] == self.where(slot, position)
-                self.kv[step.kv_index[t]] = histories[-1]
+                self.kv[step.kv_index[t]] = None if spared else histories[-1]
         self.copy_pages(step, step.copy_target.tolist())
         tokens = [next_token(histories[row]) for row in step.sample_row.tolist()]
         for slot, token in zip(step.sample_slot.tolist(), tokens, strict=True):
             self.last_token[slot] = token
         return tokens
+
+    def has_ended(self, seq_id: int) -> bool:
+        """Whether the sequence's last token was a stop token, which the host has not seen yet: a device need not
+        compute what comes behind it."""
+        job = self.jobs[seq_id]
+        return job.reason == "stop" and job.sampled == len(job.expected)
 
     def copy_pages(self, step: Step, targets: list[int]) -> None:
         """Those copies of the step that go to the pages ``targets``."""
@@ -211,7 +218,7 @@ class Harness:
             drafted = end - first - 1 if decodes else 0
             assert drafted <= config.get("lookup", 0)
             known = len(job.prompt) + job.sampled
-            for position in range(length - drafted):
+            for position in range(length - drafted - self.has_ended(seq_id)):
                 assert self.entry(slot, position) == job.history[: position + 1], "attends to foreign tokens"
             job.prefilled = length - drafted == known
             assert (seq_id in samples) == job.prefilled

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from engine.host_device import FilledOps, host_runner
 from engine.tiny_engine import VOCAB, make_decoder, make_engine, random_prompts, run
 
 from batchinfer.engine.engine import Engine
+from batchinfer.engine.slots import STOPS
 from batchinfer.models.decoder import Decoder
 from batchinfer.models.lora import Grouped, Stacked
 from batchinfer.types import Completion, Request, SamplingParams
@@ -71,6 +73,73 @@ def test_filled_up_and_captured_steps(decoder: Decoder, case: str, options: dict
     if options["lookup"] and case != "prompts scored":
         assert engine.stats().drafted_tokens > 0
     assert engine.stats().pages_used == 0
+    engine.close()
+
+
+def tokens_of(completion: Completion) -> list[int]:
+    return completion.samples[0].token_ids.tolist()
+
+
+def stopped_at(length: int) -> list[Request]:
+    """Requests that a stop token ends, which makes them ``length`` tokens long with their prompts."""
+    free = [Request(i, prompt, replace(PLAIN, max_tokens=60)) for i, prompt in enumerate(random_prompts(40))]
+    done = run(make_engine(make_decoder(), page_size=16), free)
+    asked = []
+    for request in free:
+        tokens = tokens_of(done[request.id])[: length - len(request.prompt)]
+        if tokens and tokens[-1] not in tokens[:-1]:
+            asked.append(replace(request, sampling=replace(request.sampling, stop_token_ids=(tokens[-1],))))
+    return asked
+
+
+@pytest.mark.feature("engine", "a GPU sees itself that a stop token has ended a sequence, and spares its attention")
+def test_a_sequence_that_has_ended_attends_to_nothing() -> None:
+    """And nobody finds what it would have written: here the stop token is the last of a page."""
+    asked = stopped_at(48)
+    assert len(asked) >= 5
+    ops = FilledOps()
+    engine = make_engine(make_decoder(ops=ops), make_runner=host_runner, page_size=16)
+    done = run(engine, asked)
+    assert all(completion.samples[0].finish_reason == "stop" for completion in done.values())
+    assert ops.ended == len(asked)
+    more = np.arange(5, 25, dtype=np.int32)
+    whole = {r.id: np.concatenate([r.prompt, done[r.id].samples[0].token_ids, more]) for r in asked}
+    assert all(len(prompt) == 48 + len(more) for prompt in whole.values())
+    next_turn = [Request(100 + i, prompt, PLAIN) for i, prompt in whole.items()]
+    got = run(engine, next_turn)
+    assert engine.stats().cached_prompt_tokens >= 32 * len(asked)
+    assert same_tokens(got, run(make_engine(make_decoder(), page_size=16), next_turn))
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "ended"),
+    [
+        ({}, True),
+        ({"ignore": True}, False),
+        ({"min_tokens": 60}, False),  # the token is banned until then
+        ({"more": STOPS - 1}, True),
+        ({"more": STOPS}, False),  # it is one that the device is not told of: the host stops it
+        ({"as_string": True}, False),
+    ],
+    ids=str,
+)
+def test_what_ends_a_sequence_on_the_device(changes: dict[str, Any], ended: bool) -> None:
+    request = stopped_at(48)[0]
+    (stop,) = request.sampling.stop_token_ids
+    params = replace(request.sampling, min_tokens=changes.get("min_tokens", 0))
+    if "ignore" in changes:
+        params = replace(params, stop_token_ids=())
+    if "as_string" in changes:
+        params = replace(params, stop_token_ids=(), stop=(chr(33 + stop),))
+    if "more" in changes:
+        params = replace(params, stop_token_ids=(*range(VOCAB - changes["more"], VOCAB), stop))
+    request = replace(request, sampling=params)
+    ops = FilledOps()
+    engine = make_engine(make_decoder(ops=ops), make_runner=host_runner, page_size=16)
+    got = run(engine, [request])
+    assert ops.ended == ended
+    assert same_tokens(got, run(make_engine(make_decoder(), page_size=16), [request]))
     engine.close()
 
 

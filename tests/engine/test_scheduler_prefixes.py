@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from engine.model_scheduler import Harness
+from engine.model_scheduler import Harness, make_job
 from engine.test_scheduler import CONFIG, computed, run, scheduler, step_of
 
 from batchinfer._engine import Scheduler
@@ -117,6 +117,21 @@ def test_generated_tokens_are_found_by_a_later_turn() -> None:
         s.update([7])
     s.add(1, [1, 2, 3] + [7] * 10 + [4, 4], max_new_tokens=1)
     assert computed(run(s)) == {1: 3}
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_what_comes_behind_a_stop_token_is_not_found(steps_ahead: int) -> None:
+    """A device that saw the token left out what the step ahead had of the sequence. Here it is the last of a page."""
+    harness = Harness(CONFIG, steps_ahead)
+    prompt, page = (1, 2, 0, 1, 1), harness.page_size
+    tokens = prompt + tuple(make_job(prompt, page, 0, (), 64, 0).expected)
+    whole = next(n for n in (2 * page, 3 * page) if tokens[n - 1] not in tokens[len(prompt) : n - 1])
+    harness.add(0, prompt, max_new=9, stop=(tokens[whole - 1],))
+    harness.drain()
+    assert len(prompt) + len(harness.done[0]) == whole
+    harness.add(1, (*tokens[:whole], 2), max_new=2)
+    harness.drain()
+    assert harness.scheduler.cached_prompt_tokens == whole - page
 
 
 def test_prefixes_can_be_forgotten() -> None:

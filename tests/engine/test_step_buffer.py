@@ -48,6 +48,36 @@ def test_arrays_are_the_steps_and_the_rest_is_of_nobody() -> None:
     assert (buffer.arrays["token_ids"][8:].numpy().view(np.uint8) == 0xEE).all()  # beyond the sizes: untouched
 
 
+def test_stop_ids_of_the_sequences_whose_token_only_the_device_knows() -> None:
+    scheduler = Scheduler(num_pages=20, page_size=4, max_slots=5, max_step_tokens=16, max_seq_len=32)
+    slots = SlotTable(5, vocab_size=64)
+    params = [SamplingParams(), SamplingParams(min_tokens=1), SamplingParams(min_tokens=2)]
+    stops = [np.array(ids, np.int32) for ids in ([7, 8], [9], [10])]
+    buffer = StepBuffer(16, 5, 5, empty_bytes)
+    buffer.data.fill_(0xEE)
+
+    def add(seq_id: int, given: SamplingParams, ids: np.ndarray) -> None:
+        scheduler.add(seq_id, np.arange(3), max_new_tokens=9, min_new_tokens=given.min_tokens, stop_token_ids=ids)
+
+    def next_stops() -> list[list[int]]:
+        step = scheduler.schedule()
+        for slot, seq_id in zip(step.new_slots.tolist(), step.new_seqs.tolist(), strict=True):
+            slots.assign(slot, params[seq_id], seed=0, stop_ids=stops[seq_id])
+        buffer.fill(step, slots, StepShape(step.num_tokens, step.num_samples))
+        return buffer.arrays["stop_ids"].view(-1, 4)[: step.num_decode].tolist()
+
+    add(0, params[0], stops[0])
+    add(1, params[1], stops[1])
+    assert next_stops() == []  # prompts
+    add(2, params[2], stops[2])
+    assert next_stops() == [[7, 8, -1, -1], [-1] * 4]  # the token that sequence 1 has is its first: banned
+    scheduler.update(np.array([1, 2], np.int32))
+    assert next_stops() == [[7, 8, -1, -1], [9, -1, -1, -1], [-1] * 4]
+    scheduler.update(np.array([3, 4, 5], np.int32))
+    scheduler.update(np.array([3, 4, 5], np.int32))
+    assert next_stops() == [[-1] * 4] * 3  # the host knows the tokens
+
+
 def test_arrays_do_not_overlap_and_stand_where_wide_accesses_may() -> None:
     buffer = StepBuffer(37, 11, 23, empty_bytes)
     spans = sorted((a.data_ptr(), a.data_ptr() + a.nbytes) for a in buffer.arrays.values())

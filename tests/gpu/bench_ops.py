@@ -1,6 +1,6 @@
 """Times of the GPU ops beside the device's own ceilings.
 
-python tests/gpu/bench_ops.py [decode|pages|prefill|rows|linear|gated|codes|adapters|sample ...]
+python tests/gpu/bench_ops.py [decode|ended|pages|prefill|rows|linear|gated|codes|adapters|sample ...]
 
 Each op is captured in a graph and its replays are timed by events, the median of several; the host has no part in it.
 Bytes are the fewest that the op must move, operations the fewest it must do; shapes are those of Llama-3.1-8B (32 query
@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from batchinfer.models.lora import Factors, Grouped, Stacked
 from batchinfer.ops import AttentionInput, Rope, SampleInput
+from batchinfer.ops.device import DeviceOps
 from batchinfer.ops.gpu import GpuOps, open_gpu
 from batchinfer.ops.grouped import GroupQuantized
 from batchinfer.ops.quantized import FLOAT8
@@ -136,6 +138,23 @@ def bench_decode(gpu: GpuOps, copy: float) -> None:
     line("decode 8B, 4 x 16 (launches alone)", seconds(step.attend, 50))
     step = Step(gpu, mixed, 32, 8, 128)
     line("plan_attention, 256 sequences", seconds(lambda: gpu.plan_attention(step.inputs, 32, step.k), 50))
+
+
+def bench_ended(gpu: GpuOps) -> None:
+    """What a step saves where one sequence in 200 has ended (190 tokens are a chat's answer), and what it costs to see
+    it: by one kernel, and by torch's."""
+    for count, length, sharers, shared in ((256, 640, 1, 0), (512, 640, 1, 0), (1000, 2176, 1000, 2048)):
+        step = Step(gpu, [(1, length)] * count, 32, 8, 128, sharers, shared)
+        name = f"decode 8B, {count} x {length}" + (f", {shared} shared" if shared else "")
+        line(name, seconds(step.attend))
+        step.inputs.kv_len[::200] *= -1
+        gpu.plan_attention(step.inputs, 32, step.k)
+        line(f"  the same, {len(range(0, count, 200))} of them ended", seconds(step.attend))
+    # All are -1, the last tokens too, so that every call finds unknown ids.
+    shapes = [(512,)] * 4 + [(512, 4)]
+    rows = [torch.full(shape, -1, dtype=torch.int32, device="cuda") for shape in shapes]
+    for kind, op in (("one kernel", gpu._feed_back), ("torch", partial(DeviceOps._feed_back, gpu))):
+        line(f"feed_back, 512 rows, {kind}", seconds(partial(op, *rows), 50))
 
 
 def bench_pages(gpu: GpuOps, copy: float) -> None:
@@ -354,11 +373,24 @@ def bench_sample(gpu: GpuOps, copy: float, rows: int, vocab: int = 128_256) -> N
 
 def main() -> None:
     gpu = open_gpu()
-    wanted = sys.argv[1:] or ["decode", "pages", "prefill", "rows", "linear", "gated", "codes", "adapters", "sample"]
+    wanted = sys.argv[1:] or [
+        "decode",
+        "ended",
+        "pages",
+        "prefill",
+        "rows",
+        "linear",
+        "gated",
+        "codes",
+        "adapters",
+        "sample",
+    ]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     copy = copy_rate()
     if "decode" in wanted:
         bench_decode(gpu, copy)
+    if "ended" in wanted:
+        bench_ended(gpu)
     if "pages" in wanted:
         bench_pages(gpu, copy)
     if "prefill" in wanted:

@@ -147,6 +147,38 @@ def test_a_step_may_be_filled_up(gpu, shape, dtype):
     assert torch.equal(lse[:end], want_lse)
 
 
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((32, 8, 128), torch.bfloat16),
+        ((9, 3, 64), torch.float16),
+        ((6, 2, 96), torch.bfloat16),
+        ((4, 2, 64), torch.float32),
+    ],
+)
+def test_those_who_have_ended(gpu, shape, dtype, window):
+    """Get some numbers, and change nobody else's; alone, in a group that shares its beginning, and all of a group."""
+    common = [40] * 12 + [0] * 5
+    case = make_case(
+        shape, dtype, [(1, 641 + 97 * i) for i in range(12)] + [(1, 1), (1, 16), (1, 90), (30, 40), (1, 9)]
+    )
+    together, _ = share_beginnings(case, common)
+    together.window = window
+    want, want_lse = together.run(gpu, 0.1)
+    tokens = together.inputs.q_start[:-1].long()
+    for ended in ([3], [0, 11], list(range(12)), [5, 12, 13, 14, 16]):
+        kv_len = together.inputs.kv_len.clone()
+        kv_len[ended] *= -1
+        out, lse = replace(together, inputs=replace(together.inputs, kv_len=kv_len)).run(gpu, 0.1)
+        others = torch.ones(len(out), dtype=torch.bool)
+        others[tokens[ended]] = False
+        assert torch.equal(out[others], want[others])
+        assert torch.equal(lse[others], want_lse[others])
+        assert torch.isfinite(out.float()).all()
+        assert torch.isfinite(lse).all()
+
+
 @pytest.mark.parametrize("shape", [(32, 8, 128), (9, 3, 64), (20, 1, 128)])
 def test_split_boundaries(gpu, shape):
     lengths = [(1, n) for n in (1, 15, 16, 17, 1023, 1024, 1025, 2047, 2048, 2049, 3000, 5000)]
@@ -314,27 +346,34 @@ def test_parts_are_all_that_a_sequence_has_and_nothing_twice(gpu, seed, window):
     drawn = torch.randint(1, 2600, (50,), generator=random).tolist()
     lengths = [(1 if i % 9 else 3, 700 + n) for i, n in enumerate(drawn)]
     lengths[20:25] = [(1, n) for n in (1, 256, 257, 1024, 1025)]
+    ended = {s for s in (2, 20, 30, 31) if lengths[s][0] == 1}
+    assert len(ended) > 2
     case = make_case((32, 8, 64), torch.bfloat16, lengths)
+    case.inputs.kv_len[[*ended]] *= -1
     common = torch.randint(41, 44, (50,), generator=random).tolist()
     pages = [min((n - 1) // 16, most) for (_, n), most in zip(lengths, common, strict=True)]
     together, _ = share_beginnings(case, pages)
     plan = gpu.plan_attention(together.on_device(), 32, put(together.k), window)
     table, slots = together.inputs.page_table, together.inputs.slot.tolist()
-    seen: dict[int, list[tuple[int, int, int]]] = {}
+    seen: dict[int, list[tuple[int, int, int, int]]] = {}
     for first, members, number, begin, end, token, slot, length in parts_of(plan):
-        assert (token, slot, length) == (together.inputs.q_start[first], slots[first], lengths[first][1])
+        assert (token, slot) == (together.inputs.q_start[first], slots[first])
+        assert first in ended or length == lengths[first][1]
         for s in range(first, first + members):
             assert lengths[s][0] == 1
-            seen.setdefault(s, []).append((number, begin, end))
+            seen.setdefault(s, []).append((number, begin, end, members))
             covered = slice(begin // 16, -(-end // 16))
             assert torch.equal(table[slots[s], covered], table[slot, covered])  # what they share is the same
     assert sorted(seen) == [s for s, (tokens, _) in enumerate(lengths) if tokens == 1]
     for s, parts in seen.items():
-        numbers, begins, ends = zip(*sorted(parts), strict=True)
+        numbers, begins, ends, _ = zip(*sorted(parts), strict=True)
         assert numbers == ((-1,) if len(parts) == 1 else tuple(range(len(parts))))
         assert begins[0] == (max(lengths[s][1] - window, 0) // 16 * 16 if window else 0)
         assert begins[1:] == ends[:-1]
-        assert ends[-1] == lengths[s][1]
+        if s in ended:  # a single position, besides what others read for it
+            assert [end - begin for _, begin, end, members in parts if members == 1] == [1]
+        else:
+            assert ends[-1] == lengths[s][1]
     assert any(members > 4 for _, members, *_ in parts_of(plan)) == (window == 0)
 
 

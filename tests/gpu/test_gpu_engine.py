@@ -220,6 +220,46 @@ def test_tokens_in_float32_are_the_cpus(quick_gpu, case: str, options: dict[str,
     engine.close()
 
 
+@pytest.mark.feature(
+    "engine", "CUDA spares the attention of a sequence that a stop token has ended, in captured steps too"
+)
+def test_a_sequence_that_has_ended_is_spared(quick_gpu) -> None:
+    """Once, in the step that is under way when the host sees the token; and its next turn finds no more than was
+    computed."""
+    decoder = make_decoder(LLAMA, quick_gpu, torch.float32)
+    free = [Request(i, p, PLAIN, seed=i) for i, p in enumerate(prompts(24))]
+    want = tokens(run(make_engine(decoder), free))
+    asked, length = [], {}
+    for request in free:
+        (its,) = want[request.id]
+        ends = [n for n in range(8, 40) if its[n - 1] not in its[: n - 1] and (len(request.prompt) + n) % 16 == 0]
+        if ends:
+            length[request.id] = ends[0]
+            params = replace(PLAIN, stop_token_ids=(its[ends[0] - 1],))
+            asked.append(replace(request, sampling=params))
+    assert len(asked) > 12
+    engine = make_engine(decoder)
+    runner, spared = engine._runner, 0
+    start = runner.start
+
+    def look(*args: Any) -> None:
+        nonlocal spared
+        start(*args)
+        spared += int((runner._buffer.arrays["kv_len"] < 0).sum())
+
+    runner.start = look  # type: ignore[method-assign]
+    got = tokens(run(engine, asked))
+    assert got == {i: [want[i][0][:n]] for i, n in length.items()}
+    assert spared == len(asked)
+    more = np.arange(7, 27, dtype=np.int32)
+    turns = [Request(i, np.concatenate([free[i].prompt, got[i][0], more]).astype(np.int32), PLAIN) for i in length]
+    found = engine.stats().cached_prompt_tokens
+    again, fresh = tokens(run(engine, turns)), tokens(run(make_engine(decoder), turns))
+    assert engine.stats().cached_prompt_tokens - found >= sum(len(turn.prompt) - len(more) - 16 for turn in turns)
+    assert sum(again[i] == fresh[i] for i in fresh) >= 0.9 * len(fresh)
+    engine.close()
+
+
 @pytest.mark.hardware("task=score")
 def test_scores_are_the_cpus(quick_gpu) -> None:
     """Of the second half of each text, in steps that cut it, and beside texts that are continued."""

@@ -132,6 +132,30 @@ def test_copy_pages(gpu, dtype, page):
     assert all(torch.equal(got.cpu(), want) for got, want in zip(on_device, caches, strict=True))
 
 
+@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("stops", [1, 4])
+def test_feed_back(gpu, rows, stops):
+    """Half of the tokens are known, and stop nobody; of the others some are stop tokens."""
+    random = torch.Generator().manual_seed(rows)
+
+    def below(n: int, *shape: int) -> torch.Tensor:
+        return torch.randint(n, shape, generator=random, dtype=torch.int32)
+
+    ids, last_token, slot = below(9, rows), below(9, rows + 3), below(rows + 3, rows)
+    ids[::2] = -1
+    kv_len, stop_ids = 1 + below(500, rows), below(9, rows, stops) - 1
+    stop_ids[0, -1] = last_token[slot[0]]
+    given = [put(t) for t in (ids, kv_len, slot, last_token, stop_ids)]
+    before = kv_len.clone()
+    TRUTH.feed_back(ids, kv_len, slot, last_token, stop_ids)
+    assert kv_len[0] == -before[0]
+    assert (kv_len[1::2] == before[1::2]).all()
+    assert rows == 1 or 0 < (kv_len < 0).sum() < -(-rows // 2)
+    gpu.feed_back(*given)
+    for got, want in zip(given, (ids, kv_len, slot, last_token, stop_ids), strict=True):
+        assert torch.equal(got.cpu(), want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "depth", "outputs"), [(1, 576, 192), (130, 1536, 576), (40, 256, 4096)])
 def test_linear(real_gpu, dtype, tokens, depth, outputs):

@@ -5,6 +5,7 @@
 #include "local_words.h"
 #include "sycl/attention.h"
 #include "sycl/choose.h"
+#include "sycl/feed_back.h"
 #include "sycl/logprobs.h"
 #include "sycl/pages.h"
 #include "sycl/penalties.h"
