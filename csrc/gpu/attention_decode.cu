@@ -11,7 +11,9 @@
 //   nothing    With short parts each warp has one of its own. A part costs 8 us whatever its length, in which a block
 //              waits: for its number, its place, its page, its first chunk, its arrival among the others.
 //
-// A sequence of several parts leaves normalised partial results; who finishes last adds them up in order.
+// A sequence of several parts leaves normalised partial results; who finishes last adds them up in order. A warp that
+// begins when the others are done (who share a beginning mostly find it so) keeps its own results in registers: 6 % of
+// the time of 1,000 sequences of 8B with 2,048 positions in common.
 #include "gpu/decode_rows.cuh"
 
 namespace batchinfer::gpu {
@@ -35,8 +37,8 @@ __device__ __forceinline__ float4 merge_row(const float* out, int64_t out_stride
         const float weight = exp2_fast(lse[i * lse_stride] - top);  // part 0 always has a key: top is finite
         const float4 part = *reinterpret_cast<const float4*>(out + i * out_stride);
         sum += weight;
-        value.x += weight * part.x, value.y += weight * part.y;
-        value.z += weight * part.z, value.w += weight * part.w;
+        value.x = fmaf(weight, part.x, value.x), value.y = fmaf(weight, part.y, value.y);
+        value.z = fmaf(weight, part.z, value.z), value.w = fmaf(weight, part.w, value.w);
     }
     total = top + log2f(sum);
     const float inverse = 1 / sum;
@@ -128,10 +130,16 @@ __device__ __forceinline__ void store_sum(const AttentionArgs& a, const DecodePa
     }
 }
 
+// How many of a member's parts are done.
+__device__ __forceinline__ int32_t* arrivals_of(const AttentionPlan& p, const DecodePart& part, const Heads& heads,
+                                                int member) {
+    return p.arrivals + (part.sequence + member) * p.kv_heads * Heads::row_tiles(p) + heads.number;
+}
+
 // Counts a member's part as done, whether it was the last of them.
 __device__ __forceinline__ bool arrive(const AttentionPlan& p, const DecodePart& part, const Heads& heads, int member) {
     const int s = part.sequence + member, parts = p.partial_start[s + 1] - p.partial_start[s];
-    int32_t* arrived = p.arrivals + s * p.kv_heads * Heads::row_tiles(p) + heads.number;
+    int32_t* arrived = arrivals_of(p, part, heads, member);
     const bool last = atomicAdd(arrived, 1) == parts - 1;
     if (last) *arrived = 0;
     return last;
@@ -155,6 +163,54 @@ __device__ __forceinline__ void add_up(const AttentionArgs& a, const DecodePart&
     }
 }
 
+// Of a sequence whose other parts were done when this, its last one, began: adds `state` up with them. The operations
+// are merge_row()'s on what store_rows() would have stored, and so are the bits.
+template <class T, int E>
+__device__ __forceinline__ void store_with_others(const AttentionArgs& a, const DecodePart& part, const Heads& heads,
+                                                  const RowState<T, E>& state) {
+    __threadfence();  // what others had stored before they arrived
+    const AttentionPlan& p = a.plan;
+    const int lane = threadIdx.x % kWarp;
+    const WarpRows<T, E> mine(state);
+    if (lane == 0) *arrivals_of(p, part, heads, 0) = 0;
+#pragma unroll
+    for (int r = 0; r < Tile::kRows; ++r) {
+        const int row = Tile::row(lane, r);
+        if (row >= heads.count) continue;
+        const int64_t from = int64_t{p.partial_start[part.sequence]} * p.heads + heads.first + row;
+        float top = mine.lse[r];
+        for (int i = 0; i < part.number; ++i) {
+            top = fmaxf(top, p.partial_lse[from + int64_t{i} * p.heads]);
+        }
+        Tile value[E / 16] = {};
+        float sum = 0;
+        const auto add = [&](float weight, auto number) {
+            sum += weight;
+#pragma unroll
+            for (int n = 0; n < E / 16; ++n) {
+#pragma unroll
+                for (int i = 0; i < Tile::kNumbers; ++i) {
+                    if (Tile::row_of(i) == r) value[n].x[i] = fmaf(weight, number(n, i), value[n].x[i]);
+                }
+            }
+        };
+        for (int i = 0; i < part.number; ++i) {
+            const int64_t at = from + int64_t{i} * p.heads;
+            const float* its = p.partial_out + at * E;
+            add(exp2_fast(p.partial_lse[at] - top), [&](int n, int k) { return its[n * 16 + Tile::column(lane, k)]; });
+        }
+        add(exp2_fast(mine.lse[r] - top), [&](int n, int k) { return state.out[n].x[k] * mine.inverse[r]; });
+        const float inverse = 1 / sum;
+        const int64_t to = first_row(a, part) + heads.first + row;
+#pragma unroll
+        for (int n = 0; n < E / 16; ++n) {
+            store_row<T>(value[n], r, inverse,
+                         [&](int column) { return static_cast<T*>(a.out) + to * E + n * 16 + column; });
+        }
+        if (Tile::leads(lane)) a.lse[to] = (top + log2f(sum)) * kLn2;
+    }
+}
+
 template <class T, class C, int E, bool kExtended>
 __global__ void BATCHINFER_LAUNCH_BOUNDS(kDecodeThreads, kBlocks<E>) decode_kernel(AttentionArgs a) {
     BATCHINFER_DYNAMIC_SHARED(shared, 128);
@@ -173,7 +229,14 @@ __global__ void BATCHINFER_LAUNCH_BOUNDS(kDecodeThreads, kBlocks<E>) decode_kern
             if (task < short_tasks) {
                 const DecodePart part = p.short_parts[task / all_heads];
                 const Heads heads(p, task % all_heads);
+                const int arrived =
+                    part.number > 0 ? *const_cast<volatile int32_t*>(arrivals_of(p, part, heads, 0)) : -1;
                 const auto state = attend<kExtended, Share::nothing, T, C, E>(a, part, heads, 0, heads.count, shared);
+                if (any_lane(lane == 0 && arrived == part.number)) {
+                    store_with_others(a, part, heads, state);
+                    queue.draw();
+                    continue;
+                }
                 store_rows(a, part, heads, 0, heads.count, state);
                 if (part.number >= 0) {
                     __threadfence();
