@@ -228,9 +228,9 @@ class Engine:
         requests that this completed. [] at once when nothing is open.
 
         With a step ahead, a sequence whose end only its tokens can tell (stop token or string) is computed once more,
-        for nothing. What is sampled by all tokens so far (penalties, bad words, a constraint) is sampled when they are
-        taken, while the device is at the layers of this step already. With drafts, which begin behind the newest token,
-        there is no step ahead.
+        for nothing; a GPU spares its attention where a stop token ended it. What is sampled by all tokens so far
+        (penalties, bad words, a constraint) is sampled when they are taken, while the device is at the layers of this
+        step already. With drafts, which begin behind the newest token, there is no step ahead.
         """
         begin = time.perf_counter()
         done, self._refused = self._refused, []

@@ -229,10 +229,10 @@ __global__ void BATCHINFER_LAUNCH_BOUNDS(kDecodeThreads, kBlocks<E>) decode_kern
             if (task < short_tasks) {
                 const DecodePart part = p.short_parts[task / all_heads];
                 const Heads heads(p, task % all_heads);
-                const int arrived =
-                    part.number > 0 ? *const_cast<volatile int32_t*>(arrivals_of(p, part, heads, 0)) : -1;
+                const bool others_done =
+                    part.number > 0 && *const_cast<volatile int32_t*>(arrivals_of(p, part, heads, 0)) == part.number;
                 const auto state = attend<kExtended, Share::nothing, T, C, E>(a, part, heads, 0, heads.count, shared);
-                if (any_lane(lane == 0 && arrived == part.number)) {
+                if (any_lane(lane == 0 && others_done)) {  // it is lane 0's count that all go by
                     store_with_others(a, part, heads, state);
                     queue.draw();
                     continue;
