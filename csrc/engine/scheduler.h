@@ -73,9 +73,9 @@ struct Finished {
 ///
 /// One step ahead: schedule() may be called with one step's tokens not yet reported. A token unknown to the host is
 /// Step::kUnknownToken. A sequence that then turns out to have met a stop token has one superfluous token in the later
-/// step, which update() ignores, and which a device that sees the stop token need not compute. A sequence preempted with
-/// a token unknown keeps that token: update() appends it before the sequence can be admitted again, as no step that
-/// preempts admits.
+/// step, which update() ignores, and which a device that sees the stop token need not compute. A sequence preempted
+/// with a token unknown keeps that token: update() appends it before the sequence can be admitted again, as no step
+/// that preempts admits.
 ///
 /// Drafts (`lookup`): behind its newest token a decoding sequence computes some that are guessed (lookup.h), and
 /// samples after each of them. update() takes the sampled tokens for as long as they are the guessed ones, and one
