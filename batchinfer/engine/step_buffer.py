@@ -99,7 +99,6 @@ class StepBuffer:
         """Of the sequences whose token only the device knows: what it ends them with. Those come first, so that rows,
         tokens and sequences are the same there; others' stop ids nobody reads."""
         stops = self.arrays["stop_ids"].numpy().reshape(-1, STOPS)
-        stops[: step.num_decode] = -1
         unknown = step.token_ids[step.sample_row] < 0
         stops[step.sample_row[unknown]] = slots.stops(step.sample_slot[unknown], step.sample_count[unknown] - 1)
 

@@ -1,6 +1,6 @@
-// Device code that CUDA and SYCL share as it is: indices clamped into their tables, what a sequence has in the step,
-// and the arithmetic of e4m3. Who includes it has defined BATCHINFER_ON_DEVICE, which marks a function for the device,
-// and float_bits() and float_of(), which take a float for its 32 bits and the other way round.
+// Device code that CUDA and SYCL share as it is: indices clamped into their tables, what a sequence has in the step, a
+// row of feed_back, and the arithmetic of e4m3. Who includes it has defined BATCHINFER_ON_DEVICE, which marks a
+// function for the device, and float_bits() and float_of(), which take a float for its 32 bits and the other way round.
 #pragma once
 
 #include <cstdint>

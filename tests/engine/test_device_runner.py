@@ -76,17 +76,13 @@ def test_filled_up_and_captured_steps(decoder: Decoder, case: str, options: dict
     engine.close()
 
 
-def tokens_of(completion: Completion) -> list[int]:
-    return completion.samples[0].token_ids.tolist()
-
-
 def stopped_at(length: int) -> list[Request]:
     """Requests that a stop token ends, which makes them ``length`` tokens long with their prompts."""
     free = [Request(i, prompt, replace(PLAIN, max_tokens=60)) for i, prompt in enumerate(random_prompts(40))]
     done = run(make_engine(make_decoder(), page_size=16), free)
     asked = []
     for request in free:
-        tokens = tokens_of(done[request.id])[: length - len(request.prompt)]
+        tokens = done[request.id].samples[0].token_ids.tolist()[: length - len(request.prompt)]
         if tokens and tokens[-1] not in tokens[:-1]:
             asked.append(replace(request, sampling=replace(request.sampling, stop_token_ids=(tokens[-1],))))
     return asked

@@ -14,6 +14,12 @@ from batchinfer.ops.reference import ReferenceOps
 
 TRUTH = ReferenceOps(torch.float64)
 ROUNDOFF = {torch.float32: 2.0**-21, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+EACH_KERNEL = [
+    ((8, 2, 128), torch.bfloat16),
+    ((9, 3, 64), torch.float16),
+    ((6, 2, 96), torch.bfloat16),
+    ((4, 2, 64), torch.float32),
+]
 SHAPES = [(32, 8, 128), (9, 3, 64), (16, 8, 128), (8, 8, 64), (20, 1, 128), (7, 1, 64), (71, 1, 64)]
 
 
@@ -123,15 +129,7 @@ def test_other_widths_and_float32(gpu, shape, dtype):
     assert_attention(make_case(shape, dtype, draw_lengths(shape[2], 10, 300), 32, 1), gpu, shape[2] ** -0.5)
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [
-        ((8, 2, 128), torch.bfloat16),
-        ((9, 3, 64), torch.float16),
-        ((6, 2, 96), torch.bfloat16),
-        ((4, 2, 64), torch.float32),
-    ],
-)
+@pytest.mark.parametrize(("shape", "dtype"), EACH_KERNEL)
 def test_a_step_may_be_filled_up(gpu, shape, dtype):
     """With tokens that no sequence has, at its end, and sequences without tokens. The others' results are the same."""
     case = make_case(shape, dtype, [(1, 40), (1, 17), (30, 90), (5, 5)], slots=9)
@@ -148,15 +146,7 @@ def test_a_step_may_be_filled_up(gpu, shape, dtype):
 
 
 @pytest.mark.parametrize("window", [0, 50])
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [
-        ((32, 8, 128), torch.bfloat16),
-        ((9, 3, 64), torch.float16),
-        ((6, 2, 96), torch.bfloat16),
-        ((4, 2, 64), torch.float32),
-    ],
-)
+@pytest.mark.parametrize(("shape", "dtype"), EACH_KERNEL)
 def test_those_who_have_ended(gpu, shape, dtype, window):
     """Get some numbers, and change nobody else's; alone, in a group that shares its beginning, and all of a group."""
     common = [40] * 12 + [0] * 5
@@ -177,6 +167,17 @@ def test_those_who_have_ended(gpu, shape, dtype, window):
         assert torch.equal(lse[others], want_lse[others])
         assert torch.isfinite(out.float()).all()
         assert torch.isfinite(lse).all()
+    # Of the 90 positions of one that shares nothing, those that nobody may read then.
+    unread = torch.arange(48, 90)
+    pages = together.inputs.page_table[together.inputs.slot[14], unread // 16].long()
+    for cache in (together.k, together.v):
+        cache[pages, :, unread % 16] = torch.nan
+    assert torch.isnan(together.run(gpu, 0.1)[0][tokens[14]].float()).any()
+    kv_len = together.inputs.kv_len.clone()
+    kv_len[14] *= -1
+    out, lse = replace(together, inputs=replace(together.inputs, kv_len=kv_len)).run(gpu, 0.1)
+    assert torch.isfinite(out.float()).all()
+    assert torch.isfinite(lse).all()
 
 
 @pytest.mark.parametrize("shape", [(32, 8, 128), (9, 3, 64), (20, 1, 128)])
